@@ -1,0 +1,1 @@
+"""Versioned bytes and the news of their change; it knows nothing of resources."""
