@@ -146,9 +146,7 @@ class Storage(Protocol):
         """Write an absent key. Raises `AlreadyExists`, `GuardFailed`, `LeaseNotFound`, `TooLarge`, `OutcomeUnknown`."""
         ...
 
-    async def update(
-        self, key: str, value: bytes, *, expected_revision: int, guards: tuple[Guard, ...] = ()
-    ) -> Entry:
+    async def update(self, key: str, value: bytes, *, expected_revision: int, guards: tuple[Guard, ...] = ()) -> Entry:
         """Replace a key that is at `expected_revision`; its lease stays. Raises `Conflict`, `GuardFailed`, …"""
         ...
 
@@ -170,9 +168,7 @@ class Storage(Protocol):
         """Entries below a prefix whose labels contain all of `selector`; the caller says what a value's labels are."""
         ...
 
-    def watch(
-        self, prefix: str, after_revision: int, *, live: bool = False
-    ) -> AbstractAsyncContextManager[Watch]:
+    def watch(self, prefix: str, after_revision: int, *, live: bool = False) -> AbstractAsyncContextManager[Watch]:
         """Open a watch on every change below `prefix` after a revision.
 
         A live watch checks its own liveness and has `barrier()`. Entering and iterating raise `Compacted`,

@@ -61,7 +61,9 @@ class GuardFailed(StorageError):  # noqa: N818 - the name is the contract's
     """A guarded key is gone or was created anew; nothing was written."""
 
     def __init__(self, guard: Guard) -> None:
-        super().__init__(f"guard {guard.key!r} is no longer the incarnation created at revision {guard.create_revision}")
+        super().__init__(
+            f"guard {guard.key!r} is no longer the incarnation created at revision {guard.create_revision}"
+        )
         self.guard = guard
 
 

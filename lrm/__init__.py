@@ -1,0 +1,1 @@
+"""How resources are kept, served and reconciled; it knows nothing of CML."""
