@@ -8,7 +8,8 @@
  6. Cancelling any call leaves no task, socket or half-applied state; a cancelled write is an unknown outcome.
  7. `barrier()` returns once the live watch has delivered every event up to a revision written after the call.
  8. A watch that does not receive what a linearizable read can see is replaced within 20 s.
- 9. Revisions seen through one backend never fall; if the store's do, `StoreReset` is raised once to each watcher and waiter.
+ 9. Revisions seen through one backend never fall; if the store's do, `StoreReset` is raised once to each
+    watcher and waiter.
 10. Every waiter has a deadline, and ends on relist, `StoreReset` or stop.
 
 `tests/conformance` shows each of them on every backend.
@@ -41,7 +42,7 @@ class Entry:
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """One change. For a delete, `entry` has no value and the deleting revision; `previous` is what was there if kept."""
+    """One change. A delete's `entry` has no value and the deleting revision; `previous` is what was there, if kept."""
 
     kind: Literal["put", "delete"]
     entry: Entry
@@ -204,7 +205,7 @@ class Storage(Protocol):
 
 
 def prefix_end(prefix: bytes) -> bytes:
-    """The first key after every key with this prefix (etcd API: `range_end`); `\\0` means to the end."""
+    r"""The first key after every key with this prefix (etcd API: `range_end`); `\0` means to the end."""
     for i in reversed(range(len(prefix))):
         if prefix[i] < 0xFF:
             return prefix[:i] + bytes([prefix[i] + 1])
