@@ -1,0 +1,93 @@
+"""The data model under every resource: camelCase on the wire, snake_case in Python, tolerant when decoding.
+
+Fields that this version does not know are kept and written back, so that daemons of two versions can share a store;
+whoever takes input from people asks `unknown_fields` and refuses them. A sealed model cannot be assigned to: caches
+hand out sealed objects, and a change starts with `thaw`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from typing import Annotated, Any, Self
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, PlainSerializer, PrivateAttr
+from pydantic.alias_generators import to_camel
+
+
+def _aware(value: datetime) -> datetime:
+    if value.tzinfo is None:
+        raise ValueError("a time needs a zone, as in 2026-01-31T09:00:00Z")
+    return value.astimezone(UTC)
+
+
+def rfc3339(value: datetime) -> str:
+    """An aware time as RFC 3339 in UTC, with microseconds only where there are some."""
+    return value.astimezone(UTC).isoformat().replace("+00:00", "Z")
+
+
+Timestamp = Annotated[datetime, AfterValidator(_aware), PlainSerializer(rfc3339, return_type=str, when_used="json")]
+"""An aware time, RFC 3339 in UTC on the wire."""
+
+
+class Model(BaseModel):
+    """Base of every piece of a resource."""
+
+    model_config = ConfigDict(
+        alias_generator=to_camel, populate_by_name=True, extra="allow", arbitrary_types_allowed=False
+    )
+
+    _sealed: bool = PrivateAttr(default=False)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name != "_sealed" and self._sealed:
+            raise TypeError(f"{type(self).__name__} is shared and read-only; change a thaw()ed copy")
+        super().__setattr__(name, value)
+
+    def seal(self) -> Self:
+        """Forbid assignment here and below, for good."""
+        for part in _models(self):
+            part._sealed = True  # noqa: SLF001 - our own class
+        return self
+
+    def thaw(self) -> Self:
+        """A deep copy that may be changed."""
+        copy = self.model_copy(deep=True)
+        for part in _models(copy):
+            part._sealed = False  # noqa: SLF001 - our own class
+        return copy
+
+    def wire(self) -> dict[str, Any]:
+        """This model as JSON values under its wire names; absent values are left out."""
+        return self.model_dump(mode="json", by_alias=True, exclude_none=True)
+
+
+def unknown_fields(value: Any, path: str = "") -> Iterator[str]:
+    """The paths of all fields below `value` that its models do not declare."""
+    match value:
+        case BaseModel():
+            for extra in value.model_extra or ():
+                yield f"{path}.{extra}".lstrip(".")
+            for name, info in type(value).model_fields.items():
+                child = f"{path}.{info.alias or name}".lstrip(".")
+                yield from unknown_fields(getattr(value, name), child)
+        case dict():
+            for key, item in value.items():
+                yield from unknown_fields(item, f"{path}.{key}".lstrip("."))
+        case list() | tuple():
+            for i, item in enumerate(value):
+                yield from unknown_fields(item, f"{path}[{i}]")
+
+
+def _models(value: Any) -> Iterator[Model]:
+    match value:
+        case Model():
+            yield value
+            for name in type(value).model_fields:
+                yield from _models(getattr(value, name))
+        case dict():
+            for item in value.values():
+                yield from _models(item)
+        case list() | tuple():
+            for item in value:
+                yield from _models(item)
