@@ -110,6 +110,10 @@ class WorkQueue(Generic[K]):
             self._dirty.discard(key)
             self.add(key)
 
+    def in_hand(self, key: K) -> bool:
+        """Whether a worker has this key."""
+        return key in self._processing
+
     def close(self) -> None:
         """Give out no more keys; those who wait get None."""
         self._closed = True

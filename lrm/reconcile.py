@@ -1,0 +1,334 @@
+"""The loop that makes the world match the objects: one runner per controller, level-driven, fenced.
+
+It promises: one reconcile per key at a time; each with a deadline; never before the caches hold what this controller
+wrote last; none after leadership ended; the finalizer is on the object before `reconcile` sees it, and goes only after
+`finalize` is done. A write's own echo does not wake its key: what is to be looked at again, `Result.after` says.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import uuid
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Generic
+
+import structlog
+
+from lrm.cache import Cache, CacheUpdate, Change
+from lrm.client import Client, Written
+from lrm.election import Term
+from lrm.errors import CacheBehind, NotLeading, ResourceConflict, ResourceNotFound, TerminalError
+from lrm.kind import R
+from lrm.queue import WorkQueue
+from storage.clock import Clock
+from storage.errors import StorageError
+
+log = structlog.get_logger(__name__)
+
+Key = tuple[str, str]
+"""(namespace, name) of an object of the controller's kind."""
+
+_CREATING_MOST = 6.0
+_RESYNC_SPREAD = 0.1
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """What a reconcile says about its next time; build it with `done` or `after`."""
+
+    again: float | None = None
+
+    @classmethod
+    def done(cls) -> Result:
+        """Nothing to do until something changes (or the resync comes round)."""
+        return cls()
+
+    @classmethod
+    def after(cls, seconds: float) -> Result:
+        """Look again after so many seconds, or earlier if something changes."""
+        return cls(seconds)
+
+
+@dataclass(frozen=True, slots=True)
+class Trigger:
+    """Another kind whose changes concern objects of the controller's kind."""
+
+    model: type[Any]
+    keys: Callable[[Change], Iterable[Key]]
+
+
+class Context:
+    """What one reconcile may use."""
+
+    def __init__(
+        self,
+        *,
+        client: Client,
+        cache: Cache,
+        clock: Clock,
+        term: Term,
+        observe_only: bool,
+        renew_deadline: float,
+        bound_log: Any,
+    ) -> None:
+        self.client = client
+        self.cache = cache
+        self.clock = clock
+        self.observe_only = observe_only
+        """True when nothing outside may be changed; status is still written."""
+        self.log = bound_log
+        self._term = term
+        self._renew_deadline = renew_deadline
+
+    @property
+    def creating_timeout(self) -> float:
+        """Seconds that a call which creates something outside may take."""
+        return min(_CREATING_MOST, self._renew_deadline / 2)
+
+    def check_leading(self, needs: float = 0.0) -> None:
+        """Stand before every call to the outside. Raises `NotLeading`."""
+        self._term.check(needs)
+
+
+class Controller(ABC, Generic[R]):
+    """One kind's reconcile logic; subclasses set the attributes and write `reconcile`."""
+
+    name: str
+    """Unique; the owner of its status fields."""
+    lock_name: str
+    """Controllers that share a lock are led together."""
+    model: type[R]
+    finalizer: str = ""
+    """Held on every object of the kind by this controller; empty when it has nothing to clean up."""
+    workers: int = 4
+    deadline: float = 120.0
+    """Seconds for one reconcile."""
+    resync: float = 600.0
+    """Seconds after which an object is looked at again even if nothing happened, ±10 %."""
+
+    def triggers(self) -> Sequence[Trigger]:
+        """Changes of other kinds that concern this one."""
+        return ()
+
+    def wakes(self, change: Change) -> bool:  # noqa: ARG002 - for subclasses
+        """Whether a change of an own object is worth a reconcile."""
+        return True
+
+    @abstractmethod
+    async def reconcile(self, resource: R, ctx: Context) -> Result:
+        """Make the world match one step further. `resource` is shared and read-only."""
+
+    async def finalize(self, resource: R, ctx: Context) -> Result:  # noqa: ARG002 - for subclasses
+        """Clean up; `Result.done()` lets the finalizer go."""
+        return Result.done()
+
+
+@dataclass
+class Stats:
+    """Counters since the process began."""
+
+    reconciles: int = 0
+    failures: int = 0
+    terminal: int = 0
+    finalized: int = 0
+    seconds: float = 0.0
+
+
+@dataclass
+class _Echoes:
+    """What a key's own writes look like when they come back through the watch."""
+
+    own: set[int] = field(default_factory=set)
+    seen_meanwhile: set[int] = field(default_factory=set)
+
+
+class Runner(Generic[R]):
+    """Runs one controller while a term lasts."""
+
+    def __init__(
+        self,
+        controller: Controller[R],
+        client: Client,
+        cache: Cache,
+        clock: Clock,
+        *,
+        observe_only: bool = False,
+        renew_deadline: float = 10.0,
+    ) -> None:
+        self.controller = controller
+        self.stats = Stats()
+        self.queue: WorkQueue[Key] = WorkQueue(clock)
+        self._client = client
+        self._cache = cache
+        self._clock = clock
+        self._observe_only = observe_only
+        self._renew_deadline = renew_deadline
+        self._triggers = {t.model: t.keys for t in controller.triggers()}
+        self._written: dict[Key, Written] = {}
+        self._echoes: dict[Key, _Echoes] = {}
+
+    async def run(self, term: Term) -> None:
+        """Reconcile until the term ends (returns) or the task is cancelled; the queue starts empty each time."""
+        self.queue = WorkQueue(self._clock)
+        self._written.clear()
+        self._echoes.clear()
+        await self._catch_up()
+        unsubscribe = self._cache.subscribe(self._on_update)
+        try:
+            for resource in self._cache.all(self.controller.model):
+                self.queue.add((resource.namespace, resource.name))
+            async with asyncio.TaskGroup() as tasks:
+                workers = [tasks.create_task(self._work(term)) for _ in range(self.controller.workers)]
+                await term.wait_lost()
+                self.queue.close()
+                for worker in workers:
+                    worker.cancel()
+        finally:
+            unsubscribe()
+
+    async def drain(self, seconds: float) -> None:
+        """Give out no more keys and let the reconciles in hand end, for so long at most."""
+        self.queue.close()
+        try:
+            async with self._clock.timeout(seconds):
+                while self.queue.processing:
+                    await self._clock.sleep(0.02)
+        except TimeoutError:
+            log.warning("reconcile.drain_timed_out", controller=self.controller.name, left=self.queue.processing)
+
+    async def _catch_up(self) -> None:
+        """Wait until the caches hold every write of every earlier leader."""
+        await self._cache.wait_synced()
+        while True:
+            try:
+                await self._cache.barrier()
+            except (CacheBehind, StorageError) as error:
+                log.info("reconcile.waiting_for_cache", controller=self.controller.name, reason=str(error))
+                await self._clock.sleep(0.2)
+            else:
+                return
+
+    def _on_update(self, update: CacheUpdate) -> None:
+        for change in update.changes:
+            model = change.kind.model
+            if model is self.controller.model:
+                self._on_own_change(change)
+            mapper = self._triggers.get(model)
+            if mapper is not None:
+                for key in mapper(change):
+                    self.queue.add(key)
+
+    def _on_own_change(self, change: Change) -> None:
+        key = (change.item.namespace, change.item.name)
+        echoes = self._echoes.get(key)
+        if echoes is not None:
+            if change.revision in echoes.own:
+                echoes.own.discard(change.revision)
+                return
+            if self.queue.in_hand(key):
+                echoes.seen_meanwhile.add(change.revision)
+                return
+        if change.type == "DELETED" or self.controller.wakes(change):
+            self.queue.add(key)
+
+    async def _work(self, term: Term) -> None:
+        while (key := await self.queue.get()) is not None:
+            self._echoes[key] = _Echoes()
+            written = Written()
+            try:
+                written = await self._one(key, term)
+            finally:
+                self._settle_echoes(key, written)
+                self.queue.done(key)
+
+    def _settle_echoes(self, key: Key, written: Written) -> None:
+        echoes = self._echoes[key]
+        own = {revision for revisions in written.revisions.values() for revision in revisions}
+        echoes.own = {r for r in own if r > self._cache.revision}
+        if echoes.seen_meanwhile - own:
+            self.queue.add(key)
+        echoes.seen_meanwhile = set()
+        if not echoes.own and self._cache.get(self.controller.model, *key) is None:
+            del self._echoes[key]
+
+    async def _one(self, key: Key, term: Term) -> Written:
+        name, queue = self.controller.name, self.queue
+        bound = log.bind(controller=name, namespace=key[0], name=key[1], reconcile=uuid.uuid4().hex[:8])
+        client = self._client.bind(owner=name, fence=term)
+        started = self._clock.monotonic()
+        try:
+            await self._own_writes_visible(key)
+            resource = self._cache.get(self.controller.model, *key)
+            if resource is None:
+                queue.discard(key)
+                self._written.pop(key, None)
+                return client.written
+            term.check()
+            context = Context(
+                client=client,
+                cache=self._cache,
+                clock=self._clock,
+                term=term,
+                observe_only=self._observe_only,
+                renew_deadline=self._renew_deadline,
+                bound_log=bound,
+            )
+            self.stats.reconciles += 1
+            async with self._clock.timeout(self.controller.deadline):
+                result = await self._step(resource, context)
+        except NotLeading as error:
+            bound.warning("reconcile.not_leading", detail=str(error))
+            term.lost()
+        except ResourceNotFound:
+            queue.add_after(key, 0.1)
+        except TerminalError as error:
+            self.stats.terminal += 1
+            bound.error("reconcile.terminal", reason=error.reason, detail=str(error))
+            queue.forget_failures(key)
+        except (ResourceConflict, CacheBehind) as error:
+            bound.info("reconcile.again", detail=str(error), delay=queue.add_failed(key))
+        except (StorageError, TimeoutError) as error:
+            self.stats.failures += 1
+            reason = str(error) or f"deadline of {self.controller.deadline} s"
+            bound.warning("reconcile.failed", error=reason, delay=queue.add_failed(key))
+        except Exception:  # noqa: BLE001 - a controller's mistake must not end the loop: it is logged and retried
+            self.stats.failures += 1
+            bound.exception("reconcile.failed", delay=queue.add_failed(key))
+        else:
+            queue.forget_failures(key)
+            spread = 1 + _RESYNC_SPREAD * random.uniform(-1, 1)  # noqa: S311 - spreads work, keeps no secret
+            queue.add_after(key, self.controller.resync * spread if result.again is None else result.again)
+        finally:
+            self.stats.seconds += self._clock.monotonic() - started
+            if client.written.highest or client.written.unknown:
+                self._written[key] = client.written
+        return client.written
+
+    async def _step(self, resource: R, ctx: Context) -> Result:
+        finalizer = self.controller.finalizer
+        if resource.deleting:
+            if finalizer and finalizer not in resource.metadata.finalizers:
+                return Result.done()
+            if not finalizer:
+                return await self.controller.reconcile(resource, ctx)
+            result = await self.controller.finalize(resource, ctx)
+            if result.again is None:
+                await ctx.client.remove_finalizer(resource, finalizer)
+                self.stats.finalized += 1
+                ctx.log.info("reconcile.finalized", finalizer=finalizer)
+            return result
+        if finalizer and finalizer not in resource.metadata.finalizers:
+            resource = (await ctx.client.add_finalizer(resource, finalizer)).seal()
+        return await self.controller.reconcile(resource, ctx)
+
+    async def _own_writes_visible(self, key: Key) -> None:
+        written = self._written.get(key)
+        if written is None:
+            return
+        if written.unknown:
+            await self._cache.barrier()
+        await self._cache.wait_for(written.highest)
+        self._written.pop(key, None)
