@@ -1,0 +1,159 @@
+"""The etcds that the promises are kept on, one server per version per run, and what a test needs to run its own.
+
+3.4 (Debian stable), 3.5.1 (the wheel) and a current one. A version that cannot be had is a skip with the reason, and
+a failure where the environment variable CI is set.
+"""
+
+from __future__ import annotations
+
+import base64
+import os
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import pytest
+
+from equipment import fetch_etcd
+from equipment.debian import NotHere
+from lrm.devservers import EtcdServer, etcd_binary
+from lrm.processes import ProcessError
+
+VERSIONS = ("3.4", "3.5.1", "current")
+WHEEL = "3.5.1"
+
+_absent: dict[str, str] = {}
+
+
+def binary(version: str) -> Path:
+    """The etcd of one of `VERSIONS`; where it is not to be had the test is skipped, in CI it fails."""
+    if version not in _absent:
+        try:
+            return etcd_binary() if version == WHEEL else fetch_etcd.bring(version)
+        except (NotHere, ProcessError) as error:
+            _absent[version] = str(error)
+    reason = f"etcd {version}: {_absent[version]}"
+    if os.environ.get("CI"):
+        pytest.fail(reason, pytrace=False)
+    pytest.skip(reason)
+
+
+@contextmanager
+def scratch_dir(prefix: str = "lrm-test-") -> Iterator[Path]:
+    """A folder in memory where there is one: etcd waits for the disk at every write otherwise."""
+    memory = Path("/dev/shm")
+    parent = memory if memory.is_dir() and os.access(memory, os.W_OK) else None
+    path = Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
+    try:
+        yield path
+    finally:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+class SharedEtcds:
+    """One server per version, started when first asked for; tests share it, each below a root of its own.
+
+    Who kills, compacts or fills an etcd starts one of their own.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._servers: dict[str, EtcdServer] = {}
+
+    async def get(self, version: str) -> EtcdServer:
+        if version not in self._servers:
+            server = EtcdServer(self._folder / version, binary=binary(version))
+            await server.start()
+            self._servers[version] = server
+        return self._servers[version]
+
+    def end(self) -> None:
+        for server in self._servers.values():
+            server.kill()
+
+
+class Gateway:
+    """Raw calls to one etcd's gateway, past every piece of our own code: to prepare, and to look afterwards."""
+
+    def __init__(self, endpoint: str, **session_options: Any) -> None:
+        self._endpoint = endpoint
+        self._options = session_options
+
+    async def call(self, path: str, body: dict[str, Any], *, token: str = "") -> dict[str, Any]:
+        headers = {"Authorization": token} if token else {}
+        timeout = aiohttp.ClientTimeout(total=10)
+        async with (
+            aiohttp.ClientSession(timeout=timeout, **self._options) as session,
+            session.post(f"{self._endpoint}/v3/{path}", json=body, headers=headers) as reply,
+        ):
+            answer: dict[str, Any] = await reply.json()
+            if reply.status != 200:
+                raise RuntimeError(f"{path}: {reply.status} {answer}")
+            return answer
+
+    async def put(self, key: str, value: bytes) -> int:
+        answer = await self.call("kv/put", {"key": b64(key), "value": b64(value)})
+        return int(answer["header"]["revision"])
+
+    async def delete(self, key: str) -> int:
+        answer = await self.call("kv/deleterange", {"key": b64(key)})
+        return int(answer["header"]["revision"])
+
+    async def get(self, key: str) -> tuple[bytes, int] | None:
+        """Value and mod_revision, None when there is no such key."""
+        answer = await self.call("kv/range", {"key": b64(key)})
+        for kv in answer.get("kvs", ()):
+            return base64.b64decode(kv.get("value", "")), int(kv["mod_revision"])
+        return None
+
+    async def revision(self) -> int:
+        return int((await self.call("kv/range", {"key": b64("\0")}))["header"]["revision"])
+
+    async def compact(self, revision: int) -> None:
+        await self.call("kv/compaction", {"revision": str(revision), "physical": True})
+
+    async def status(self) -> dict[str, Any]:
+        return await self.call("maintenance/status", {})
+
+    async def enable_auth(self, user: str, password: str) -> None:
+        """Make this the root user and switch authentication on."""
+        await self.call("auth/user/add", {"name": "root", "password": password})
+        await self.call("auth/role/add", {"name": "root"})
+        await self.call("auth/user/grant", {"user": "root", "role": "root"})
+        if user != "root":
+            await self.call("auth/user/add", {"name": user, "password": password})
+            await self.call("auth/user/grant", {"user": user, "role": "root"})
+        await self.call("auth/enable", {})
+
+
+def b64(data: str | bytes) -> str:
+    return base64.b64encode(data.encode() if isinstance(data, str) else data).decode()
+
+
+def snapshot(server: EtcdServer, path: Path) -> None:
+    """Save a snapshot with the wheel's etcdctl, as an operator does."""
+    _tool("etcdctl", "--endpoints", server.endpoint, "snapshot", "save", str(path))
+
+
+def restore(server: EtcdServer, path: Path) -> None:
+    """Replace a stopped single member's data by a snapshot: the usual runbook, with the same name and peers."""
+    shutil.rmtree(server.data_dir)
+    peer = f"http://127.0.0.1:{server.peer_port}"
+    _tool(
+        "etcdutl",
+        *("snapshot", "restore", str(path), "--name", server.name, "--data-dir", str(server.data_dir)),
+        *("--initial-cluster", f"{server.name}={peer}", "--initial-advertise-peer-urls", peer),
+    )
+
+
+def _tool(name: str, *args: str) -> None:
+    program = etcd_binary().parent / name
+    env = {**os.environ, "ETCDCTL_API": "3"}
+    done = subprocess.run([program, *args], env=env, capture_output=True, text=True, timeout=60, check=False)
+    if done.returncode != 0:
+        raise RuntimeError(f"{name} {' '.join(args)}: {done.stderr.strip()}")
