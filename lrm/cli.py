@@ -1,0 +1,226 @@
+"""The command line. Exit codes: 0 done, 1 it did not work (one sentence says why), 2 the command or settings are wrong."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import os
+import secrets
+import signal
+import sys
+from collections.abc import Coroutine
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+import yaml
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Lab Resource Manager: workers, labs and lab instances on Cisco Modeling Labs, declared in YAML.",
+)
+config_app = typer.Typer(no_args_is_help=True, help="Look at the settings.")
+token_app = typer.Typer(no_args_is_help=True, help="Tokens for the API.")
+app.add_typer(config_app, name="config")
+app.add_typer(token_app, name="token")
+
+
+class Role(StrEnum):
+    """What a token may do."""
+
+    VIEWER = "viewer"
+    MANAGER = "manager"
+    ADMIN = "admin"
+    CONTROLLER = "controller"
+
+
+def main() -> None:
+    """The entry point."""
+    app()
+
+
+@app.command()
+def serve() -> None:
+    """Run the daemon with the settings of LRM_… and LRM_CONFIG."""
+    from lrm.api.app import ApiError
+    from lrm.daemon import Deposed, run_daemon
+    from lrm.logs import configure_logs
+    from lrm.plugin import load_plugins
+
+    settings = _settings()
+    configure_logs(settings.log_format, settings.log_level, instance=settings.instance_id)
+    plugins = _or_exit(lambda: load_plugins(settings.plugins))
+    try:
+        _run(run_daemon(settings, plugins))
+    except (ApiError, Deposed) as error:
+        _fail(str(error))
+
+
+@app.command()
+def dev(
+    port: Annotated[int, typer.Option(help="Port of the API; 0 takes a free one.")] = 0,
+    data_dir: Annotated[
+        Path | None, typer.Option(help="Keep everything here; else a directory that goes at the end.")
+    ] = None,
+) -> None:
+    """Start etcd, Redis, simulated AWS and CML, and one daemon; all end with this command."""
+    from lrm.devstack import DevStack, ProcessError
+    from lrm.plugin import load_plugins
+
+    async def until_ended() -> str:
+        stop = asyncio.Event()
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, stop.set)
+        starting = asyncio.create_task(_start_and_wait())
+        stopping = asyncio.create_task(stop.wait())
+        try:
+            await asyncio.wait({starting, stopping}, return_when=asyncio.FIRST_COMPLETED)
+            return starting.result() if starting.done() else ""
+        finally:
+            for task in (starting, stopping):
+                task.cancel()
+            await asyncio.gather(starting, stopping, return_exceptions=True)
+
+    async def _start_and_wait() -> str:
+        async with DevStack(load_plugins(()), port=port, data_dir=data_dir) as stack:
+            typer.echo(f"logs in {stack.data_dir / 'logs'}")
+            for name, value in sorted(stack.environment.items()):
+                if name.endswith(("_URL", "_ENDPOINTS", "_TEMPLATE")):
+                    typer.echo(f"  {name}={value}")
+            typer.echo(f"ready {stack.url}")
+            sys.stdout.flush()
+            return await stack.wait()
+
+    try:
+        ended = _run(until_ended())
+    except ProcessError as error:
+        _fail(str(error))
+    if ended:
+        _fail(ended)
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})
+def simulate(context: typer.Context, name: Annotated[str, typer.Argument(help="Which: aws, cml, …")]) -> None:
+    """Run one simulator in the foreground; `lrm simulate NAME --help` lists its options."""
+    from lrm.plugin import load_plugins
+
+    services = {s.name: s for p in _or_exit(lambda: load_plugins(())) for s in p.dev_services}
+    if name not in services:
+        listed = "\n".join(f"  {s.name:8} {s.help}" for s in services.values())
+        typer.echo(f"lrm simulate NAME [OPTIONS], where NAME is one of\n{listed}", err=name not in {"--help", "-h"})
+        raise typer.Exit(0 if name in {"--help", "-h"} else 2)
+    services[name].main(context.args)
+
+
+@app.command("version")
+def version_() -> None:
+    """Print the version."""
+    from importlib.metadata import version
+
+    typer.echo(f"lrm {version('lrm')}")
+
+
+@config_app.command("check")
+def config_check() -> None:
+    """Say whether the settings are possible, and which LRM_ variables nothing reads."""
+    known = {f"LRM_{name.upper()}" for cls in _settings_classes() for name in cls.model_fields}
+    known |= {"LRM_CONFIG", "LRM_CRASH_AT"}
+    _settings()
+    strangers = sorted(name for name in os.environ if name.startswith("LRM_") and name not in known)
+    for name in strangers:
+        typer.echo(f"{name} is no setting of lrm or its plug-ins", err=True)
+    if strangers:
+        raise typer.Exit(2)
+    typer.echo("the settings are fine")
+
+
+@config_app.command("show")
+def config_show() -> None:
+    """Print every setting with its value; secrets are masked."""
+    _settings()
+    for cls in _settings_classes():
+        values = cls().model_dump(mode="json")
+        for name, info in cls.model_fields.items():
+            typer.echo(
+                f"# {info.description or ''}\n{name}: {yaml.safe_dump(values[name]).removesuffix('...\n').strip()}"
+            )
+
+
+@token_app.command("create")
+def token_create(
+    name: Annotated[str, typer.Argument(help="Who or what will use it; audit lines carry it.")],
+    role: Annotated[Role, typer.Option(help="What it may do.")] = Role.VIEWER,
+    namespace: Annotated[list[str] | None, typer.Option(help="Limit it to a namespace; repeat for more.")] = None,
+) -> None:
+    """Make a token: prints the token once, and the entry for the tokens file (which keeps its hash only)."""
+    token = secrets.token_urlsafe(32)
+    entry: dict[str, Any] = {"name": name, "sha256": hashlib.sha256(token.encode()).hexdigest(), "role": role.value}
+    if namespace:
+        entry["namespaces"] = namespace
+    typer.echo(f"token (shown only now): {token}", err=True)
+    typer.echo(yaml.safe_dump([entry], sort_keys=False).strip())
+
+
+def _settings() -> Any:
+    """The settings of the daemon and every plug-in, checked; exit 2 with each mistake on a line."""
+    from pydantic import ValidationError
+
+    try:
+        first, *others = _settings_classes()
+        for cls in others:
+            cls()
+        settings = first()
+    except ValidationError as error:
+        for mistake in error.errors(include_url=False, include_context=False, include_input=False):
+            where = "LRM_" + "_".join(str(p) for p in mistake["loc"]).upper() if mistake["loc"] else "settings"
+            typer.echo(f"{where}: {mistake['msg'].removeprefix('Value error, ')}", err=True)
+        raise typer.Exit(2) from None
+    except (FileNotFoundError, yaml.YAMLError) as error:
+        typer.echo(f"LRM_CONFIG: {error}", err=True)
+        raise typer.Exit(2) from None
+    if settings.auth_tokens_file is None and not _is_loopback(settings.api_host):
+        typer.echo(f"LRM_API_HOST is {settings.api_host}: other than loopback needs LRM_AUTH_TOKENS_FILE", err=True)
+        raise typer.Exit(2)
+    return settings
+
+
+def _settings_classes() -> list[Any]:
+    from lrm.plugin import load_plugins
+    from lrm.settings import Settings
+
+    return [Settings, *(p.settings for p in _or_exit(lambda: load_plugins(())))]
+
+
+def _is_loopback(host: str) -> bool:
+    from ipaddress import ip_address
+
+    if host == "localhost":
+        return True
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _or_exit(load: Any) -> Any:
+    from lrm.plugin import PluginError
+
+    try:
+        return load()
+    except PluginError as error:
+        _fail(str(error))
+
+
+def _run(work: Coroutine[Any, Any, Any]) -> Any:
+    import uvloop
+
+    return uvloop.run(work)
+
+
+def _fail(message: str) -> NoReturn:
+    typer.echo(f"lrm: {message}", err=True)
+    raise typer.Exit(1)

@@ -1,0 +1,152 @@
+"""`lrm dev`: a real etcd, a real Redis, the plug-ins' simulators and one daemon, as children that die with us.
+
+Everything is on 127.0.0.1 and, unless said otherwise, on free ports. `dev.json` in the data directory tells where each
+part is, what environment the daemon got, and its process id, for demos and tests.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from contextlib import AsyncExitStack
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import aiohttp
+import orjson
+
+from lrm.devservers import EtcdServer, RedisServer
+from lrm.plugin import DevPlan, DevService, Plugin
+from lrm.processes import ChildProcess, ProcessError, free_port
+from storage.clock import Clock, SystemClock
+
+_READY_SECONDS = 30.0
+
+
+class DevStack:
+    """Starts on entering, stops in reverse order on leaving; what it started is reachable by name in `children`."""
+
+    def __init__(
+        self,
+        plugins: Sequence[Plugin],
+        *,
+        port: int = 0,
+        data_dir: Path | None = None,
+        environment: Mapping[str, str] | None = None,
+        clock: Clock | None = None,
+    ) -> None:
+        self._services = [s for p in plugins for s in p.dev_services]
+        self._port = port
+        self._wanted_dir = data_dir
+        self._extra = dict(environment or {})
+        self._clock = clock or SystemClock()
+        self._stack = AsyncExitStack()
+        self.children: dict[str, ChildProcess] = {}
+        self.environment: dict[str, str] = {}
+        """What the daemon has in its environment beside ours."""
+        self.url = ""
+        self.data_dir = Path()
+
+    async def __aenter__(self) -> Self:
+        async with AsyncExitStack() as stack:
+            await self._start(stack)
+            self._stack = stack.pop_all()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self._stack.__aexit__(kind, error, trace)
+
+    async def start_daemon(self) -> ChildProcess:
+        """Start the daemon (again); it is ready when this returns."""
+        argv = [sys.executable, "-m", "lrm", "serve"]
+        child = self._spawn("lrm", argv, {**os.environ, **self.environment})
+        await child.wait_ready(self._answers(f"{self.url}/readyz", 200), _READY_SECONDS)
+        self._write_map()
+        return child
+
+    async def wait(self) -> str:
+        """Wait until some child ends by itself; say which and how."""
+        waits = {asyncio.create_task(c.wait(), name=name): name for name, c in self.children.items()}
+        try:
+            done, _ = await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for task in waits:
+                task.cancel()
+            await asyncio.gather(*waits, return_exceptions=True)
+        first = done.pop()
+        name = waits[first]
+        tail = "\n  ".join(self.children[name].log_tail())
+        return f"{name} has ended with code {first.result()}; its last lines:\n  {tail}"
+
+    async def _start(self, stack: AsyncExitStack) -> None:
+        if self._wanted_dir is None:
+            self.data_dir = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="lrm-dev-")))
+        else:
+            self.data_dir = self._wanted_dir.resolve()
+            self.data_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
+        etcd = await stack.enter_async_context(EtcdServer(self.data_dir / "etcd", clock=self._clock))
+        redis = await stack.enter_async_context(RedisServer(self.data_dir / "redis", clock=self._clock))
+        self.children |= {"etcd": etcd.process, "redis": redis.process}
+        plan = DevPlan({s.name: free_port() for s in self._services}, self.data_dir)
+        port = self._port or free_port()
+        self.url = f"http://127.0.0.1:{port}"
+        self.environment = {
+            "LRM_ETCD_ENDPOINTS": etcd.endpoint,
+            "LRM_REDIS_URL": redis.url,
+            "LRM_API_PORT": str(port),
+            "LRM_INSTANCE_ID": "dev",
+        }
+        for service in self._services:
+            await self._start_service(stack, service, plan)
+            self.environment |= service.environment(plan)
+        self.environment |= self._extra
+        stack.push_async_callback(self._stop_child, "lrm")
+        await self.start_daemon()
+
+    async def _start_service(self, stack: AsyncExitStack, service: DevService, plan: DevPlan) -> None:
+        argv = [sys.executable, "-m", "lrm", "simulate", service.name, *service.arguments(plan)]
+        child = self._spawn(service.name, argv, {**os.environ, **service.environment(plan)})
+        stack.push_async_callback(self._stop_child, service.name)
+        await child.wait_ready(self._answers(plan.url(service.name) + service.ready_path), _READY_SECONDS)
+
+    def _spawn(self, name: str, argv: Sequence[str], env: Mapping[str, str]) -> ChildProcess:
+        log_path = self.data_dir / "logs" / f"{name}.log"
+        child = ChildProcess.start(argv, name=name, log_path=log_path, env=env, clock=self._clock)
+        self.children[name] = child
+        return child
+
+    async def _stop_child(self, name: str) -> None:
+        child = self.children.get(name)
+        if child:
+            await child.stop(grace=10.0)
+
+    def _answers(self, url: str, status: int = 0):  # noqa: ANN202 - a probe for wait_ready
+        async def probe() -> bool:
+            try:
+                async with aiohttp.ClientSession() as session, session.get(url) as reply:
+                    return reply.status == status if status else reply.status < 500
+            except aiohttp.ClientError:
+                return False
+
+        return probe
+
+    def _write_map(self) -> None:
+        where = {
+            "url": self.url,
+            "environment": self.environment,
+            "pids": {name: child.pid for name, child in self.children.items()},
+            "logs": {name: str(child.log_path) for name, child in self.children.items()},
+        }
+        path = self.data_dir / "dev.json"
+        fresh = path.with_suffix(".new")
+        fresh.write_bytes(orjson.dumps(where, option=orjson.OPT_INDENT_2))
+        fresh.replace(path)
+
+
+__all__ = ["DevStack", "ProcessError"]

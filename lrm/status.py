@@ -1,0 +1,124 @@
+"""What the daemon says about itself under /api/status, /livez and /readyz."""
+
+from __future__ import annotations
+
+import uuid
+from importlib.metadata import version
+from typing import Any
+
+from lrm.cache import Cache
+from lrm.election import Term
+from lrm.model import rfc3339
+from lrm.reconcile import Runner
+from lrm.settings import Settings
+from storage.base import Storage
+from storage.clock import Clock
+from storage.redis_health import redis_error
+
+
+class DaemonStatus:
+    """Filled by the daemon as it goes; asked by the API."""
+
+    def __init__(self, settings: Settings, storage: Storage, cache: Cache, clock: Clock) -> None:
+        self.identity = f"{settings.instance_id}-{uuid.uuid4().hex[:8]}"
+        """Unique to this process."""
+        self.terms: dict[str, Term] = {}
+        self.runners: list[Runner[Any]] = []
+        self.stopping = False
+        self._settings = settings
+        self._storage = storage
+        self._cache = cache
+        self._clock = clock
+        self._started = clock.now()
+
+    def live(self) -> tuple[bool, str]:
+        """True while the loop runs: a reconcile worker that dies ends the process."""
+        return True, ""
+
+    def ready(self) -> tuple[bool, str]:
+        """Caches were filled once and the daemon is not stopping; an outage of etcd later does not change it."""
+        if self.stopping:
+            return False, "the daemon is stopping"
+        if not self._cache.synced:
+            return False, f"the caches are not filled yet: {self._cache.error}"
+        return True, ""
+
+    async def health(self) -> dict[str, Any]:
+        """etcd, Redis and the caches, each with what is wrong; `status` is ok, degraded or unhealthy."""
+        store = await self._storage.health()
+        redis = await redis_error(self._settings.redis_url, self._clock)
+        problems = [] if store.ok else ["etcd does not answer"]
+        problems += [f"cache: {self._cache.error}"] if self._cache.error else []
+        notes = [*store.notes, *([f"redis: {redis}; bookmarks are not saved"] if redis else [])]
+        return {
+            "status": "unhealthy" if problems else "degraded" if notes else "ok",
+            "problems": problems,
+            "notes": notes,
+            "etcd": {
+                "ok": store.ok,
+                "revision": store.revision,
+                "clusterId": store.cluster_id,
+                "members": [
+                    {
+                        "endpoint": m.endpoint,
+                        "version": m.version,
+                        "leader": m.leader,
+                        "dbSizeBytes": m.db_size,
+                        "alarms": list(m.alarms),
+                        "error": m.error,
+                    }
+                    for m in store.members
+                ],
+            },
+            "redis": {"ok": not redis, "error": redis},
+            "cache": {"synced": self._cache.synced, "revision": self._cache.revision, "error": self._cache.error},
+        }
+
+    async def status(self) -> dict[str, Any]:
+        """What this daemon is, holds and does."""
+        return {
+            "version": version("lrm"),
+            "instance": self._settings.instance_id,
+            "identity": self.identity,
+            "startedAt": rfc3339(self._started),
+            "stopping": self.stopping,
+            "leader": self.leader(),
+            "resources": self._cache.counts(),
+            "undecodable": self._cache.undecodable,
+            "controllers": [self._controller(r) for r in self.runners],
+        }
+
+    def leader(self) -> dict[str, Any]:
+        """The locks that this daemon holds."""
+        held = sorted(self.terms.items())
+        return {
+            "is_leader": bool(held),
+            "identity": self.identity,
+            "locks": [
+                {
+                    "lock_name": name,
+                    "is_leader": True,
+                    "holder": term.identity,
+                    "term": term.number,
+                    "acquired_at": rfc3339(term.acquired),
+                }
+                for name, term in held
+            ],
+        }
+
+    def _controller(self, runner: Runner[Any]) -> dict[str, Any]:
+        queue, stats = runner.queue, runner.stats
+        return {
+            "name": runner.controller.name,
+            "lock": runner.controller.lock_name,
+            "queued": len(queue),
+            "delayed": queue.waiting,
+            "processing": queue.processing,
+            "oldestQueuedSeconds": round(queue.oldest(), 3),
+            "longestRunningSeconds": round(queue.longest_running(), 3),
+            "reconciles": stats.reconciles,
+            "failures": stats.failures,
+            "terminal": stats.terminal,
+            "finalized": stats.finalized,
+            "secondsTotal": round(stats.seconds, 3),
+        }
