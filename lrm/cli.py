@@ -1,4 +1,7 @@
-"""The command line. Exit codes: 0 done, 1 it did not work (one sentence says why), 2 the command or settings are wrong."""
+"""The command line.
+
+Exit codes: 0 done; 1 it did not work, and one sentence says why; 2 the command or the settings are wrong.
+"""
 
 from __future__ import annotations
 
@@ -145,9 +148,9 @@ def config_show() -> None:
     for cls in _settings_classes():
         values = cls().model_dump(mode="json")
         for name, info in cls.model_fields.items():
-            typer.echo(
-                f"# {info.description or ''}\n{name}: {yaml.safe_dump(values[name]).removesuffix('...\n').strip()}"
-            )
+            shown = yaml.safe_dump(values[name]).removesuffix("...\n").strip()
+            typer.echo(f"# {info.description or ''}")
+            typer.echo(f"{name}: {shown}")
 
 
 @token_app.command("create")

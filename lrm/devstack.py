@@ -10,7 +10,7 @@ import asyncio
 import os
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack
 from pathlib import Path
 from types import TracebackType
@@ -126,7 +126,7 @@ class DevStack:
         if child:
             await child.stop(grace=10.0)
 
-    def _answers(self, url: str, status: int = 0):  # noqa: ANN202 - a probe for wait_ready
+    def _answers(self, url: str, status: int = 0) -> Callable[[], Awaitable[bool]]:
         async def probe() -> bool:
             try:
                 async with aiohttp.ClientSession() as session, session.get(url) as reply:

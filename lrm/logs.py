@@ -20,7 +20,7 @@ def configure_logs(log_format: Literal["console", "json"], level: str, **bound: 
         structlog.processors.TimeStamper(fmt="iso", utc=True),
     ]
     if log_format == "json":
-        ending = [structlog.processors.format_exc_info, structlog.processors.JSONRenderer(serializer=_json)]
+        ending: list[Any] = [structlog.processors.format_exc_info, structlog.processors.JSONRenderer(serializer=_json)]
     else:
         colors = sys.stderr.isatty()
         ending = [structlog.dev.ConsoleRenderer(colors=colors, exception_formatter=structlog.dev.plain_traceback)]
