@@ -274,7 +274,7 @@ class FaultProxy:
         *,
         follow: bool,
     ) -> None:
-        """Carry a reply as it comes; `follow`: a client that leaves ends the request at etcd too, as without a proxy."""
+        """Carry a reply as it comes; `follow`: a client that leaves ends the request at etcd too."""
 
         async def leave() -> None:
             await reader.gone.wait()
