@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 
+from equipment import fetch_kubectl
+from equipment.debian import NotHere
 from equipment.etcd import VERSIONS, WHEEL, SharedEtcds, scratch_dir
 from lrm.devservers import EtcdServer, RedisServer
 
@@ -55,6 +57,15 @@ def etcd_root() -> str:
 async def redis_server(server_dir: Path) -> AsyncIterator[RedisServer]:
     async with RedisServer(server_dir / "redis") as server:
         yield server
+
+
+@pytest.fixture(scope="session")
+def kubectl() -> Path:
+    """A kubectl of at least 1.27."""
+    try:
+        return fetch_kubectl.bring()
+    except NotHere as error:
+        pytest.skip(f"kubectl: {error}")
 
 
 @pytest.hookimpl(wrapper=True)
