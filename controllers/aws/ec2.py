@@ -14,8 +14,6 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import AsyncIterator, Callable, Collection, Iterable, Mapping
-from dataclasses import dataclass, field
-from datetime import datetime
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
@@ -23,6 +21,7 @@ import boto3
 from botocore.config import Config
 
 from controllers.aws.errors import (
+    AwsBadInput,
     AwsError,
     AwsOutcomeUnknown,
     AwsServerError,
@@ -32,18 +31,15 @@ from controllers.aws.errors import (
     from_botocore,
     no_answer,
 )
+from controllers.aws.instance import LIVE_STATES, Ec2Instance, InstanceChecks, described, instance_of
 from controllers.aws.launch import LaunchParameters
 from controllers.aws.threads import Abandoned, Threads, Ticket
 from storage.clock import Clock
 
 if TYPE_CHECKING:
     from mypy_boto3_ec2 import EC2Client
-    from mypy_boto3_ec2.type_defs import InstanceTypeDef
 
 __all__ = ["LIVE_STATES", "Ec2", "Ec2Instance", "InstanceChecks", "LaunchParameters"]
-
-LIVE_STATES = ("pending", "running", "stopping", "stopped", "shutting-down")
-"""Every state but `terminated`."""
 
 CREATE_TIMEOUT = 6.0
 """The longest that a creating call may take, seconds: a leader's lease must outlive it."""
@@ -55,31 +51,6 @@ _STATUS_IDS = 100  # EC2's limit of ids in one DescribeInstanceStatus
 _PAGE_SIZE = 1000  # EC2's largest page
 _MAX_PAGES = 1000
 _IN_FLIGHT = 8  # calls at once
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Ec2Instance:
-    """An instance as EC2 describes it; what EC2 leaves out is empty. `launch_time` is that of the last start."""
-
-    id: str
-    state: str
-    state_reason: str = ""
-    public_ip: str = ""
-    private_ip: str = ""
-    launch_time: datetime | None = None
-    tags: Mapping[str, str] = field(default_factory=dict)
-    instance_type: str = ""
-    image_id: str = ""
-    client_token: str = ""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class InstanceChecks:
-    """EC2's two status checks: ok, impaired, initializing, insufficient-data, or not-applicable (not running)."""
-
-    state: str
-    system: str
-    instance: str
 
 
 class Ec2:
@@ -113,7 +84,7 @@ class Ec2:
         """One instance. Raises `Ec2NotFound` only when EC2 says that it does not exist."""
         request = {"InstanceIds": [_checked(instance_id)]}
         answer = await self._call(Effect.READ, region, "DescribeInstances", request, timeout)
-        for instance in _instances(answer, region):
+        for instance in described(answer, region):
             if instance.id == instance_id:
                 return instance
         raise AwsServerError(
@@ -179,13 +150,19 @@ class Ec2:
     ) -> Ec2Instance:
         """Launch one instance, trying once, for at most 6 s. After `AwsOutcomeUnknown`, look by tag before anything."""
         operation = "RunInstances"
-        answer = await self._call(
-            Effect.CREATING, region, operation, parameters.request(), min(timeout, CREATE_TIMEOUT)
-        )
+        deadline = self._clock.monotonic() + min(timeout, CREATE_TIMEOUT)
+        try:
+            answer = await self._call(
+                Effect.CREATING, region, operation, dict(parameters.request()), min(timeout, CREATE_TIMEOUT)
+            )
+        except AwsBadInput as error:
+            if error.code != "InvalidParameterDependency" or not parameters.sends_iops:
+                raise
+            return await self._launched_after_all(region, parameters, error, deadline)
         instances = answer.get("Instances") or []
         if len(instances) != 1 or not instances[0].get("InstanceId"):
             raise AwsOutcomeUnknown("NoAnswer", "the answer names no instance", operation=operation, region=region)
-        return _instance(instances[0])
+        return instance_of(instances[0])
 
     async def start(self, region: str, instance_id: str, *, timeout: float = WRITE_TIMEOUT) -> str:
         """Start a stopped instance and return the state it is in now; one that runs stays as it is."""
@@ -208,6 +185,28 @@ class Ec2:
             "Tags": [{"Key": key, "Value": value} for key, value in sorted(tags.items())],
         }
         await self._call(Effect.REPEATABLE, region, "CreateTags", request, timeout)
+
+    async def _launched_after_all(
+        self, region: str, parameters: LaunchParameters, refusal: AwsBadInput, deadline: float
+    ) -> Ec2Instance:
+        """The instance of a launch that was refused too late.
+
+        EC2 cannot miss Iops in a request that has them. Moto does, as it loses them on the way to the volume, and has
+        launched the instance by then; it must not go astray. (Moto cannot filter by client token.)
+        """
+        if not parameters.tags:
+            raise refusal
+        left = deadline - self._clock.monotonic()
+        try:
+            found = await self.find_by_tags(region, parameters.tags, timeout=left)
+        except AwsError as error:
+            raise AwsOutcomeUnknown(
+                refusal.code, f"refused, but perhaps launched: {error}", operation="RunInstances", region=region
+            ) from error
+        mine = [instance for instance in found if instance.client_token == parameters.client_token]
+        if not mine:
+            raise refusal
+        return mine[-1]
 
     async def _change(self, region: str, instance_id: str, operation: str, answers: str, timeout: float) -> str:
         request = {"InstanceIds": [_checked(instance_id)]}
@@ -234,7 +233,7 @@ class Ec2:
     ) -> AsyncIterator[Ec2Instance]:
         request = {"Filters": filters, "MaxResults": _PAGE_SIZE}
         async for page in self._pages(region, "DescribeInstances", request, "Reservations", deadline):
-            for instance in _instances(page, region):
+            for instance in described(page, region):
                 yield instance
 
     async def _pages(
@@ -352,31 +351,3 @@ def _checked(instance_id: str) -> str:
 
 def _chunks(ids: list[str], size: int) -> Iterable[list[str]]:
     return (ids[start : start + size] for start in range(0, len(ids), size))
-
-
-def _instances(answer: Mapping[str, Any], region: str) -> Iterable[Ec2Instance]:
-    if "Reservations" not in answer:
-        raise AwsServerError("NoAnswer", "the answer lacks Reservations", operation="DescribeInstances", region=region)
-    for reservation in answer["Reservations"]:
-        for instance in reservation.get("Instances", ()):
-            if not instance.get("InstanceId") or not (instance.get("State") or {}).get("Name"):
-                raise AwsServerError(
-                    "NoAnswer", "an instance without id or state", operation="DescribeInstances", region=region
-                )
-            yield _instance(instance)
-
-
-def _instance(said: InstanceTypeDef) -> Ec2Instance:
-    reason = said.get("StateReason") or {}
-    return Ec2Instance(
-        id=said["InstanceId"],
-        state=(said.get("State") or {}).get("Name", ""),
-        state_reason=reason.get("Message") or reason.get("Code") or said.get("StateTransitionReason") or "",
-        public_ip=said.get("PublicIpAddress") or "",
-        private_ip=said.get("PrivateIpAddress") or "",
-        launch_time=said.get("LaunchTime"),
-        tags={tag.get("Key", ""): tag.get("Value", "") for tag in said.get("Tags", ())},
-        instance_type=said.get("InstanceType", ""),
-        image_id=said.get("ImageId", ""),
-        client_token=said.get("ClientToken") or "",
-    )

@@ -40,6 +40,11 @@ class LaunchParameters:
     iam_instance_profile: str = ""
     tags: Mapping[str, str] = field(default_factory=dict)
 
+    @property
+    def sends_iops(self) -> bool:
+        """Whether the request names a number of IOPS."""
+        return self.iops > 0 and self.volume_type in _IOPS_TYPES
+
     def to_json(self) -> dict[str, Any]:
         """A copy made of JSON's own types, with names as on the wire; `from_json` gives an equal object back."""
         values = asdict(self)
@@ -73,7 +78,7 @@ class LaunchParameters:
             "VolumeType": cast("Any", self.volume_type),
             "DeleteOnTermination": True,  # else each worker that ends leaves a disk that is billed
         }
-        if self.iops and self.volume_type in _IOPS_TYPES:
+        if self.sends_iops:
             ebs["Iops"] = self.iops
         request: dict[str, Any] = {
             "ImageId": self.ami_id,
