@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from datetime import UTC, datetime
 from typing import Annotated, Any, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, PlainSerializer, PrivateAttr
+from pydantic import AfterValidator, BaseModel, ConfigDict, PlainSerializer
 from pydantic.alias_generators import to_camel
 
 
@@ -30,6 +30,10 @@ Timestamp = Annotated[datetime, AfterValidator(_aware), PlainSerializer(rfc3339,
 """An aware time, RFC 3339 in UTC on the wire."""
 
 
+_SEAL = "sealed"
+"""Marks a shared object in its `__dict__`, beside the fields (as a cached property would): equality ignores it."""
+
+
 class Model(BaseModel):
     """Base of every piece of a resource."""
 
@@ -37,24 +41,22 @@ class Model(BaseModel):
         alias_generator=to_camel, populate_by_name=True, extra="allow", arbitrary_types_allowed=False
     )
 
-    _sealed: bool = PrivateAttr(default=False)
-
     def __setattr__(self, name: str, value: Any) -> None:
-        if name != "_sealed" and self._sealed:
+        if _SEAL in self.__dict__:
             raise TypeError(f"{type(self).__name__} is shared and read-only; change a thaw()ed copy")
         super().__setattr__(name, value)
 
     def seal(self) -> Self:
         """Forbid assignment here and below, for good."""
         for part in _models(self):
-            part._sealed = True  # noqa: SLF001 - our own class
+            part.__dict__[_SEAL] = True
         return self
 
     def thaw(self) -> Self:
         """A deep copy that may be changed."""
         copy = self.model_copy(deep=True)
         for part in _models(copy):
-            part._sealed = False  # noqa: SLF001 - our own class
+            part.__dict__.pop(_SEAL, None)
         return copy
 
     def wire(self) -> dict[str, Any]:

@@ -236,7 +236,7 @@ class Runner(Generic[R]):
 
     async def _work(self, term: Term) -> None:
         while (key := await self.queue.get()) is not None:
-            self._echoes[key] = _Echoes()
+            self._echoes.setdefault(key, _Echoes())
             written = Written()
             try:
                 written = await self._one(key, term)
@@ -247,7 +247,7 @@ class Runner(Generic[R]):
     def _settle_echoes(self, key: Key, written: Written) -> None:
         echoes = self._echoes[key]
         own = {revision for revisions in written.revisions.values() for revision in revisions}
-        echoes.own = {r for r in own if r > self._cache.revision}
+        echoes.own = {r for r in echoes.own | own if r > self._cache.revision}
         if echoes.seen_meanwhile - own:
             self.queue.add(key)
         echoes.seen_meanwhile = set()

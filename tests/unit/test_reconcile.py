@@ -1,0 +1,324 @@
+"""The runner: level-driven, one reconcile per key, own writes visible, finalizers, deadlines, leadership."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+
+import pytest
+
+from equipment.widget import Note, Phase, Widget, registry, widget
+from lrm.cache import Cache
+from lrm.client import Client
+from lrm.election import StaticElection, StaticTerm
+from lrm.errors import ResourceNotFound, TerminalError
+from lrm.reconcile import Context, Controller, Result, Runner, Trigger
+from storage.clock import SystemClock
+from storage.memory import MemoryStorage
+
+Step = Callable[[Widget, Context], Awaitable[Result]]
+
+
+class WidgetController(Controller[Widget]):
+    name = "widgets"
+    lock_name = "widgets"
+    model = Widget
+    deadline = 0.5
+
+    def __init__(self, step: Step, *, finalizer: str = "", cleanup: Step | None = None) -> None:
+        self.finalizer = finalizer
+        self._step = step
+        self._cleanup = cleanup
+
+    def triggers(self) -> list[Trigger]:
+        return [Trigger(Note, lambda change: [(change.item.namespace, change.item.name)])]
+
+    async def reconcile(self, resource: Widget, ctx: Context) -> Result:
+        return await self._step(resource, ctx)
+
+    async def finalize(self, resource: Widget, ctx: Context) -> Result:
+        return await self._cleanup(resource, ctx) if self._cleanup else Result.done()
+
+
+@dataclass
+class World:
+    storage: MemoryStorage
+    client: Client
+    cache: Cache
+    runner: Runner[Widget]
+    election: StaticElection
+    term: StaticTerm
+    running: asyncio.Task[None]
+    calls: list[str] = field(default_factory=list)
+
+    async def until(self, condition: Callable[[], bool], seconds: float = 5) -> None:
+        async with asyncio.timeout(seconds):
+            while not condition():
+                await asyncio.sleep(0.005)
+
+    async def quiet(self) -> None:
+        """Until the cache holds everything written and the queue has nothing in it and nothing in hand."""
+        await self.cache.barrier()
+        await self.until(lambda: len(self.runner.queue) == 0 and self.runner.queue.processing == 0)
+        await self.cache.barrier()
+
+
+@asynccontextmanager
+async def world(controller: WidgetController, *existing: Widget, observe_only: bool = False) -> AsyncIterator[World]:
+    storage, clock = MemoryStorage(), SystemClock()
+    client = Client(storage, registry(), clock, owner="widgets")
+    for resource in existing:
+        await client.create(resource)
+    cache = Cache(storage, registry(), clock)
+    caching = asyncio.create_task(cache.run())
+    runner = Runner(controller, client, cache, clock, observe_only=observe_only)
+    election = StaticElection(storage, clock, root="/lrm", lock_name="widgets", identity="test")
+    term = await election.acquire()
+    running = asyncio.create_task(runner.run(term))
+    try:
+        yield World(storage, client, cache, runner, election, term, running)
+    finally:
+        for task in (running, caching):
+            task.cancel()
+        await asyncio.gather(running, caching, return_exceptions=True)
+
+
+async def test_existing_and_new_objects_are_reconciled_and_unchanged_ones_are_left_alone() -> None:
+    seen: list[tuple[str, int]] = []
+
+    async def step(w: Widget, _ctx: Context) -> Result:
+        seen.append((w.name, w.metadata.generation))
+        return Result.done()
+
+    async with world(WidgetController(step), widget("old")) as it:
+        await it.until(lambda: seen == [("old", 1)])
+        made = await it.client.create(widget("new"))
+        await it.until(lambda: ("new", 1) in seen)
+        await it.client.update(made, lambda w: setattr(w.spec, "count", 5))
+        await it.until(lambda: ("new", 2) in seen)
+        await it.quiet()
+        assert seen == [("old", 1), ("new", 1), ("new", 2)]
+
+
+async def test_the_echo_of_an_own_write_does_not_wake_the_key_but_a_foreign_one_does() -> None:
+    runs = 0
+
+    async def step(w: Widget, ctx: Context) -> Result:
+        nonlocal runs
+        runs += 1
+        await ctx.client.update_status(w, lambda x: setattr(x.status, "seen", runs))
+        return Result.done()
+
+    async with world(WidgetController(step), widget()) as it:
+        await it.until(lambda: runs == 1)
+        await it.quiet()
+        assert runs == 1
+        stored = await it.client.get(Widget, "default", "w1")
+        await it.client.update(stored, lambda w: w.metadata.annotations.update(a="b"))
+        await it.until(lambda: runs == 2)
+        await it.quiet()
+        assert runs == 2
+
+
+async def test_a_foreign_write_during_a_reconcile_is_not_missed() -> None:
+    entered, leave = asyncio.Event(), asyncio.Event()
+    counts: list[int] = []
+
+    async def step(w: Widget, ctx: Context) -> Result:
+        counts.append(w.spec.count)
+        if len(counts) == 1:
+            entered.set()
+            await leave.wait()
+            await ctx.client.update_status(w, lambda x: setattr(x.status, "seen", 1))
+        return Result.done()
+
+    async with world(WidgetController(step), widget()) as it:
+        await entered.wait()
+        stored = await it.client.get(Widget, "default", "w1")
+        await it.client.update(stored, lambda w: setattr(w.spec, "count", 9))
+        await it.cache.barrier()
+        leave.set()
+        await it.until(lambda: counts == [1, 9])
+        await it.quiet()
+        assert counts == [1, 9]
+
+
+async def test_a_reconcile_always_sees_what_it_wrote_last() -> None:
+    seen: list[int] = []
+
+    async def step(w: Widget, ctx: Context) -> Result:
+        seen.append(w.status.seen)
+        if w.status.seen < 20:
+            await ctx.client.update_status(w, lambda x: setattr(x.status, "seen", x.status.seen + 1))
+            return Result.after(0.0001)
+        return Result.done()
+
+    async with world(WidgetController(step), widget()) as it:
+        await it.until(lambda: seen[-1:] == [20])
+        assert seen == list(range(21))
+
+
+async def test_finalizer_is_there_before_the_first_reconcile_and_goes_only_when_cleaned_up() -> None:
+    seen: list[list[str]] = []
+    cleaned: list[str] = []
+
+    async def step(w: Widget, _ctx: Context) -> Result:
+        seen.append(list(w.metadata.finalizers))
+        return Result.done()
+
+    async def cleanup(w: Widget, _ctx: Context) -> Result:
+        cleaned.append(w.name)
+        return Result.after(0.01) if len(cleaned) < 3 else Result.done()
+
+    controller = WidgetController(step, finalizer="test.io/clean", cleanup=cleanup)
+    async with world(controller, widget()) as it:
+        await it.until(lambda: seen == [["test.io/clean"]])
+        stored = await it.client.get(Widget, "default", "w1")
+        await it.client.delete(stored)
+        await it.until(lambda: it.cache.get(Widget, "default", "w1") is None)
+        assert len(cleaned) == 3
+        with pytest.raises(ResourceNotFound):
+            await it.client.get(Widget, "default", "w1")
+        assert len(seen) == 1
+
+
+async def test_an_object_deleted_before_the_finalizer_was_added_is_not_cleaned_up() -> None:
+    cleaned: list[str] = []
+
+    async def step(_w: Widget, _ctx: Context) -> Result:
+        return Result.done()
+
+    async def cleanup(w: Widget, _ctx: Context) -> Result:
+        cleaned.append(w.name)
+        return Result.done()
+
+    foreign = widget()
+    foreign.metadata.finalizers = ["someone.io/else"]
+    storage_made = WidgetController(step, finalizer="test.io/clean", cleanup=cleanup)
+    async with world(storage_made) as it:
+        it.runner.queue.close()
+        made = await it.client.create(foreign)
+        await it.client.delete(made)
+        await it.quiet()
+        assert cleaned == []
+
+
+async def test_failures_are_retried_with_growing_delay_and_terminal_errors_are_not() -> None:
+    tries: dict[str, int] = {}
+
+    async def step(w: Widget, _ctx: Context) -> Result:
+        tries[w.name] = tries.get(w.name, 0) + 1
+        if w.name == "terminal":
+            raise TerminalError("BadSpec", "will never work")
+        if tries[w.name] < 3:
+            raise RuntimeError("not yet")
+        return Result.done()
+
+    async with world(WidgetController(step), widget("flaky"), widget("terminal")) as it:
+        await it.until(lambda: tries.get("flaky") == 3)
+        await it.quiet()
+        assert tries == {"flaky": 3, "terminal": 1}
+        assert it.runner.stats.failures == 2
+        assert it.runner.stats.terminal == 1
+
+
+async def test_a_reconcile_over_its_deadline_is_cancelled_and_tried_again() -> None:
+    cancelled: list[bool] = []
+
+    async def step(_w: Widget, _ctx: Context) -> Result:
+        if not cancelled:
+            try:
+                await asyncio.Event().wait()
+            except asyncio.CancelledError:
+                cancelled.append(True)
+                raise
+        return Result.done()
+
+    async with world(WidgetController(step), widget()) as it:
+        await it.until(lambda: it.runner.stats.reconciles == 2)
+        assert cancelled == [True]
+
+
+async def test_other_kinds_wake_the_keys_they_map_to() -> None:
+    seen: list[str] = []
+
+    async def step(w: Widget, _ctx: Context) -> Result:
+        seen.append(w.name)
+        return Result.done()
+
+    async with world(WidgetController(step), widget()) as it:
+        await it.until(lambda: seen == ["w1"])
+        await it.client.create(Note.model_validate({**widget().wire(), "kind": "Note"}))
+        await it.until(lambda: seen == ["w1", "w1"])
+
+
+async def test_a_deposed_leader_stops_reconciling_and_writes_nothing() -> None:
+    hold = asyncio.Event()
+    outcomes: list[str] = []
+
+    async def step(w: Widget, ctx: Context) -> Result:
+        await hold.wait()
+        try:
+            await ctx.client.update_status(w, lambda x: setattr(x.status, "seen", 1))
+        except Exception as error:
+            outcomes.append(type(error).__name__)
+            raise
+        return Result.done()
+
+    async with world(WidgetController(step), widget()) as it:
+        await it.until(lambda: it.runner.queue.processing == 1)
+        await it.election.acquire()
+        hold.set()
+        async with asyncio.timeout(5):
+            await it.running
+        assert outcomes == ["Fenced"]
+        assert (await it.client.get(Widget, "default", "w1")).status.seen == 0
+
+
+async def test_no_reconcile_starts_before_the_caches_hold_all_that_was_written_before() -> None:
+    first_seen: list[Phase] = []
+
+    async def step(w: Widget, _ctx: Context) -> Result:
+        first_seen.append(w.status.phase)
+        return Result.done()
+
+    storage, clock = MemoryStorage(), SystemClock()
+    client = Client(storage, registry(), clock, owner="widgets")
+    made = await client.create(widget())
+    cache = Cache(storage, registry(), clock)
+    runner = Runner(WidgetController(step), client, cache, clock)
+    term = await StaticElection(storage, clock, root="/lrm", lock_name="w", identity="x").acquire()
+    running = asyncio.create_task(runner.run(term))
+    await asyncio.sleep(0.05)
+    assert first_seen == []
+    await client.update_status(made, lambda w: setattr(w.status, "phase", Phase.READY))
+    caching = asyncio.create_task(cache.run())
+    async with asyncio.timeout(5):
+        while not first_seen:
+            await asyncio.sleep(0.005)
+    assert first_seen == [Phase.READY]
+    for task in (running, caching):
+        task.cancel()
+    await asyncio.gather(running, caching, return_exceptions=True)
+
+
+async def test_drain_lets_the_reconcile_in_hand_end_and_starts_no_other() -> None:
+    leave = asyncio.Event()
+    ended: list[str] = []
+
+    async def step(w: Widget, _ctx: Context) -> Result:
+        await leave.wait()
+        ended.append(w.name)
+        return Result.done()
+
+    controller = WidgetController(step)
+    controller.workers = 1
+    async with world(controller, widget("a"), widget("b")) as it:
+        await it.until(lambda: it.runner.queue.processing == 1)
+        draining = asyncio.create_task(it.runner.drain(5))
+        await asyncio.sleep(0)
+        leave.set()
+        await draining
+        assert ended == ["a"]
