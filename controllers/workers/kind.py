@@ -1,0 +1,398 @@
+"""The LabWorker: what a person may ask for, what is observed, and the rules between the two.
+
+Pure data and pure functions. Secrets are never part of it, only references to them. Who may change which part of the
+status is said here (`LAB_WORKER.status_owners`): `allocations` belongs to the instances' controller, `labs…` to the
+labs' sync, all else to the workers' controller.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import Any, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from controllers.workers.phases import TRANSITIONS, Phase
+from lrm.errors import Cause
+from lrm.kind import Column, Kind
+from lrm.model import Model, Timestamp, rfc3339
+from lrm.resource import Resource, Status
+from lrm.secrets import SecretRef
+
+TRUST_ANNOTATION = "lab.neuroglia.io/trust-new-identity"
+"""A new value lets the worker's address belong to another CML, or show another certificate, once."""
+DRAIN_ANNOTATION = "lab.neuroglia.io/drain-before-delete"
+"""Unless "false": a deletion waits until no lab runs, as long as a drain may take."""
+
+INSTANCE_FINALIZER = "lab.neuroglia.io/instance"
+RECORDS_FINALIZER = "lab.neuroglia.io/records"
+
+WORKERS, INSTANCES, LABS = "workers", "instances", "labs"
+"""Owners of parts of the status, which are the names of their controllers."""
+
+_INSTANCE_ID = re.compile(r"i-[0-9a-f]{8,17}")
+_REGION = re.compile(r"[a-z]{2}(-[a-z]+)+-\d{1,2}")
+_FINGERPRINT = re.compile(r"[0-9a-f]{64}")
+_TAGS_MOST = 40
+"""EC2 takes 50 on a resource; the others are for lrm's own and the account's."""
+
+
+class AwsSpec(Model):
+    """The EC2 instance: either the one to launch, or with `instanceId` the one to adopt."""
+
+    ami_id: str | None = Field(None, pattern=r"^ami-[0-9a-zA-Z]{4,40}$")
+    instance_type: str = Field("m5zn.metal", pattern=r"^[a-z0-9][a-z0-9.-]{1,30}$")
+    key_name: str | None = Field(None, min_length=1, max_length=255)
+    subnet_id: str | None = Field(None, min_length=1, max_length=64)
+    security_group_ids: list[str] = Field(default_factory=list, max_length=16)
+    assign_public_ip: bool = True
+    volume_size_gb: int = Field(500, ge=1, le=65536)
+    volume_type: Literal["gp2", "gp3", "io1", "io2", "st1", "sc1", "standard"] = "io1"
+    iops: int = Field(10000, ge=100, le=256000)
+    iam_instance_profile: str | None = Field(None, min_length=1, max_length=2048)
+    tags: dict[str, str] = Field(default_factory=dict, max_length=_TAGS_MOST)
+    instance_id: str | None = None
+
+    @field_validator("instance_id")
+    @classmethod
+    def _id(cls, value: str | None) -> str | None:
+        if value is not None and not _INSTANCE_ID.fullmatch(value):
+            raise ValueError("an instance id looks like i-0123456789abcdef0")
+        return value
+
+    @field_validator("tags")
+    @classmethod
+    def _tags(cls, tags: dict[str, str]) -> dict[str, str]:
+        for key, value in tags.items():
+            if key.startswith(("lrm/", "aws:")):
+                raise ValueError(f"{key[:60]!r} is reserved: tags of lrm/ and aws: are not the user's")
+            if not 1 <= len(key) <= 128 or len(value) > 256:
+                raise ValueError(f"{key[:60]!r}: EC2 takes keys of 1 to 128 and values of up to 256 characters")
+        return tags
+
+
+class TlsSpec(Model):
+    """How the worker's certificate is checked."""
+
+    verify: bool = True
+    ca_file: str | None = Field(None, pattern=r"^/.+")
+    fingerprint: str | None = None
+
+    @field_validator("fingerprint")
+    @classmethod
+    def _normal(cls, value: str | None) -> str | None:
+        if value is not None and not _FINGERPRINT.fullmatch(re.sub(r"[:\s]", "", value.lower())):
+            raise ValueError("a fingerprint is the certificate's sha256: 64 hex digits, colons allowed")
+        return value
+
+    @model_validator(mode="after")
+    def _sense(self) -> TlsSpec:
+        if self.ca_file and not self.verify:
+            raise ValueError("caFile says nothing when verify is false")
+        return self
+
+
+class CmlSpec(Model):
+    """The CML on it: where it answers, who logs in, what it is licensed for."""
+
+    username: str = Field("admin", min_length=1, max_length=32)
+    password_from: SecretRef | None = None
+    license_token_from: SecretRef | None = None
+    product_license: str | None = Field(None, pattern=r"^\w{1,20}$")
+    api_base_url: str | None = Field(None, pattern=r"^https?://[^\s/?#@]+(/[^\s?#@]*)?$", max_length=512)
+    use_private_ip: bool = False
+    tls: TlsSpec = Field(default_factory=TlsSpec)
+    max_nodes_unlicensed: int = Field(5, ge=0)
+    max_nodes_licensed: int = Field(200, ge=0)
+
+
+class IdleDetection(Model):
+    """When a worker on which nothing happens is stopped."""
+
+    enabled: bool = False
+    timeout_minutes: int = Field(60, ge=1)
+
+
+class LabWorkerSpec(Model):
+    """What is wanted."""
+
+    lab_track: str = Field("", max_length=63)
+    region: str
+    aws: AwsSpec = Field(default_factory=AwsSpec)
+    cml: CmlSpec = Field(default_factory=CmlSpec)
+    desired_phase: Literal["Ready", "Draining", "Stopped", "Terminated"] = "Ready"
+    deletion_policy: Literal["Terminate", "Retain"] | None = None
+    auto_license: bool = True
+    drain_timeout_minutes: int = Field(240, ge=0, le=7 * 24 * 60)
+    max_concurrent_labs: int = Field(20, ge=0, le=10000)
+    idle_detection: IdleDetection = Field(default_factory=IdleDetection)
+    shared: bool = False
+
+    @field_validator("region")
+    @classmethod
+    def _region(cls, value: str) -> str:
+        if not _REGION.fullmatch(value):
+            raise ValueError("a region looks like us-east-1")
+        return value
+
+    @property
+    def adopts(self) -> bool:
+        """Whether an existing instance is taken over instead of launching one."""
+        return self.aws.instance_id is not None
+
+    @property
+    def retains(self) -> bool:
+        """Whether the instance outlives this object."""
+        if self.deletion_policy is None:
+            return self.adopts
+        return self.deletion_policy == "Retain"
+
+    @property
+    def wants_license(self) -> bool:
+        return self.auto_license and self.cml.license_token_from is not None
+
+
+class Checks(Model):
+    """EC2's status checks."""
+
+    system: str = ""
+    instance: str = ""
+
+
+class Problem(Model):
+    """The last thing that went wrong on one side, cleared when it works again."""
+
+    reason: str
+    message: str
+    at: Timestamp
+
+
+class Ec2Status(Model):
+    """The instance as EC2 tells it, and the launch that made it."""
+
+    instance_id: str | None = None
+    state: str | None = None
+    public_ip: str | None = None
+    private_ip: str | None = None
+    checks: Checks | None = None
+    adopted: bool = False
+    attempt: int = 0
+    """Launches asked for, each under a token of its own."""
+    launch: dict[str, Any] | None = None
+    """What the current attempt sends, word for word."""
+    sent_at: Timestamp | None = None
+    """When RunInstances was last about to be sent, while it is not known what came of it."""
+    launches: int = 0
+    """Instances that EC2 ended by itself since provisioning began."""
+    first_seen_at: Timestamp | None = None
+    """When EC2 first described the instance: only then can its absence mean anything."""
+    surplus: list[str] = Field(default_factory=list)
+    """Further instances of this worker that were found and ended, the last ten."""
+    last_error: Problem | None = None
+
+
+class Identity(Model):
+    """Which CML this is; belongs to the instance and goes with it."""
+
+    product_uuid: str
+    fingerprint: str | None = None
+
+
+class CmlStatus(Model):
+    """The CML as it tells about itself."""
+
+    version: str | None = None
+    ready: bool = False
+    licensed: bool = False
+    api_url: str | None = None
+    identity: Identity | None = None
+    trusted: str | None = None
+    """The value of the trust annotation that was honoured last."""
+    system_info: dict[str, Any] | None = None
+    health: dict[str, Any] | None = None
+    failed_checks: int = 0
+    """Checks that failed in a row, counted up to three."""
+    last_sync_at: Timestamp | None = None
+    last_error: Problem | None = None
+    registration: Registration | None = None
+
+
+class Registration(Model):
+    """The licence registration under way, or how the last one ended."""
+
+    sent_at: Timestamp | None = None
+    failed: Problem | None = None
+    generation: int = 0
+    """The generation, and the value of the retry annotation, for which it failed."""
+    retry: str | None = None
+
+
+class Capacity(Model):
+    """What the worker has in all; bytes."""
+
+    cpu: int = 0
+    memory: int = 0
+    disk: int = 0
+    nodes: int = 0
+    slots: int = 0
+
+
+class Utilization(Model):
+    """How busy it is; absent is unknown."""
+
+    cpu_percent: float | None = None
+    memory_percent: float | None = None
+
+
+class Allocation(Model):
+    """What one lab instance holds of the worker."""
+
+    cpu: float = 0
+    memory: int = 0
+    slots: int = 1
+    nodes: int = 0
+    since: Timestamp | None = None
+
+
+class Timestamps(Model):
+    """When the present stretches began, from which deadlines are counted."""
+
+    provisioning_started_at: Timestamp | None = None
+    ec2_started_at: Timestamp | None = None
+    boot_started_at: Timestamp | None = None
+    licensing_started_at: Timestamp | None = None
+    ready_at: Timestamp | None = None
+    draining_started_at: Timestamp | None = None
+    unlicensing_started_at: Timestamp | None = None
+    stopping_started_at: Timestamp | None = None
+    stopped_at: Timestamp | None = None
+    terminating_started_at: Timestamp | None = None
+    terminated_at: Timestamp | None = None
+
+
+class Failure(Model):
+    """Why the worker is Failed, and what must differ for it to try again."""
+
+    reason: str
+    message: str
+    at: Timestamp
+    phase: str
+    """Where it failed."""
+    generation: int
+    retry: str | None = None
+
+
+class LabWorkerStatus(Status):
+    """What is observed."""
+
+    ec2: Ec2Status = Field(default_factory=Ec2Status)
+    cml: CmlStatus = Field(default_factory=CmlStatus)
+    capacity: Capacity | None = None
+    utilization: Utilization | None = None
+    allocations: dict[str, Allocation] = Field(default_factory=dict)
+    labs_count: int | None = None
+    labs_synced_at: Timestamp | None = None
+    labs_sync_error: str | None = None
+    timestamps: Timestamps = Field(default_factory=Timestamps)
+    failure: Failure | None = None
+
+
+class LabWorker(Resource[LabWorkerSpec, LabWorkerStatus]):
+    """One CML on one EC2 instance."""
+
+    api_version: str = "lab.neuroglia.io/v1"
+    kind: str = "LabWorker"
+    spec: LabWorkerSpec
+    status: LabWorkerStatus = Field(default_factory=LabWorkerStatus)
+
+    @property
+    def phase(self) -> Phase | str:
+        """The phase; a word that this version does not know stays a word."""
+        try:
+            return Phase(self.status.phase)
+        except ValueError:
+            return self.status.phase
+
+
+def validate(new: LabWorker, old: LabWorker | None) -> Iterator[Cause]:
+    """What types cannot say: what a launch needs, and what is fixed once there is an instance."""
+    aws = new.spec.aws
+    if aws.ami_id is None and aws.instance_id is None:
+        yield Cause("spec.aws.amiId", "FieldValueRequired", "amiId is required, or instanceId to adopt an instance")
+    if old is None:
+        return
+    ec2 = old.status.ec2
+    # A launch that may have been sent counts as an instance: it is repeated word for word until it is known.
+    if ec2.instance_id is None and ec2.sent_at is None:
+        return
+    what = f"it is fixed while the instance {ec2.instance_id or 'being launched'} exists"
+    if new.spec.region != old.spec.region:
+        yield Cause("spec.region", "FieldValueInvalid", what)
+    before, after = old.spec.aws.wire(), aws.wire()
+    for name in sorted(before.keys() | after.keys()):
+        if name != "tags" and before.get(name) != after.get(name):
+            yield Cause(f"spec.aws.{name}", "FieldValueInvalid", what)
+
+
+def serving(worker: LabWorker) -> bool:
+    """Whether labs run and may be placed on it."""
+    return worker.status.phase in {Phase.READY, Phase.READY_UNLICENSED, Phase.ACTIVE} and not worker.deleting
+
+
+def _condition(kind: str) -> Any:
+    def value(worker: LabWorker) -> str | None:
+        condition = worker.status.condition(kind)
+        return condition.status if condition else None
+
+    return value
+
+
+def _created(worker: LabWorker) -> str | None:
+    at = worker.metadata.creation_timestamp
+    return rfc3339(at) if at else None
+
+
+COLUMNS = (
+    Column("Phase", lambda w: w.status.phase, description="Where the worker stands in its life."),
+    Column("Ready", _condition("Ready"), description="Whether labs can run on it now."),
+    Column("Track", lambda w: w.spec.lab_track or None, description="The lab track it serves."),
+    Column("Region", lambda w: w.spec.region, description="Its AWS region."),
+    Column("Instance", lambda w: w.status.ec2.instance_id, description="Its EC2 instance."),
+    Column("CML", lambda w: w.status.cml.version, description="The version of CML on it."),
+    Column("Labs", lambda w: w.status.labs_count, type="integer", description="Labs on it at the last sync."),
+    Column("Age", _created, type="date", description="Since when the object exists."),
+    Column("State", lambda w: w.status.ec2.state, description="What EC2 says of the instance.", priority=1),
+    Column("Type", lambda w: w.spec.aws.instance_type, description="The instance type.", priority=1),
+    Column("Address", lambda w: w.status.cml.api_url, description="Where its CML answers.", priority=1),
+    Column("Licensed", _condition("Licensed"), description="Whether its CML is licensed.", priority=1),
+)
+
+LAB_WORKER: Kind[LabWorker] = Kind(
+    model=LabWorker,
+    plural="labworkers",
+    singular="labworker",
+    short_names=("lw",),
+    categories=("all", "lrm"),
+    max_name=63,
+    columns=COLUMNS,
+    transitions=TRANSITIONS,
+    initial_phase=Phase.PENDING.value,
+    default_owner=WORKERS,
+    status_owners={"allocations": INSTANCES, "labs*": LABS},
+    condition_owners={"LabsSynced": LABS},
+    indexes={
+        "track": lambda w: (w.spec.lab_track,),
+        "phase": lambda w: (w.status.phase,),
+        "region": lambda w: (w.spec.region,),
+    },
+    fields={
+        "status.phase": lambda w: w.status.phase,
+        "spec.labTrack": lambda w: w.spec.lab_track,
+        "spec.region": lambda w: w.spec.region,
+        "spec.desiredPhase": lambda w: w.spec.desired_phase,
+    },
+    validate=validate,
+)
+
+CmlStatus.model_rebuild()
