@@ -63,6 +63,12 @@ def check_guards(guards: tuple[Guard, ...]) -> None:
             raise GuardFailed(guard)
 
 
+def check_limit(limit: int) -> None:
+    """A list's limit is 0 for all, or a number of entries."""
+    if limit < 0:
+        raise ValueError(f"the limit of a list is 0 or more, not {limit}")
+
+
 def barrier_key(prefix: str, instance: str) -> str:
     """Where the live watch on `prefix` of one daemon writes; the prefix must be a folder."""
     if not prefix.endswith("/"):

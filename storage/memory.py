@@ -46,6 +46,7 @@ from storage.keys import (
     KeyPattern,
     barrier_key,
     check_guards,
+    check_limit,
     check_put,
     decode_token,
     encode_key,
@@ -116,6 +117,7 @@ class MemoryStorage:
         return [e.key for e in found if parsed.matches(e.key)]
 
     async def list(self, prefix: str, *, limit: int = 0, continue_token: str = "", revision: int = 0) -> Page:
+        check_limit(limit)
         encode_prefix(prefix)
         after = ""
         if continue_token:
