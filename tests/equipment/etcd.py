@@ -7,12 +7,14 @@
 from __future__ import annotations
 
 import base64
+import json
 import os
 import shutil
 import subprocess
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +52,15 @@ def scratch_dir(prefix: str = "lrm-test-") -> Iterator[Path]:
         yield path
     finally:
         shutil.rmtree(path, ignore_errors=True)
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """One event as etcd tells it; a deletion has no value."""
+
+    revision: int
+    key: str
+    value: bytes | None
 
 
 class SharedEtcds:
@@ -117,6 +128,36 @@ class Gateway:
     async def status(self) -> dict[str, Any]:
         return await self.call("maintenance/status", {})
 
+    async def put_together(self, values: dict[str, bytes]) -> int:
+        """Write several keys in one transaction: they share a revision."""
+        puts = [{"request_put": {"key": b64(key), "value": b64(value)}} for key, value in values.items()]
+        return int((await self.call("kv/txn", {"success": puts}))["header"]["revision"])
+
+    async def history(self, prefix: str, first: int, last: int) -> list[Change]:
+        """Every change below a prefix from revision `first` to `last`, by a watch of etcd's own making.
+
+        Waits for a change at `last` or later: pass the revision of a write below the prefix.
+        """
+        start = {"key": b64(prefix), "range_end": b64(prefix[:-1] + chr(ord(prefix[-1]) + 1)), "fragment": True}
+        body = {"create_request": {**start, "start_revision": str(first)}}
+        changes: list[Change] = []
+        timeout = aiohttp.ClientTimeout(total=60)
+        async with (
+            aiohttp.ClientSession(timeout=timeout, read_bufsize=2**24, **self._options) as session,
+            session.post(f"{self._endpoint}/v3/watch", json=body) as reply,
+        ):
+            buffer = b""
+            async for data in reply.content.iter_any():
+                *lines, buffer = (buffer + data).split(b"\n")
+                for line in lines:
+                    result = json.loads(line)["result"]
+                    if result.get("canceled"):
+                        raise RuntimeError(f"the history from {first} on is not to be had: {result}")
+                    changes += [_change(event) for event in result.get("events", ())]
+                    if changes and changes[-1].revision >= last and not result.get("fragment"):
+                        return [change for change in changes if change.revision <= last]
+        raise RuntimeError("etcd ended the watch")
+
     async def enable_auth(self, user: str, password: str) -> None:
         """Make this the root user and switch authentication on."""
         await self.call("auth/user/add", {"name": "root", "password": password})
@@ -126,6 +167,12 @@ class Gateway:
             await self.call("auth/user/add", {"name": user, "password": password})
             await self.call("auth/user/grant", {"user": user, "role": "root"})
         await self.call("auth/enable", {})
+
+
+def _change(event: dict[str, Any]) -> Change:
+    kv = event["kv"]
+    value = None if event.get("type") == "DELETE" else base64.b64decode(kv.get("value", ""))
+    return Change(int(kv["mod_revision"]), base64.b64decode(kv["key"]).decode(), value)
 
 
 def b64(data: str | bytes) -> str:

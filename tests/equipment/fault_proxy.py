@@ -28,10 +28,10 @@ class When(enum.Enum):
 
 
 class How(enum.Enum):
+    PASS = "go on"
     CLOSE = "close the connection in order"
     RESET = "reset the connection"
     SILENCE = "answer nothing, keep the connection open"
-    HOLD = "wait for release, then go on"
     TRUNCATE = "pass `keep` bytes of the reply, then close"
     REPLACE = "answer with `status` and `reply` instead"
 
@@ -45,11 +45,15 @@ class Request:
 
 @dataclass(eq=False)
 class Rule:
-    """One fault: the first `skip` requests that match pass, the next `times` are struck (0: all that follow)."""
+    """One fault: the first `skip` requests that match pass, the next `times` are struck (0: all that follow).
+
+    A `held` one waits for `release` before it goes on to what `how` says.
+    """
 
     when: When
     how: How
     path: str = ""
+    held: bool = False
     skip: int = 0
     times: int = 1
     keep: int = 0
@@ -141,6 +145,7 @@ class FaultProxy:
         how: How,
         path: str = "",
         *,
+        held: bool = False,
         skip: int = 0,
         times: int = 1,
         keep: int = 0,
@@ -149,7 +154,7 @@ class FaultProxy:
         matches: Callable[[Request], bool] = lambda _: True,
     ) -> Rule:
         """Switch a fault on; the first rule that takes a request strikes it."""
-        rule = Rule(when, how, path, skip, times, keep, status, reply, matches)
+        rule = Rule(when, how, path, held, skip, times, keep, status, reply, matches)
         self._rules.append(rule)
         return rule
 
@@ -232,9 +237,9 @@ class FaultProxy:
 
     async def _before(self, rule: Rule, reader: _Reader, writer: asyncio.StreamWriter) -> None:
         await rule.strike()
-        if rule.how is How.HOLD:
+        if rule.held:
             await rule.release.wait()
-        else:
+        if rule.how is not How.PASS:
             await self._end(rule, reader, writer, b"")
 
     async def _after(
@@ -247,8 +252,9 @@ class FaultProxy:
             if rule.how is How.TRUNCATE and len(whole) > rule.keep:
                 break
         await rule.strike()
-        if rule.how is How.HOLD:
+        if rule.held:
             await rule.release.wait()
+        if rule.how is How.PASS:
             await self._write(writer, whole)
         else:
             await self._end(rule, reader, writer, whole)

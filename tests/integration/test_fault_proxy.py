@@ -52,7 +52,7 @@ async def test_only_the_chosen_request_is_struck(etcd: EtcdServer, etcd_root: st
 
 async def test_a_held_request_is_carried_out_late_though_its_client_has_gone(etcd: EtcdServer, etcd_root: str) -> None:
     async with FaultProxy(etcd.endpoint) as proxy:
-        rule = proxy.inject(When.BEFORE, How.HOLD, PUT)
+        rule = proxy.inject(When.BEFORE, How.PASS, PUT, held=True)
         writing = asyncio.create_task(Gateway(proxy.endpoint).put(f"{etcd_root}/late", b"1"))
         await rule.hit()
         writing.cancel()
