@@ -106,13 +106,13 @@ class Client:
             if not token:
                 return found
 
-    async def create(self, resource: R, *, guards: tuple[Guard, ...] = ()) -> R:
-        """Store a new object, under further guards if given.
+    async def create(self, resource: R, *, guards: tuple[Guard, ...] = (), with_status: bool = False) -> R:
+        """Store a new object, under further guards if given; `with_status` in one write with what is observed of it.
 
         Raises `ResourceExists`, `Invalid`, `Fenced`, and the store's `GuardFailed` for one of `guards`.
         """
         kind = self._registry.of_object(resource)
-        new = writes.for_create(kind, resource, uid=self._new_uid(), now=self._clock.now())
+        new = writes.for_create(kind, resource, uid=self._new_uid(), now=self._clock.now(), with_status=with_status)
         if not new.metadata.name:
             new.metadata.name = f"{new.metadata.generate_name}{uuid.UUID(new.uid).hex[:8]}"
             new.metadata.generate_name = None

@@ -38,13 +38,23 @@ class Unchanged:
 Decision = Put[R] | Remove | Unchanged
 
 
-def for_create(kind: Kind[R], wanted: R, *, uid: str, now: datetime) -> R:
-    """A new object: generation 1, the kind's initial phase, a uid of its own. Raises `Invalid`."""
+def for_create(kind: Kind[R], wanted: R, *, uid: str, now: datetime, with_status: bool = False) -> R:
+    """A new object: generation 1, the kind's initial phase, a uid of its own. Raises `Invalid`.
+
+    Its status is empty, or with `with_status` the wanted one: a field's owner is protected against others' changes,
+    and of what is only now made nobody has anything to lose. The phase must be the initial one all the same.
+    """
     new = wanted.thaw()
     meta = new.metadata
     meta.uid, meta.generation, meta.resource_version = uid, 1, ""
     meta.creation_timestamp, meta.deletion_timestamp, meta.deletion_grace_period_seconds = now, None, None
-    new.status = kind.status_model(phase=kind.initial_phase)
+    if not with_status:
+        new.status = kind.status_model(phase=kind.initial_phase)
+    elif new.status.phase != kind.initial_phase:
+        raise Invalid(
+            f'{kind.name} "{new.name}"',
+            [Cause("status.phase", "FieldValueInvalid", f"a new object is {kind.initial_phase}")],
+        )
     _refuse(kind, new, [*metadata_causes(new, kind.max_name), *kind.validate(new, None)])
     return new
 

@@ -294,6 +294,8 @@ class LabWorkerStatus(Status):
     labs_count: int | None = None
     labs_synced_at: Timestamp | None = None
     labs_sync_error: str | None = None
+    labs_asked: str | None = None
+    """The value of the reconcile-now annotation that the last sync honoured."""
     timestamps: Timestamps = Field(default_factory=Timestamps)
     failure: Failure | None = None
 
