@@ -8,6 +8,7 @@ Does not log in, retry, or judge a status. No proxy, no redirect, no environment
 from __future__ import annotations
 
 import asyncio
+import re
 import ssl
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -29,6 +30,7 @@ from controllers.cml.errors import (
 )
 from controllers.cml.tls import LeafGuard, LeafRefusedError, TlsPolicy, is_loopback
 
+_HOST = re.compile(r"[A-Za-z0-9_.-]{1,253}|[0-9A-Fa-f:.]{2,45}")
 _LONGEST_PATH = 4096
 _CONNECTIONS = 10
 _KEEP_ALIVE = 15.0
@@ -39,11 +41,10 @@ def base_of(url: str, *, allow_plain_http: bool) -> httpx.URL:
     """A worker's base address, checked. Raises `CmlInvalid`, for plain http beyond this machine too."""
     try:
         base = httpx.URL(url.strip().rstrip("/").removesuffix("/api/v0"))
-        host = base.host
-        host.encode("idna")
+        host, wire_host = base.host, base.raw_host.decode("ascii")
     except (httpx.InvalidURL, UnicodeError, TypeError):
         raise CmlInvalid("the address of a CML is not a URL") from None
-    if base.scheme not in {"http", "https"} or not host or len(url) > _LONGEST_PATH:
+    if base.scheme not in {"http", "https"} or not _HOST.fullmatch(wire_host) or len(url) > _LONGEST_PATH:
         raise CmlInvalid("the address of a CML is http:// or https:// with a host")
     if base.userinfo or base.query or base.fragment:
         raise CmlInvalid("the address of a CML has no user, no query and no fragment")
