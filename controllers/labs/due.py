@@ -1,0 +1,52 @@
+"""When a worker's labs are to be synced next, from what its status and records say: pure, so it outlives a process.
+
+Promises a sync at the interval (spread by ±10 %, differently for each worker and time, so that a fleet does not fall
+into step), at once when this process has not synced the worker yet, when a new value of the reconcile-now annotation
+asks for it, when the worker became Ready after the last sync, and when a desiredState was reached since. A last sync
+that lies in the future (a clock was set back) counts as none. Called by the sync before anything is asked of a CML.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterable
+from datetime import datetime, timedelta
+
+from controllers.labs.kind import DESIRED_STATE, READY, LabRecord
+from controllers.workers.kind import LabWorker
+from lrm.model import rfc3339
+from lrm.resource import RECONCILE_ANNOTATION
+
+_SPREAD = 0.1
+_CLOCK_SLACK = timedelta(seconds=30)
+
+
+def asked_for(worker: LabWorker) -> str | None:
+    """The value of the annotation that asks for a sync, if there is one."""
+    return worker.metadata.annotations.get(RECONCILE_ANNOTATION) or None
+
+
+def due_in(
+    worker: LabWorker, records: Iterable[LabRecord], *, interval: float, now: datetime, first: bool = False
+) -> float:
+    """Seconds until the next sync; zero when it is due. `first` is true until this process has synced the worker."""
+    synced = worker.status.labs_synced_at
+    asked = asked_for(worker)
+    if first or synced is None or synced > now + _CLOCK_SLACK:
+        return 0.0
+    if asked is not None and asked != worker.status.labs_asked:
+        return 0.0
+    if _became(worker, READY, synced) or any(_became(record, DESIRED_STATE, synced) for record in records):
+        return 0.0
+    wait = interval * (1 + _SPREAD * _spread(worker, synced))
+    return max(0.0, wait - (now - synced).total_seconds())
+
+
+def _became(resource: LabWorker | LabRecord, condition: str, since: datetime) -> bool:
+    found = resource.status.condition(condition)
+    return found is not None and found.status == "True" and found.last_transition_time > since
+
+
+def _spread(worker: LabWorker, synced: datetime) -> float:
+    """A number from -1 to 1 that looks random and is the same whenever it is asked for."""
+    return zlib.crc32(f"{worker.uid} {rfc3339(synced)}".encode()) / 0xFFFFFFFF * 2 - 1

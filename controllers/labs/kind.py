@@ -1,0 +1,210 @@
+"""LabRecord: one lab of one worker's CML, as the last sync saw it, and what its user wants done with it.
+
+Promises: a record is named `{worker}-{labId}` and belongs to that worker for ever; all that describes the lab is
+written by the sync alone, all about carrying out a wish by the lab-records controller alone. The phase says whether
+the lab was in the last complete list; that a record is being deleted, its deletionTimestamp says. `lastSyncedAt` is
+the worker's time, filled in when a record is served, so that a lab at rest costs no write.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field
+
+from lrm.cache import Cache
+from lrm.errors import Cause
+from lrm.kind import Column, Kind
+from lrm.model import Model, Timestamp, rfc3339
+from lrm.resource import AnyResource, ObjectMeta, Resource, Status
+
+LABS = "labs"
+"""The controller that syncs, and the lock of both."""
+LAB_RECORDS = "lab-records"
+"""The controller that deletes labs and acts on desiredState."""
+
+LAB_FINALIZER = "lab.neuroglia.io/lab"
+"""On every record from its creation: the lab in CML goes before the record does."""
+RECORDS_FINALIZER = "lab.neuroglia.io/records"
+"""On every worker: its records go before it does."""
+FORGET_ANNOTATION = "lab.neuroglia.io/forget"
+"""On a record that is being deleted: drop the record and leave the lab alone. Anything but "false" counts."""
+
+PRESENT = "Present"
+MISSING = "Missing"
+
+READY = "Ready"
+"""The lab was in the last complete list."""
+DESIRED_STATE = "DesiredState"
+"""Unknown while it is being carried out, then True, or False with the reason why it was given up."""
+LAB_DELETED = "LabDeleted"
+"""On records that are being deleted: how far it has come, or what it waits for."""
+
+
+def _upper(value: Any) -> Any:
+    return value.upper() if isinstance(value, str) else value
+
+
+LabState = Annotated[Literal["STARTED", "STOPPED", "DEFINED_ON_CORE"], BeforeValidator(_upper)]
+"""The states of CML that a lab can be brought to, in CML's own words."""
+
+
+class LabRecordSpec(Model):
+    """Which lab this is, and what is to be done with it."""
+
+    worker_ref: str = Field(min_length=1, max_length=63)
+    lab_id: str = Field(min_length=1, max_length=64)
+    desired_state: LabState | None = None
+    """Acted on once per generation; what students do with the lab afterwards is their business."""
+
+
+class FieldChange(Model):
+    """One field before and after."""
+
+    old: str | int | None = None
+    new: str | int | None = None
+
+
+class LabOperation(Model):
+    """Something that happened to a lab between two syncs."""
+
+    timestamp: Timestamp
+    previous_state: str = ""
+    new_state: str = ""
+    changed_fields: dict[str, FieldChange] = Field(default_factory=dict)
+
+
+class Acting(Model):
+    """How far a desiredState has come: the last step that CML accepted, and when it accepted the first."""
+
+    generation: int
+    since: Timestamp
+    step: str
+
+
+class LabRecordStatus(Status):
+    """The lab as CML described it, in CML's own words where CML has words."""
+
+    title: str = ""
+    description: str = ""
+    notes: str = ""
+    state: str = ""
+    owner: str = ""
+    """CML's id of the owner."""
+    owner_username: str = ""
+    owner_fullname: str = ""
+    node_count: int | None = None
+    link_count: int | None = None
+    groups: list[str] = Field(default_factory=list)
+    cml_created_at: Timestamp | None = None
+    modified_at: Timestamp | None = None
+    instance_id: str = ""
+    """The EC2 instance whose CML has the lab; once the worker runs on another one, this lab is gone."""
+    first_seen_at: Timestamp | None = None
+    last_synced_at: Timestamp | None = None
+    """Stored only with a tombstone: when the lab was last seen. Otherwise computed (`present`)."""
+    missing_since: Timestamp | None = None
+    missing_lists: int = 0
+    """Complete lists in a row that lack the lab."""
+    operation_history: list[LabOperation] = Field(default_factory=list)
+    acting: Acting | None = None
+    """While desiredState is being carried out."""
+
+
+class LabRecord(Resource[LabRecordSpec, LabRecordStatus]):
+    """See the module."""
+
+    api_version: str = "lab.neuroglia.io/v1"
+    kind: str = "LabRecord"
+    metadata: ObjectMeta = Field(default_factory=ObjectMeta)
+    spec: LabRecordSpec
+    status: LabRecordStatus = Field(default_factory=LabRecordStatus)
+
+
+def record_name(worker: str, lab_id: str) -> str:
+    """The one name that a lab's record can have."""
+    return f"{worker}-{lab_id}"
+
+
+def forgets(record: LabRecord) -> bool:
+    """Whether deleting this record leaves the lab alone."""
+    return record.metadata.annotations.get(FORGET_ANNOTATION, "false") != "false"
+
+
+def records_of_worker(cache: Cache, namespace: str, worker: str) -> list[LabRecord]:
+    """All records of a worker, by name of the worker."""
+    return cache.by_index(LabRecord, "worker", f"{namespace}/{worker}")
+
+
+def record_of_lab(cache: Cache, namespace: str, worker: str, lab_id: str) -> LabRecord | None:
+    """The record of one lab of one worker."""
+    return next(iter(cache.by_index(LabRecord, "lab", f"{namespace}/{worker}/{lab_id}")), None)
+
+
+def _validate(new: LabRecord, old: LabRecord | None) -> Iterable[Cause]:
+    if new.name != record_name(new.spec.worker_ref, new.spec.lab_id):
+        yield Cause("metadata.name", "FieldValueInvalid", "must be {spec.workerRef}-{spec.labId}")
+    if old is not None:
+        if new.spec.worker_ref != old.spec.worker_ref:
+            yield Cause("spec.workerRef", "FieldValueForbidden", "is immutable: a lab does not change workers")
+        if new.spec.lab_id != old.spec.lab_id:
+            yield Cause("spec.labId", "FieldValueForbidden", "is immutable: another lab has a record of its own")
+
+
+def _present(record: LabRecord, lookup: Callable[[str, str, str], AnyResource | None]) -> LabRecord:
+    """A copy with `lastSyncedAt`: the time of the worker's last sync, but not before the record was first seen."""
+    status = record.status
+    if status.missing_since is not None:
+        return record
+    worker = lookup("LabWorker", record.namespace, record.spec.worker_ref)
+    synced = getattr(worker.status, "labs_synced_at", None) if worker is not None else None
+    times = [t for t in (synced, status.first_seen_at) if t is not None]
+    if not times:
+        return record
+    served = record.model_copy()
+    served.status = status.model_copy(update={"last_synced_at": max(times)})
+    return served
+
+
+def _age(record: LabRecord) -> str | None:
+    created = record.metadata.creation_timestamp
+    return rfc3339(created) if created else None
+
+
+LAB_RECORD = Kind(
+    model=LabRecord,
+    plural="labrecords",
+    singular="labrecord",
+    short_names=("lr",),
+    categories=("all", "lrm"),
+    columns=(
+        Column("Worker", lambda r: r.spec.worker_ref),
+        Column("Title", lambda r: r.status.title),
+        Column("State", lambda r: r.status.state),
+        Column("Nodes", lambda r: r.status.node_count, type="integer"),
+        Column("Owner", lambda r: r.status.owner_username or r.status.owner),
+        Column("Age", _age, type="date"),
+        Column("Lab", lambda r: r.spec.lab_id, priority=1, description="CML's id of the lab"),
+        Column("Links", lambda r: r.status.link_count, type="integer", priority=1),
+        Column("Phase", lambda r: r.status.phase, priority=1),
+    ),
+    initial_phase=PRESENT,
+    transitions={PRESENT: frozenset({MISSING}), MISSING: frozenset({PRESENT})},
+    default_owner=LABS,
+    status_owners={"observedGeneration": LAB_RECORDS, "acting": LAB_RECORDS},
+    condition_owners={READY: LABS, DESIRED_STATE: LAB_RECORDS, LAB_DELETED: LAB_RECORDS},
+    indexes={
+        "worker": lambda r: (f"{r.namespace}/{r.spec.worker_ref}",),
+        "lab": lambda r: (f"{r.namespace}/{r.spec.worker_ref}/{r.spec.lab_id}",),
+    },
+    fields={
+        "spec.workerRef": lambda r: r.spec.worker_ref,
+        "spec.labId": lambda r: r.spec.lab_id,
+        "status.state": lambda r: r.status.state,
+        "status.phase": lambda r: r.status.phase,
+    },
+    validate=_validate,
+    create_refusal="a LabRecord is made by the sync alone: create the lab in CML, and its record follows",
+    present=_present,
+)
