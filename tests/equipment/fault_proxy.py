@@ -63,6 +63,8 @@ class Rule:
     seen: int = 0
     hits: int = 0
     release: asyncio.Event = field(default_factory=asyncio.Event)
+    over: asyncio.Event = field(default_factory=asyncio.Event)
+    """Set when a request that was struck has come to its end: answered, or its connection closed."""
     _struck: asyncio.Condition = field(default_factory=asyncio.Condition)
 
     def takes(self, request: Request) -> bool:
@@ -207,6 +209,7 @@ class FaultProxy:
         """One client connection with its own connection to etcd."""
         self._connections[writer] = ""
         upstream: tuple[asyncio.StreamReader, asyncio.StreamWriter] | None = None
+        rule: Rule | None = None
         try:
             while (request := await _read_request(reader)) is not None:
                 self._connections[writer] = request.path
@@ -224,9 +227,13 @@ class FaultProxy:
                     await self._after(rule, reader, writer, upstream[0])
                 else:
                     await self._pass(reader, writer, upstream, follow=rule is None)
+                if rule is not None:
+                    rule.over.set()
         except (_Ended, OSError, asyncio.IncompleteReadError):
             pass  # either side has gone, or a fault has ended the connection: the other side sees the same
         finally:
+            if rule is not None:
+                rule.over.set()
             self._connections.pop(writer, None)
             ends = [writer, upstream[1]] if upstream else [writer]
             for end in ends:
