@@ -9,6 +9,7 @@ its constructor's blocking look at the server, its models and its watcher are le
 from __future__ import annotations
 
 import asyncio
+import io
 import itertools
 import random
 import ssl
@@ -33,6 +34,8 @@ MAX_RESPONSE_BYTES: Final = 64 * 1024 * 1024
 """Largest reply read into memory; lists ask for fewer entries when they meet it."""
 
 _T = TypeVar("_T")
+_LARGE_BODY = 512 * 1024
+"""Larger bodies are sent in pieces, between which others run."""
 _POOL = 64
 _CONNECT_SECONDS = 2.0
 _IMPATIENT_SECONDS = 1.0
@@ -284,9 +287,10 @@ class Gateway:
         headers = {"Content-Type": "application/json"}
         if token:
             headers["Authorization"] = token
+        data = orjson.dumps(body)
         request = client.call_rpc(
             path,
-            orjson.dumps(body),
+            data if len(data) < _LARGE_BODY else io.BytesIO(data),
             encode=False,
             raw=True,
             headers=headers,

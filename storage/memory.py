@@ -94,6 +94,8 @@ class MemoryStorage:
         self._watches: set[MemoryWatch] = set()
         self._lease_ids = itertools.count(1)
         self._reset_to_tell = False
+        self._epoch: bytes | None = None
+        self._epoch_known = False
         self._closed = False
 
     async def get(self, key: str) -> Entry:
@@ -193,6 +195,7 @@ class MemoryStorage:
         encode_prefix(prefix)
         written = barrier_key(prefix, self._instance) if live else ""
         await self._turn()
+        self._check_epoch()
         after = max(after_revision, 1)
         if after > self._state.revision:
             raise FutureRevision(after_revision, self._state.revision)
@@ -201,6 +204,7 @@ class MemoryStorage:
 
         async def write_barrier() -> int:
             await self._turn()
+            self._check_epoch()
             return self._commit([(written, uuid.uuid4().hex.encode(), 0)])
 
         watch = MemoryWatch(prefix, after, self._clock, write_barrier if live else None, self._until_next_expiry)
@@ -293,6 +297,17 @@ class MemoryStorage:
         if self._reset_to_tell:
             self._reset_to_tell = False
             raise StoreReset(f"the store was restored to revision {self._state.revision}")
+
+    def _check_epoch(self) -> None:
+        """As the etcd backend, which sees the epoch when a watch opens and at each barrier."""
+        entry = self._current(f"{self._root}/epoch")
+        before, known = self._epoch, self._epoch_known
+        self._epoch, self._epoch_known = entry.value if entry else None, True
+        if known and before != self._epoch:
+            error = StoreReset("the store's epoch has changed")
+            for watch in self._watches:
+                watch.end(error)
+            raise error
 
     def _current(self, key: str) -> Entry | None:
         versions = self._state.versions.get(key)
