@@ -75,14 +75,12 @@ async def test_health_tells_revision_epoch_and_every_member(backend: Backend, st
 
 async def test_a_closed_store_answers_every_call_with_an_error_and_ends_its_watches(backend: Backend) -> None:
     store = backend.client("closing")
-    waiting = []
-    async with store.watch(backend.prefix, await store.current_revision(), live=True) as watch:
-        waiting.append(asyncio.create_task(anext(watch)))
-        waiting.append(asyncio.create_task(watch.barrier(30)))
+    start = await store.current_revision()
+    async with store.watch(backend.key("a/"), start) as quiet, store.watch(backend.prefix, start, live=True) as live:
+        waiting = [asyncio.create_task(anext(quiet)), asyncio.create_task(live.barrier(30))]
         await asyncio.sleep(0.05)
         await store.aclose()
-        for task in waiting:
-            (result,) = await asyncio.gather(task, return_exceptions=True)
+        for result in await asyncio.gather(*waiting, return_exceptions=True):
             assert isinstance(result, Unavailable), result
     for call in (
         lambda: store.get(backend.key("a")),
