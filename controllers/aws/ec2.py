@@ -208,6 +208,13 @@ class Ec2:
             raise refusal
         return mine[-1]
 
+    async def delete_tags(
+        self, region: str, instance_id: str, keys: Iterable[str], *, timeout: float = WRITE_TIMEOUT
+    ) -> None:
+        """Remove tags, whatever their values; those that are not there are fine."""
+        request = {"Resources": [_checked(instance_id)], "Tags": [{"Key": key} for key in sorted(keys)]}
+        await self._call(Effect.REPEATABLE, region, "DeleteTags", request, timeout)
+
     async def _change(self, region: str, instance_id: str, operation: str, answers: str, timeout: float) -> str:
         request = {"InstanceIds": [_checked(instance_id)]}
         answer = await self._call(Effect.REPEATABLE, region, operation, request, timeout)
@@ -340,6 +347,7 @@ _METHODS: dict[str, Callable[[EC2Client], Callable[..., Any]]] = {
     "StopInstances": lambda client: client.stop_instances,
     "TerminateInstances": lambda client: client.terminate_instances,
     "CreateTags": lambda client: client.create_tags,
+    "DeleteTags": lambda client: client.delete_tags,
 }
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from controllers.aws.simulator.wire import CloudError
@@ -44,8 +44,15 @@ class Fault:
 
     def describe(self) -> dict[str, Any]:
         """What `GET /_shim/faults` shows."""
-        shown = asdict(self) if self.refusal is None else asdict(self) | {"refusal": str(self.refusal)}
-        return {key: value for key, value in shown.items() if value not in (None, "")}
+        shown: dict[str, Any] = {
+            "id": self.id,
+            "action": self.action,
+            "fault": self.kind,
+            "left": self.left,
+            "hits": self.hits,
+        }
+        shown |= {"seconds": self.seconds, "region": self.region}
+        return shown if self.refusal is None else shown | {"refusal": str(self.refusal)}
 
 
 class Faults:

@@ -111,7 +111,7 @@ class Instances:
         """Those that EC2 would describe, oldest first; raises when one of `ids` is not among them."""
         now = self.now
         if ids:
-            return [i for i in self._known(region, ids, now) if self._shown(i, now)]
+            return self._known(region, ids, now, shown=True)
         return [i for i in self._all.values() if i.region == region and self._shown(i, now)]
 
     def everywhere(self) -> Iterator[Instance]:
@@ -267,14 +267,16 @@ class Instances:
         self._save(after for _, after in changed)
         return changed
 
-    def _known(self, region: str, ids: Collection[str], now: float) -> list[Instance]:
+    def _known(self, region: str, ids: Collection[str], now: float, *, shown: bool = False) -> list[Instance]:
+        """The instances of these ids, or EC2's refusal; `shown` refuses those that cannot be described yet, too."""
         for instance_id in ids:
             if not _ID.fullmatch(instance_id):
                 raise CloudError("InvalidInstanceID.Malformed", f'Invalid id: "{instance_id}"')
         found = {}
         for instance_id in dict.fromkeys(ids):
             instance = self._all.get(instance_id)
-            if instance is not None and instance.region == region and self._exists(instance, now):
+            there = self._shown if shown else self._exists
+            if instance is not None and instance.region == region and there(instance, now):
                 found[instance_id] = instance
         missing = [instance_id for instance_id in ids if instance_id not in found]
         if missing:

@@ -35,14 +35,15 @@ async def run_moto(log_path: Path, clock: Clock) -> AsyncIterator[str]:
     """Start moto on a free port of loopback, give its URL, and stop it at the end of the block."""
     if importlib.util.find_spec("moto") is None or importlib.util.find_spec("flask") is None:
         raise ProcessError("the simulated AWS needs moto: install the extra dev-stack of lrm, or moto[server]")
-    child, url = await _start(log_path, clock)
+    child, url = await start_moto(log_path, clock)
     try:
         yield url
     finally:
         await child.stop(grace=1.0)
 
 
-async def _start(log_path: Path, clock: Clock) -> tuple[ChildProcess, str]:
+async def start_moto(log_path: Path, clock: Clock) -> tuple[ChildProcess, str]:
+    """Start moto on a free port of loopback; the process, which the caller ends, and its URL."""
     for left in reversed(range(_BIND_TRIES)):
         port = free_port()
         url = f"http://127.0.0.1:{port}"

@@ -142,13 +142,13 @@ class AwsShim:
         if not call.service and call.action in self._api.actions | {"RunInstances": None}:
             return _refuse(call, CloudError("AuthFailure", "The request is not signed", 401))
         if call.service != "ec2":
-            return await self._pass_on(request, body)
+            return await self._pass_on(request, call, body)
         try:
             content = await self._simulate(call)
         except CloudError as error:
             return _refuse(call, error)
         if content is None:
-            return await self._pass_on(request, body)
+            return await self._pass_on(request, call, body)
         return _xml(answer(call.action, call.request_id, content), 200)
 
     async def _simulate(self, call: _Call) -> dict[str, Any] | None:
@@ -157,8 +157,7 @@ class AwsShim:
             if (earlier := self._api.replayed(call.region, call.parameters)) is not None:
                 return earlier
             await self._catalogue.check(call.parameters, call.authorization)
-            if flag(call.parameters, "DryRun"):
-                raise _WOULD_HAVE
+            _refuse_dry_run(call)
             return self._api.launch(call.region, call.parameters)
         about_instances = _about_instances(call)
         acts = self._api.actions.get(call.action)
@@ -168,11 +167,10 @@ class AwsShim:
             if about_instances:
                 raise CloudError("UnsupportedOperation", f"The simulator does not play {call.action} on instances")
             return None
-        if flag(call.parameters, "DryRun"):
-            raise _WOULD_HAVE
+        _refuse_dry_run(call)
         return acts(call.region, tree(call.parameters))
 
-    async def _pass_on(self, request: web.Request, body: bytes) -> web.StreamResponse:
+    async def _pass_on(self, request: web.Request, call: _Call, body: bytes) -> web.StreamResponse:
         headers = {name: value for name, value in request.headers.items() if name.lower() not in _HOP_BY_HOP}
         target = f"{self.moto_url}{request.raw_path}"
         try:
@@ -182,12 +180,14 @@ class AwsShim:
                 content = await reply.read()
         except (aiohttp.ClientError, TimeoutError) as error:
             _log.warning("moto does not answer", error=str(error))
-            return web.Response(status=503, text="the simulator's moto does not answer")
+            return _refuse(call, CloudError("Unavailable", "The simulator's moto does not answer", 503))
         passed = [(name, value) for name, value in reply.headers.items() if name.lower() not in _HOP_BY_HOP]
         return web.Response(status=reply.status, headers=CIMultiDict(passed), body=content)
 
 
-_WOULD_HAVE = CloudError("DryRunOperation", "Request would have succeeded, but DryRun flag is set.", 412)
+def _refuse_dry_run(call: _Call) -> None:
+    if flag(call.parameters, "DryRun"):
+        raise CloudError("DryRunOperation", "Request would have succeeded, but DryRun flag is set.", 412)
 
 
 def _read_call(request: web.Request, body: bytes) -> _Call:

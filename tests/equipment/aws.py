@@ -1,0 +1,158 @@
+"""Simulated clouds for tests: plain moto, the simulator before it, servers that lie, and credentials for them."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import boto3
+import pytest
+
+from controllers.aws.ec2 import Ec2, LaunchParameters
+from controllers.aws.simulator import DEMO_AMI, DEMO_KEY, AwsShim, ShimOptions
+from controllers.aws.simulator.moto import start_moto
+from equipment.etcd import scratch_dir
+from lrm.processes import ChildProcess
+from storage.clock import SystemClock
+
+REGION = "us-east-1"
+ABSENT = "i-0123456789abcdef0"
+"""An instance id that is well formed and belongs to nothing."""
+
+
+class SharedMoto:
+    """One moto for all tests, started when first asked for; each test keeps to tags of its own."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._running: tuple[ChildProcess, str] | None = None
+
+    async def url(self) -> str:
+        if self._running is None:
+            self._running = await start_moto(self._folder / "moto.log", SystemClock())
+        return self._running[1]
+
+    def end(self) -> None:
+        if self._running is not None:
+            self._running[0].kill()
+
+
+@pytest.fixture(scope="session")
+def shared_moto() -> Iterator[SharedMoto]:
+    with scratch_dir("lrm-moto-") as path:
+        moto = SharedMoto(path)
+        yield moto
+        moto.end()
+
+
+@pytest.fixture
+def aws_credentials(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Credentials for simulators, and nothing of the machine's own."""
+    for name in ("AWS_PROFILE", "AWS_ENDPOINT_URL", "AWS_SESSION_TOKEN", "AWS_DEFAULT_REGION", "AWS_REGION"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "testing")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "testing-secret")
+    monkeypatch.setenv("AWS_CONFIG_FILE", "/dev/null")
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", "/dev/null")
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+
+
+@pytest.fixture
+async def moto_url(shared_moto: SharedMoto, aws_credentials: None) -> str:
+    """Plain moto."""
+    return await shared_moto.url()
+
+
+@pytest.fixture
+async def aws_shim(moto_url: str) -> AsyncIterator[AwsShim]:
+    """The simulator in this process, with passing states of 0.2 s and nothing on disk."""
+    async with AwsShim.run(ShimOptions(moto_url=moto_url, delay=0.2)) as shim:
+        yield shim
+
+
+@pytest.fixture
+async def ec2(aws_shim: AwsShim) -> AsyncIterator[Ec2]:
+    """Our client at the simulator."""
+    async with Ec2(SystemClock(), endpoint_url=aws_shim.url) as client:
+        yield client
+
+
+Boto = Callable[..., Awaitable[dict[str, Any]]]
+
+
+@asynccontextmanager
+async def boto(url: str, service: str = "ec2", region: str = REGION) -> AsyncIterator[Boto]:
+    """Real boto3, in threads: `await call("describe_instances", …)`."""
+    client = await asyncio.to_thread(boto3.client, service, region_name=region, endpoint_url=url)  # type: ignore[call-overload]
+
+    async def call(method: str, **parameters: Any) -> dict[str, Any]:
+        answer: dict[str, Any] = await asyncio.to_thread(functools.partial(getattr(client, method), **parameters))
+        return answer
+
+    try:
+        yield call
+    finally:
+        client.close()
+
+
+def launch(token: str, **changes: Any) -> LaunchParameters:
+    """Parameters of a launch that the simulator accepts, tagged by its token."""
+    values: dict[str, Any] = {
+        "ami_id": DEMO_AMI,
+        "instance_type": "m5zn.metal",
+        "key_name": DEMO_KEY,
+        "client_token": token,
+        "tags": {"lrm/uid": token},
+    }
+    return LaunchParameters(**values | changes)
+
+
+@asynccontextmanager
+async def lying_server(*replies: bytes, pause: float = 0.0) -> AsyncIterator[tuple[str, list[bytes]]]:
+    """A server that answers each request with the next of `replies` (the last one for ever) and closes.
+
+    With a pause it sends a byte at a time. Gives its URL and the requests it has seen, which it reads whole.
+    """
+    seen: list[bytes] = []
+    tasks: set[asyncio.Task[None]] = set()
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        tasks.add(task)
+        try:
+            head = await reader.readuntil(b"\r\n\r\n")
+            lines = [line.lower() for line in head.split(b"\r\n")]
+            length = next((int(line.split(b":")[1]) for line in lines if line.startswith(b"content-length:")), 0)
+            seen.append(head + await reader.readexactly(length))
+            reply = replies[min(len(seen), len(replies)) - 1]
+            for piece in [reply] if not pause else [reply[i : i + 1] for i in range(len(reply))]:
+                writer.write(piece)
+                await writer.drain()
+                await asyncio.sleep(pause)
+        except (ConnectionError, asyncio.IncompleteReadError):
+            return  # the client has left: what some tests are about
+        finally:
+            tasks.discard(task)
+            writer.close()
+
+    server = await asyncio.start_server(serve, "127.0.0.1", 0)
+    try:
+        yield f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}", seen
+    finally:
+        server.close()
+        for task in tuple(tasks):
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def reply(body: str, *, status: int = 200, length: int | None = None, content_type: str = "text/xml") -> bytes:
+    """An HTTP answer; a `length` larger than the body makes it one that breaks off."""
+    content = body.encode()
+    size = len(content) if length is None else length
+    head = f"HTTP/1.1 {status} X\r\nContent-Type: {content_type}\r\nContent-Length: {size}\r\nConnection: close\r\n\r\n"
+    return head.encode() + content

@@ -1,0 +1,401 @@
+"""Our EC2 client against the simulator: every call, every error, and answers that are lost, late or lies."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import time
+from collections.abc import AsyncIterator
+from datetime import UTC, datetime, timedelta
+
+import pytest
+
+from controllers.aws import ec2 as ec2_module
+from controllers.aws.ec2 import Ec2, Ec2Instance
+from controllers.aws.errors import (
+    AwsAuthError,
+    AwsBadInput,
+    AwsCapacity,
+    AwsError,
+    AwsIdempotentMismatch,
+    AwsOutcomeUnknown,
+    AwsQuota,
+    AwsServerError,
+    AwsThrottled,
+    AwsUnavailable,
+    AwsWrongState,
+    Ec2NotFound,
+)
+from controllers.aws.simulator import AwsShim
+from equipment.aws import ABSENT, REGION, boto, launch, lying_server, reply
+from equipment.waiting import until
+from storage.clock import SystemClock
+
+
+async def ready(ec2: Ec2, instance_id: str, state: str = "running") -> Ec2Instance:
+    """Wait for a state."""
+
+    async def reached() -> Ec2Instance | None:
+        instance = await ec2.describe_instance(REGION, instance_id)
+        return instance if instance.state == state else None
+
+    found = await until(reached, f"{instance_id} {state}")
+    assert found is not None
+    return found
+
+
+async def test_an_instance_lives_from_launch_to_termination(ec2: Ec2) -> None:
+    one = await ec2.run_instance(REGION, launch("life"))
+    assert (one.state, one.tags, one.client_token) == ("pending", {"lrm/uid": "life"}, "life")
+    assert one.launch_time is not None
+    assert one.launch_time.tzinfo is UTC
+    assert abs(datetime.now(UTC) - one.launch_time) < timedelta(seconds=30)
+    running = await ready(ec2, one.id)
+    assert running.public_ip
+    assert running.private_ip
+    await ec2.create_tags(REGION, one.id, {"a": "b"})
+    assert (await ec2.describe_instance(REGION, one.id)).tags == {"lrm/uid": "life", "a": "b"}
+    assert await ec2.stop(REGION, one.id) == "stopping"
+    with pytest.raises(AwsWrongState):
+        await ec2.start(REGION, one.id)
+    stopped = await ready(ec2, one.id, "stopped")
+    assert stopped.public_ip == ""
+    assert "UserInitiatedShutdown" in stopped.state_reason
+    assert await ec2.stop(REGION, one.id) == "stopped"
+    assert await ec2.start(REGION, one.id) == "pending"
+    again = await ready(ec2, one.id)
+    assert again.public_ip not in ("", running.public_ip)
+    assert await ec2.terminate(REGION, one.id) == "shutting-down"
+    await ready(ec2, one.id, "terminated")
+    assert await ec2.terminate(REGION, one.id) == "terminated"
+
+
+async def test_one_token_is_one_instance_however_often_and_at_once_it_is_sent(ec2: Ec2, aws_shim: AwsShim) -> None:
+    aws_shim.faults.add({"action": "RunInstances", "fault": "delay", "seconds": 0.1, "times": 4})
+    launched = await asyncio.gather(*(ec2.run_instance(REGION, launch("same")) for _ in range(12)))
+    assert len({instance.id for instance in launched}) == 1
+    assert len(await ec2.find_by_tags(REGION, {"lrm/uid": "same"})) == 1
+    with pytest.raises(AwsIdempotentMismatch):
+        await ec2.run_instance(REGION, launch("same", instance_type="t3.micro"))
+
+
+async def test_what_does_not_exist_is_not_found_and_is_absent_from_lists_without_hiding_the_others(ec2: Ec2) -> None:
+    one = await ec2.run_instance(REGION, launch("there"))
+    for call in (ec2.describe_instance, ec2.start, ec2.stop, ec2.terminate):
+        with pytest.raises(Ec2NotFound):
+            await call(REGION, ABSENT)
+    with pytest.raises(Ec2NotFound):
+        await ec2.create_tags(REGION, ABSENT, {"a": "b"})
+    assert set(await ec2.describe_instances(REGION, [one.id, ABSENT])) == {one.id}
+    assert set(await ec2.instance_status(REGION, [one.id, ABSENT])) == {one.id}
+    assert await ec2.instance_status(REGION, [ABSENT]) == {}
+    assert await ec2.describe_instances(REGION, []) == {}
+    with pytest.raises(Ec2NotFound):
+        await ec2.describe_instance("eu-west-1", one.id)
+
+
+async def test_a_look_that_would_mean_everything_is_refused(ec2: Ec2) -> None:
+    with pytest.raises(ValueError, match="every instance"):
+        await ec2.find_by_tags(REGION, {})
+    with pytest.raises(ValueError, match="id is needed"):
+        await ec2.terminate(REGION, "")
+
+
+async def test_tags_are_found_exactly_and_only_in_the_asked_states(ec2: Ec2) -> None:
+    """EC2 takes * in a filter for anything; a look by tag that did too would find strangers."""
+    star = await ec2.run_instance(REGION, launch("star", tags={"name": "a*", "installation": "x"}))
+    await ec2.run_instance(REGION, launch("other", tags={"name": "abc", "installation": "x"}))
+    gone = await ec2.run_instance(REGION, launch("gone", tags={"name": "a*", "installation": "x"}))
+    await ec2.terminate(REGION, gone.id)
+    await ready(ec2, gone.id, "terminated")
+    found = await ec2.find_by_tags(REGION, {"name": "a*", "installation": "x"})
+    assert [instance.id for instance in found] == [star.id]
+    ended = await ec2.find_by_tags(REGION, {"name": "a*"}, states=["terminated"])
+    assert [instance.id for instance in ended] == [gone.id]
+
+
+async def test_more_than_a_page_of_instances_is_found_whole(ec2: Ec2, aws_shim: AwsShim) -> None:
+    async with boto(aws_shim.url) as call:
+        tags = [{"ResourceType": "instance", "Tags": [{"Key": "fleet", "Value": "1"}]}]
+        named = {"ImageId": launch("x").ami_id, "InstanceType": "m5zn.metal", "TagSpecifications": tags}
+        said = await call("run_instances", MinCount=1203, MaxCount=1203, **named)
+    ids = {instance["InstanceId"] for instance in said["Instances"]}
+    found = await ec2.find_by_tags(REGION, {"fleet": "1"})
+    assert {instance.id for instance in found} == ids
+    assert aws_shim.calls["DescribeInstances"] == 2
+    assert set(await ec2.describe_instances(REGION, ids)) == ids
+    assert set(await ec2.instance_status(REGION, sorted(ids)[:250])) == set(sorted(ids)[:250])
+
+
+REFUSALS: list[tuple[dict[str, object], type[AwsError]]] = [
+    ({"fault": "throttle"}, AwsThrottled),
+    ({"fault": "quota"}, AwsQuota),
+    ({"fault": "vcpu"}, AwsQuota),
+    ({"fault": "capacity"}, AwsCapacity),
+    ({"fault": "auth"}, AwsAuthError),
+    ({"fault": "denied"}, AwsAuthError),
+    ({"fault": "server-error"}, AwsServerError),
+    ({"fault": "error", "code": "InvalidGroup.NotFound", "message": "no group"}, AwsBadInput),
+    ({"fault": "error", "code": "IdempotentInstanceTerminated"}, AwsIdempotentMismatch),
+]
+
+
+@pytest.mark.parametrize(("fault", "kind"), REFUSALS)
+async def test_each_refusal_of_a_launch_is_told_once_and_leaves_no_instance(
+    ec2: Ec2, aws_shim: AwsShim, fault: dict[str, object], kind: type[AwsError]
+) -> None:
+    aws_shim.faults.add({"action": "RunInstances", **fault})
+    with pytest.raises(kind) as raised:
+        await ec2.run_instance(REGION, launch("refused"))
+    assert type(raised.value) is kind
+    assert aws_shim.calls["RunInstances"] == 1, "a creating call is tried once"
+    assert await ec2.find_by_tags(REGION, {"lrm/uid": "refused"}) == []
+    await ec2.run_instance(REGION, launch("refused"))
+
+
+@pytest.mark.parametrize(
+    ("change", "word"),
+    [
+        ({"ami_id": "ami-00000000000000000"}, "InvalidAMIID.NotFound"),
+        ({"ami_id": "nonsense"}, "InvalidAMIID.Malformed"),
+        ({"key_name": "no-such-key"}, "InvalidKeyPair.NotFound"),
+        ({"instance_type": "m99.metal"}, "InvalidParameterValue"),
+        ({"volume_size_gb": "many"}, "ParamValidationError"),
+        ({"client_token": "t" * 65}, "InvalidParameterValue"),
+    ],
+)
+async def test_a_launch_of_what_does_not_exist_is_bad_input(ec2: Ec2, change: dict[str, object], word: str) -> None:
+    with pytest.raises(AwsBadInput, match=word):
+        await ec2.run_instance(REGION, launch("bad", **change))
+
+
+async def test_reads_are_repeated_through_throttling_and_failures_and_writes_are_not(
+    ec2: Ec2, aws_shim: AwsShim
+) -> None:
+    one = await ec2.run_instance(REGION, launch("steady"))
+    for fault in ("throttle", "server-error", "dropped"):
+        aws_shim.faults.add({"action": "DescribeInstances", "fault": fault})
+        assert (await ec2.describe_instance(REGION, one.id)).id == one.id
+    for fault, kind in (("throttle", AwsThrottled), ("dropped", AwsOutcomeUnknown)):
+        aws_shim.calls.clear()
+        aws_shim.faults.add({"action": "TerminateInstances", "fault": fault})
+        with pytest.raises(kind):
+            await ec2.terminate(REGION, one.id)
+        assert aws_shim.calls["TerminateInstances"] == 1
+    assert (await ec2.describe_instance(REGION, one.id)).state != "terminated"
+
+
+async def test_a_describe_that_fails_for_good_is_an_error_and_never_an_absence(ec2: Ec2, aws_shim: AwsShim) -> None:
+    one = await ec2.run_instance(REGION, launch("hidden"))
+    aws_shim.faults.add({"action": "DescribeInstances", "fault": "auth", "times": 0})
+    for call in (
+        ec2.describe_instance(REGION, one.id),
+        ec2.describe_instances(REGION, [one.id]),
+        ec2.find_by_tags(REGION, {"lrm/uid": "hidden"}),
+    ):
+        with pytest.raises(AwsAuthError):
+            await call
+
+
+async def test_a_lost_reply_is_an_unknown_outcome_and_the_look_by_tag_sees_exactly_one(
+    ec2: Ec2, aws_shim: AwsShim
+) -> None:
+    aws_shim.faults.add({"action": "RunInstances", "fault": "lost-reply"})
+    with pytest.raises(AwsOutcomeUnknown) as raised:
+        await ec2.run_instance(REGION, launch("lost"))
+    assert not raised.value.definite_refusal
+    [one] = await ec2.find_by_tags(REGION, {"lrm/uid": "lost"})
+    assert (await ec2.run_instance(REGION, launch("lost"))).id == one.id
+    assert len(await ec2.find_by_tags(REGION, {"lrm/uid": "lost"})) == 1
+
+
+async def test_a_request_that_was_dropped_is_an_unknown_outcome_and_has_launched_nothing(
+    ec2: Ec2, aws_shim: AwsShim
+) -> None:
+    aws_shim.faults.add({"action": "RunInstances", "fault": "dropped"})
+    with pytest.raises(AwsOutcomeUnknown):
+        await ec2.run_instance(REGION, launch("dropped"))
+    assert aws_shim.calls["RunInstances"] == 1
+    assert await ec2.find_by_tags(REGION, {"lrm/uid": "dropped"}) == []
+
+
+async def test_a_launch_carried_out_after_its_deadline_is_found_by_token_and_tag(ec2: Ec2, aws_shim: AwsShim) -> None:
+    """The caller has left long ago; the same token still means the same instance."""
+    await ec2.find_by_tags(REGION, {"lrm/uid": "late"})
+    aws_shim.faults.add({"action": "RunInstances", "fault": "delay", "seconds": 1.0})
+    began = time.monotonic()
+    with pytest.raises(AwsOutcomeUnknown, match="no answer within"):
+        await ec2.run_instance(REGION, launch("late"), timeout=0.6)
+    assert time.monotonic() - began < 0.95
+    assert await ec2.find_by_tags(REGION, {"lrm/uid": "late"}) == []
+    [late] = await until(lambda: ec2.find_by_tags(REGION, {"lrm/uid": "late"}))
+    assert (await ec2.run_instance(REGION, launch("late"))).id == late.id
+
+
+@pytest.mark.parametrize("call", ["stop", "terminate", "describe_instance"])
+async def test_a_call_without_an_answer_ends_by_its_own_deadline(ec2: Ec2, aws_shim: AwsShim, call: str) -> None:
+    one = await ec2.run_instance(REGION, launch("slow"))
+    await ready(ec2, one.id)
+    aws_shim.faults.add({"action": "*", "fault": "slow-reply", "seconds": 2, "times": 1})
+    began = time.monotonic()
+    with pytest.raises(AwsUnavailable if call == "describe_instance" else AwsOutcomeUnknown):
+        await getattr(ec2, call)(REGION, one.id, timeout=0.5)
+    assert time.monotonic() - began < 1.5
+
+
+async def test_nobody_there_is_certainly_not_carried_out(aws_credentials: None) -> None:
+    with socket.socket() as held:
+        held.bind(("127.0.0.1", 0))  # bound, not listening: connections are refused
+        url = f"http://127.0.0.1:{held.getsockname()[1]}"
+        async with Ec2(SystemClock(), endpoint_url=url) as ec2:
+            with pytest.raises(AwsUnavailable):
+                await ec2.run_instance(REGION, launch("nobody"))
+            with pytest.raises(AwsUnavailable):
+                await ec2.find_by_tags(REGION, {"a": "b"})
+
+
+async def test_without_credentials_or_with_an_impossible_region_or_endpoint_nothing_is_sent(
+    aws_shim: AwsShim, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with Ec2(SystemClock(), endpoint_url=aws_shim.url) as ec2:
+        with pytest.raises(AwsBadInput):
+            await ec2.describe_instance("not a region", ABSENT)
+    async with Ec2(SystemClock(), endpoint_url="nonsense") as ec2:
+        with pytest.raises(AwsUnavailable, match="Invalid endpoint"):
+            await ec2.run_instance(REGION, launch("nonsense"))
+    async with Ec2(SystemClock(), endpoint_url=aws_shim.url, profile="no-such-profile") as ec2:
+        with pytest.raises(AwsAuthError):
+            await ec2.describe_instance(REGION, ABSENT)
+    monkeypatch.delenv("AWS_ACCESS_KEY_ID")
+    monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
+    async with Ec2(SystemClock(), endpoint_url=aws_shim.url) as ec2:
+        with pytest.raises(AwsAuthError, match="no usable credentials"):
+            await ec2.run_instance(REGION, launch("anonymous"))
+    assert not aws_shim.calls
+
+
+async def test_the_endpoint_of_the_environment_is_used(aws_shim: AwsShim, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", aws_shim.url)
+    async with Ec2(SystemClock()) as ec2:
+        await ec2.run_instance(REGION, launch("environment"))
+    assert aws_shim.calls["RunInstances"] == 1
+
+
+@pytest.fixture
+async def stuck(ec2: Ec2, aws_shim: AwsShim) -> AsyncIterator[list[asyncio.Task[Ec2Instance]]]:
+    """All of the client's threads wait for answers that do not come."""
+    one = await ec2.run_instance(REGION, launch("stuck"))
+    aws_shim.calls.clear()
+    aws_shim.faults.add({"action": "DescribeInstances", "fault": "dropped", "seconds": 3, "times": 0})
+    slots = ec2_module._IN_FLIGHT
+    tasks = [asyncio.create_task(ec2.describe_instance(REGION, one.id)) for _ in range(slots)]
+    await until(lambda: aws_shim.calls["DescribeInstances"] == slots)
+    yield tasks
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def test_a_call_that_finds_no_free_thread_is_certainly_not_sent_not_even_later(
+    ec2: Ec2, aws_shim: AwsShim, stuck: list[asyncio.Task[Ec2Instance]]
+) -> None:
+    with pytest.raises(AwsUnavailable, match="not sent within"):
+        await ec2.run_instance(REGION, launch("queued"), timeout=0.3)
+    cancelled = asyncio.create_task(ec2.run_instance(REGION, launch("queued")))
+    await asyncio.sleep(0)
+    cancelled.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await cancelled
+    aws_shim.faults.clear()
+    for task in stuck:
+        task.cancel()
+    await until(lambda: ec2._threads.busy == 0, "the threads are free again")
+    assert aws_shim.calls["RunInstances"] == 0
+
+
+async def test_cancelled_callers_leave_at_once_and_their_calls_are_not_repeated(
+    ec2: Ec2, aws_shim: AwsShim, stuck: list[asyncio.Task[Ec2Instance]]
+) -> None:
+    """The read client would try three times; nobody wants to know any more."""
+    began = time.monotonic()
+    for task in stuck:
+        task.cancel()
+    await asyncio.gather(*stuck, return_exceptions=True)
+    assert time.monotonic() - began < 0.5
+    assert all(task.cancelled() for task in stuck)
+    await until(lambda: ec2._threads.busy == 0, "the threads are free again")
+    assert aws_shim.calls["DescribeInstances"] == len(stuck)
+
+
+HTML = reply("<html><body>Please log in to the network</body></html>", content_type="text/html")
+EMPTY_SET = "<DescribeInstancesResponse><requestId>r</requestId><reservationSet/>"
+WHOLE = f"{EMPTY_SET}</DescribeInstancesResponse>"
+ENDLESS = f"{EMPTY_SET}<nextToken>again</nextToken></DescribeInstancesResponse>"
+LIES: list[tuple[bytes, str]] = [
+    (HTML, "a portal's page is well-formed XML with nothing in it"),
+    (reply(""), "nothing at all"),
+    (reply("<a><b>"), "half an answer"),
+    (reply(WHOLE[:60], length=len(WHOLE)), "an answer that breaks off"),
+    (reply("{}", content_type="application/json"), "another protocol"),
+    (reply("<DescribeInstancesResponse><requestId>r</requestId></DescribeInstancesResponse>"), "no set"),
+    (reply(WHOLE.replace("<requestId>r</requestId>", "")), "no request id"),
+    (reply(ENDLESS), "pages that never end"),
+    (reply("bad gateway", status=502), "a proxy's own error"),
+    (reply("<html>moved</html>", status=302), "a redirect"),
+    (b"HTTP/1.1 200", "half a status line"),
+    (b"", "a closed connection"),
+    (b"\x00\x01\x02 nonsense\r\n\r\n", "no HTTP"),
+]
+
+
+@pytest.mark.parametrize(("lie", "why"), LIES, ids=[why for _, why in LIES])
+async def test_an_answer_that_is_none_is_never_told_as_nothing_there(
+    aws_credentials: None, lie: bytes, why: str
+) -> None:
+    async with lying_server(lie) as (url, _), Ec2(SystemClock(), endpoint_url=url) as ec2:
+        with pytest.raises((AwsServerError, AwsUnavailable)):
+            await ec2.find_by_tags(REGION, {"a": "b"})
+
+
+@pytest.mark.parametrize(("lie", "why"), [*LIES[:5], *LIES[8:]], ids=[why for _, why in [*LIES[:5], *LIES[8:]]])
+async def test_a_launch_answered_with_nonsense_has_an_unknown_outcome_and_is_sent_once(
+    aws_credentials: None, lie: bytes, why: str
+) -> None:
+    async with lying_server(lie) as (url, seen), Ec2(SystemClock(), endpoint_url=url) as ec2:
+        with pytest.raises((AwsOutcomeUnknown, AwsServerError)) as raised:
+            await ec2.run_instance(REGION, launch("nonsense"))
+        assert not raised.value.definite_refusal
+        assert len(seen) == 1
+
+
+async def test_an_empty_answer_about_one_instance_is_no_proof_that_it_is_gone(aws_credentials: None) -> None:
+    """EC2 says NotFound for that."""
+    async with lying_server(reply(WHOLE)) as (url, _), Ec2(SystemClock(), endpoint_url=url) as ec2:
+        with pytest.raises(AwsServerError):
+            await ec2.describe_instance(REGION, ABSENT)
+        assert await ec2.find_by_tags(REGION, {"a": "b"}) == []
+
+
+async def test_a_peer_that_trickles_bytes_holds_nobody_beyond_the_deadline(aws_credentials: None) -> None:
+    """No socket timeout ever strikes: only our own deadline does."""
+    async with lying_server(reply(WHOLE), pause=0.05) as (url, _), Ec2(SystemClock(), endpoint_url=url) as ec2:
+        began = time.monotonic()
+        with pytest.raises(AwsUnavailable, match="no answer within"):
+            await ec2.find_by_tags(REGION, {"a": "b"}, timeout=0.7)
+        assert time.monotonic() - began < 1.5
+
+
+async def test_answers_of_a_thousand_instances_do_not_hold_up_the_event_loop(ec2: Ec2, aws_shim: AwsShim) -> None:
+    """A call that blocked the loop would do so for the 0.4 s by which each answer is late."""
+    one = await ec2.run_instance(REGION, launch("loop"))
+    aws_shim.faults.add({"action": "DescribeInstances", "fault": "delay", "seconds": 0.4, "times": 0})
+    calls = [asyncio.create_task(ec2.describe_instance(REGION, one.id)) for _ in range(16)]
+    lags = []
+    while not all(call.done() for call in calls):
+        before = time.monotonic()
+        await asyncio.sleep(0.005)
+        lags.append(time.monotonic() - before - 0.005)
+    await asyncio.gather(*calls)
+    assert len(lags) > 50
+    assert sorted(lags)[int(len(lags) * 0.95)] < 0.05
+    assert max(lags) < 0.3
