@@ -1,11 +1,11 @@
 """The labs of one CML, in two calls, and the proof that lets a lab's absence mean something.
 
-`list_labs` joins the tiles (all data in one call, undocumented, eventually consistent) with `GET /labs?show_all`,
-the authority on which labs exist; it asks for single labs only where a tile lacks. `read_inventory` adds the proof.
+`list_labs` joins the tiles (all data in one call, eventually consistent) with `GET /labs?show_all`, the authority on
+which labs exist; it asks for single labs only where a tile lacks. `read_inventory` adds the proof.
 An inventory is complete when the ids came as one whole JSON array of well-formed ids, with 200, under a session that
 CML called an admin's and whose identity was the expected one before, and is so after, the list. A token is accepted
 only by the CML that signed it, so the same session before and after is that proof, without a request; after a
-re-login the new session proves itself anew; and when a known lab is missing, CML is asked for its identity once more.
+re-login the new session proves itself anew; and when labs went away, CML is asked for its identity once more.
 An error raises and never becomes an empty inventory. Called by the labs controller and by `find_labs_by_title`.
 """
 
@@ -68,14 +68,19 @@ async def read_inventory(client: CmlClient, expected_identity: str | None, known
     and end up in `absent` on a 404. A steady cycle is two requests. Raises `CmlIdentityMismatch` and every other
     `CmlError`; never returns less than CML said.
     """
+    session = client.session
     before = await client.proven_session()
+    fresh = session is None or session.serial != before.serial or session.identity is None
     if expected_identity and before.identity != expected_identity.strip().lower():
         raise CmlIdentityMismatch(expected_identity, before.identity or "")
     listing = await client.list_labs()
     missing = sorted(set(known) - listing.ids - listing.gone)
     absent, present = await _probe(client, missing[:_MAX_PROBES])
-    # Something went away: the connection may be a new one, so the session's own proof is asked for again.
-    after = await client.proven_session(again=bool(missing or listing.gone))
+    # When labs went away, or nothing is known of earlier, the cached proof is not enough: another CML may have taken
+    # the address and believe the token, or the user may be no admin any more (CML then answers 403 here).
+    earlier = client.last_complete
+    doubt = bool(missing or listing.gone) or (not fresh if earlier is None else not earlier <= listing.ids)
+    after = await client.proven_session(again=doubt)
     if after.identity != before.identity:
         raise CmlIdentityMismatch(before.identity or "", after.identity or "")
     why = _why_incomplete(
@@ -86,6 +91,8 @@ async def read_inventory(client: CmlClient, expected_identity: str | None, known
         (listing.malformed > 0, f"{listing.malformed} items of the list are not ids of labs"),
         (bool(present), f"the list lacks {len(present)} labs that CML has"),
     )
+    if not why:
+        client.last_complete = listing.ids
     return Inventory(
         labs=listing.labs,
         ids=listing.ids,
