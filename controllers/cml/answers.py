@@ -7,6 +7,7 @@ login and the typed calls.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -89,10 +90,17 @@ def describe(body: bytes, secrets: Iterable[str] = ()) -> str:
     if isinstance(value, dict):
         value = next((value[k] for k in ("description", "detail", "message") if value.get(k)), value)
     text = _flatten(_unwrap(value))
-    for secret in sorted({s for s in secrets if s}, key=len, reverse=True):
-        text = text.replace(secret, "***")
+    text = _blot(text, secrets)
     text = " ".join("".join(c if c.isprintable() else " " for c in text).split())
     return text if len(text) <= _LONGEST_REASON else text[: _LONGEST_REASON - 1] + "…"
+
+
+def _blot(text: str, secrets: Iterable[str]) -> str:
+    """Replace each secret, as it is and as JSON writes it."""
+    forms = {f for s in secrets if s for f in (s, orjson.dumps(s).decode()[1:-1], json.dumps(s)[1:-1])}
+    for form in sorted(forms, key=len, reverse=True):
+        text = text.replace(form, "***")
+    return text
 
 
 def _unwrap(value: Any) -> Any:

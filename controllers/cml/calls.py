@@ -144,7 +144,7 @@ class Caller:
         if not login:
             self._sessions.check_foreign()
             answer = await self._transport.exchange(message, sending)
-            return _judged(answer, secrets)
+            return _judged(answer, self._sessions.secrets(*secrets))
         session = await self._sessions.get()
         answer = await self._under(session, message, sending)
         if answer.status == 401:
@@ -155,7 +155,7 @@ class Caller:
         if answer.status == 401:
             self._sessions.drop(session.serial)
             raise CmlAuthError("CML refuses a session that it has just granted")
-        return _judged(answer, (*secrets, session.token))
+        return _judged(answer, self._sessions.secrets(session.token, *secrets))
 
     async def _under(self, session: Session, message: Message, sending: Sending) -> Answer:
         return await self._transport.exchange(replace(message, token=session.token), sending)

@@ -110,12 +110,21 @@ class CmlClient:
 
     @property
     def peer_fingerprint(self) -> str | None:
-        """sha256 of the leaf certificate last let through; None over plain http and before the first handshake."""
+        """sha256 of the leaf certificate last let through; None over plain http and before the first handshake.
+
+        Record it once `session` is there: before the first login a booting CML may still change its certificate.
+        """
         return self._transport.guard.observed
 
     def expect_identity(self, product_uuid: str | None) -> None:
         """From now on send nothing under a session that has not proved this identity; None lifts that."""
         self._sessions.expect(product_uuid)
+
+    def renew_session(self) -> None:
+        """Log in anew at the next call: what a session may do, CML decides when it begins."""
+        session = self._sessions.current
+        if session is not None:
+            self._sessions.drop(session.serial)
 
     async def identity(self) -> str:
         """The CML's product uuid, asked once per session. Raises `CmlIdentityMismatch` if another is expected."""

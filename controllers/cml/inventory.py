@@ -74,7 +74,7 @@ async def read_inventory(client: CmlClient, expected_identity: str | None, known
     if expected_identity and before.identity != expected_identity.strip().lower():
         raise CmlIdentityMismatch(expected_identity, before.identity or "")
     listing = await client.list_labs()
-    missing = sorted(set(known) - listing.ids - listing.gone)
+    missing = sorted(i for i in set(known) - listing.ids - listing.gone if is_lab_id(i))
     absent, present = await _probe(client, missing[:_MAX_PROBES])
     # When labs went away, or nothing is known of earlier, the cached proof is not enough: another CML may have taken
     # the address and believe the token, or the user may be no admin any more (CML then answers 403 here).

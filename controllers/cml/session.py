@@ -223,18 +223,18 @@ class Sessions:
             username=username if isinstance(username, str) else self._credentials.username,
             user_id=user_id if isinstance(user_id, str) else "",
             admin=admin if isinstance(admin, bool) else None,
-            note=describe(orjson.dumps(note), self._secrets(token)) if isinstance(note, str) else "",
+            note=describe(orjson.dumps(note), self.secrets(token)) if isinstance(note, str) else "",
             renew_at=_renewal(token, began, self._clock),
         )
         return self.current
 
     def _check_login(self, answer: Answer) -> None:
         if answer.status in {400, 401, 403}:
-            reason = describe(answer.body, self._secrets())
+            reason = describe(answer.body, self.secrets())
             error = CmlAuthError(f"CML refuses the credentials of {self._credentials.username!r}: {reason}")
             self._bar(error)
             raise error
-        problem = failure(answer, self._secrets())
+        problem = failure(answer, self.secrets())
         if problem is not None:
             raise problem
 
@@ -262,8 +262,10 @@ class Sessions:
         self._barred = error
         self._barred_until = self._clock.monotonic() + BAR
 
-    def _secrets(self, *more: str) -> tuple[str, ...]:
-        return (self._credentials.password, *more)
+    def secrets(self, *more: str) -> tuple[str, ...]:
+        """What a server knows of us and might say aloud in its answers."""
+        token = () if self.current is None else (self.current.token,)
+        return (self._credentials.password, *token, *more)
 
     def close(self) -> None:
         """Forget the token; later calls end with `CmlClosed`."""

@@ -2,7 +2,7 @@
 
 Promises: each answer is complete and of bounded size, each failure is of our own tree and carries no header or body
 of the request, `Sending.sent` tells whether a request may have left, and a cancelled exchange leaves no socket.
-Does not log in, retry, or judge a status. No proxy, no redirect, no environment. Called by the login and the client.
+Does not log in, retry or judge; knows no proxy, redirect, cookie or environment. Called by sessions and calls.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import re
 import ssl
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from http.cookiejar import CookieJar, DefaultCookiePolicy
 from typing import Any
 
 import httpx
@@ -176,8 +177,13 @@ class Transport:
             if self._closed:
                 raise CmlClosed
             if self._http is None:
+                context = await self._context()
+                if self._closed:
+                    # Closed while the thread read the CA file: nobody would close what is opened now.
+                    raise CmlClosed
                 self._http = httpx.AsyncClient(
-                    verify=await self._context(),
+                    verify=context,
+                    cookies=CookieJar(DefaultCookiePolicy(allowed_domains=())),
                     trust_env=False,
                     follow_redirects=False,
                     headers={"User-Agent": "lrm", "Accept-Encoding": "gzip"},
