@@ -53,6 +53,9 @@ MAX_BODY = 20 * 1024**2
 _GRACE = 0.25
 """How long a stop waits for requests that are being answered; a delaying fault may hold one for an hour."""
 
+_NO_ANSWER = 444
+"""Never sent: the connection is gone."""
+
 _log = structlog.get_logger(__name__)
 
 
@@ -136,20 +139,20 @@ class Simulator:
         }
         machine.log.append(entry)
         machine.counts[f"{request.method} {entry['route']}"] += 1
+        try:
+            # Before anything waits: a client that gives up later has still asked for it.
+            raw = b"" if route == "/ws/ui" else await request.read()
+        except web.HTTPRequestEntityTooLarge:
+            return _page(413, "Request Entity Too Large")
+        except (ConnectionError, web.RequestPayloadError):
+            return _hang_up(request)
         struck = self.faults.striking(machine.name, request.method, route)
         answer = await self._before(request, machine, struck)
         if answer is not None:
-            entry["status"] = answer.status if request.transport and not request.transport.is_closing() else 0
+            entry["status"] = 0 if answer.status == _NO_ANSWER else answer.status
             return answer
         if route == "/ws/ui":
             return await self._converse(request, machine)
-        try:
-            raw = await request.read()
-        except web.HTTPRequestEntityTooLarge:
-            return _page(413, "Request Entity Too Large")
-        # Everything that was awaited may have taken long: a machine that went off meanwhile answers nobody.
-        if machine.stage in ("off", "refused"):
-            return _hang_up(request)
         reply = self._carry_out(machine, request, route, raw)
         entry["status"] = reply.status
         return await self._after(request, reply, struck)
@@ -181,26 +184,22 @@ class Simulator:
 
     def _carry_out(self, machine: Machine, request: web.Request, path: str, raw: bytes) -> Reply:
         """One request, from the token to the answer, without a wait in between."""
-        machine.look()
         kind, _, token = request.headers.get("Authorization", "").partition(" ")
         call = Call(machine, request.method, path, request.query, raw, _content_type(request))
-        return self._dispatch(call, token if kind.lower() == "bearer" else "")
-
-    def _dispatch(self, call: Call, token: str) -> Reply:
-        machine = call.machine
+        call.token = token if kind.lower() == "bearer" else ""
         try:
-            route, call.params = self._table.find(call.method, call.path, machine.options.release)
-            call.token = token
-            call.found_user = machine.directory.user_of(token, self.clock.now()) if token else None
+            machine.look()
+            route, call.params = self._table.find(call.method, path, machine.options.release)
+            call.found_user = machine.directory.user_of(call.token, self.clock.now())
             call.check_access(route.access)
             check_ids(call.params)
             return route.handler(call)
         except RefusalError as e:
             return e.reply()
         except Exception as e:  # noqa: BLE001 - kept, and raised again when the server stops
-            _log.exception("the simulator failed", method=call.method, path=call.path)
+            _log.exception("the simulator failed", method=call.method, path=path)
             self.defects.append(e)
-            return RefusalError(500, _unexpected(call.path)).reply()
+            return RefusalError(500, _unexpected(path)).reply()
 
     async def _after(self, request: web.Request, reply: Reply, struck: list[Fault]) -> web.StreamResponse:
         """The answer, or what is left of it."""
@@ -273,7 +272,7 @@ def _hang_up(request: web.Request) -> web.Response:
     """End the connection without a word; the response is written nowhere."""
     if request.transport is not None:
         request.transport.abort()
-    return web.Response(status=444)
+    return web.Response(status=_NO_ANSWER)
 
 
 async def _cut(request: web.Request, reply: Reply) -> web.StreamResponse:
