@@ -63,6 +63,7 @@ class Ec2:
         self._threads = Threads(_IN_FLIGHT, "ec2")
         self._current = threading.local()
         self._clients_lock = threading.Lock()
+        self._parsing = threading.Lock()
         self._session: boto3.Session | None = None
         self._clients: dict[tuple[str, Effect], EC2Client] = {}
 
@@ -212,7 +213,10 @@ class Ec2:
         self, region: str, instance_id: str, keys: Iterable[str], *, timeout: float = WRITE_TIMEOUT
     ) -> None:
         """Remove tags, whatever their values; those that are not there are fine."""
-        request = {"Resources": [_checked(instance_id)], "Tags": [{"Key": key} for key in sorted(keys)]}
+        tags = [{"Key": key} for key in sorted(keys)]
+        if not tags:
+            raise ValueError("delete_tags without a key would mean every tag of the instance")
+        request = {"Resources": [_checked(instance_id)], "Tags": tags}
         await self._call(Effect.REPEATABLE, region, "DeleteTags", request, timeout)
 
     async def _change(self, region: str, instance_id: str, operation: str, answers: str, timeout: float) -> str:
@@ -279,6 +283,8 @@ class Ec2:
             except Exception as error:  # noqa: BLE001 - urllib3's and socket's own get through botocore
                 # Mapped here, in the thread, so that nothing of botocore ever reaches a task.
                 raise from_botocore(error, effect, operation=operation, region=region, sent=ticket.sent) from None
+            finally:
+                self._end_parse()
             return answer
 
         if timeout <= 0:
@@ -314,6 +320,8 @@ class Ec2:
                     "ec2", region_name=region, endpoint_url=self._endpoint_url, config=_CONFIGS[effect]
                 )
                 client.meta.events.register("before-send.ec2", self._before_send)
+                client.meta.events.register("before-parse.ec2", self._begin_parse)
+                client.meta.events.register("response-received.ec2", self._end_parse)
                 self._clients[region, effect] = client
             return client
 
@@ -321,6 +329,16 @@ class Ec2:
         """Called by botocore before each attempt, in the calling thread; returning None lets it go on."""
         ticket: Ticket = self._current.ticket
         ticket.begin_send()
+
+    def _begin_parse(self, **_: Any) -> None:
+        """Called by botocore before it parses an answer: eight parsing threads would keep the event loop waiting."""
+        self._parsing.acquire()
+        self._current.parses = True
+
+    def _end_parse(self, **_: Any) -> None:
+        if getattr(self._current, "parses", False):
+            self._current.parses = False
+            self._parsing.release()
 
 
 def _config(connect: float, read: float, **retries: Any) -> Config:

@@ -68,9 +68,12 @@ class Threads:
 
     async def run(self, work: Callable[[], T]) -> T:
         """Run `work` in a thread and return or raise what it does; waits for a free slot first."""
+        if not self._closed:
+            await self._slots.acquire()
+            if self._closed:  # meanwhile: no thread would take the job
+                self._slots.release()
         if self._closed:
             raise RuntimeError(f"{self._name} is closed")
-        await self._slots.acquire()
         loop = asyncio.get_running_loop()
         answer: asyncio.Future[T] = loop.create_future()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -16,6 +17,7 @@ from controllers.aws.ec2 import Ec2, LaunchParameters
 from controllers.aws.simulator import DEMO_AMI, DEMO_KEY, AwsShim, ShimOptions
 from controllers.aws.simulator.moto import start_moto
 from equipment.etcd import scratch_dir
+from equipment.waiting import until
 from lrm.processes import ChildProcess
 from storage.clock import SystemClock
 
@@ -59,6 +61,7 @@ def aws_credentials(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_CONFIG_FILE", "/dev/null")
     monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", "/dev/null")
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
 
 
 @pytest.fixture
@@ -97,6 +100,22 @@ async def boto(url: str, service: str = "ec2", region: str = REGION) -> AsyncIte
         yield call
     finally:
         client.close()
+
+
+@asynccontextmanager
+async def shim_process(folder: Path, moto_url: str, *arguments: str) -> AsyncIterator[tuple[ChildProcess, str]]:
+    """The simulator as a process of its own, and its URL once it is ready."""
+    command = [sys.executable, "-m", "controllers.aws.simulator", "--moto-url", moto_url, *arguments]
+    child = ChildProcess.start(command, name="shim", log_path=folder / "shim.log")
+    try:
+
+        def announced() -> str:
+            lines = [line for line in child.log_tail() if line.startswith("ready ")]
+            return lines[-1].split()[1] if lines else ""
+
+        yield child, await until(announced, "ready", timeout=30)
+    finally:
+        child.kill()
 
 
 def launch(token: str, **changes: Any) -> LaunchParameters:

@@ -6,7 +6,6 @@ import asyncio
 import signal
 import sys
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ import pytest
 from botocore.exceptions import ClientError
 
 from controllers.aws.simulator import DEMO_AMI, DEMO_KEY, AwsShim, ShimOptions
-from equipment.aws import ABSENT, REGION, Boto, boto
+from equipment.aws import ABSENT, REGION, Boto, boto, shim_process
 from equipment.waiting import until
 from lrm.processes import ChildProcess
 
@@ -244,30 +243,14 @@ async def test_without_moto_instances_go_on_and_the_rest_is_unavailable(aws_cred
             await call("describe_vpcs")
 
 
-@asynccontextmanager
-async def process(folder: Path, moto_url: str, *arguments: str) -> AsyncIterator[tuple[ChildProcess, str]]:
-    """The simulator as a process of its own, and its URL once it is ready."""
-    command = [sys.executable, "-m", "controllers.aws.simulator", "--moto-url", moto_url, *arguments]
-    child = ChildProcess.start(command, name="shim", log_path=folder / "shim.log")
-    try:
-
-        def announced() -> str:
-            lines = [line for line in child.log_tail() if line.startswith("ready ")]
-            return lines[-1].split()[1] if lines else ""
-
-        yield child, await until(announced, "ready", timeout=30)
-    finally:
-        child.kill()
-
-
 async def test_instances_outlive_a_killed_process_and_a_clean_end_is_exit_code_0(tmp_path: Path, moto_url: str) -> None:
     data = ("--data-dir", str(tmp_path / "data"), "--delay", "0.1")
-    async with process(tmp_path / "1", moto_url, *data) as (child, url), boto(url) as call:
+    async with shim_process(tmp_path / "1", moto_url, *data) as (child, url), boto(url) as call:
         said = await call("run_instances", **LAUNCH, ClientToken="t")
         one = said["Instances"][0]["InstanceId"]
         await call("create_tags", Resources=[one], Tags=[{"Key": "a", "Value": "b"}])
         child.kill()
-    async with process(tmp_path / "2", moto_url, *data) as (child, url), boto(url) as call:
+    async with shim_process(tmp_path / "2", moto_url, *data) as (child, url), boto(url) as call:
         again = await call("run_instances", **LAUNCH, ClientToken="t")
         assert again["Instances"][0]["InstanceId"] == one
         [reservation] = (await call("describe_instances"))["Reservations"]
@@ -279,7 +262,7 @@ async def test_instances_outlive_a_killed_process_and_a_clean_end_is_exit_code_0
 async def test_what_keeps_it_from_starting_is_one_sentence_and_exit_code_1(tmp_path: Path, moto_url: str) -> None:
     """Another one on the same folder, or on the same port."""
     data = ("--data-dir", str(tmp_path / "data"))
-    async with process(tmp_path / "1", moto_url, *data) as (_, url):
+    async with shim_process(tmp_path / "1", moto_url, *data) as (_, url):
         port = url.rpartition(":")[2]
         for number, arguments in enumerate((data, ("--port", port))):
             command = [sys.executable, "-m", "controllers.aws.simulator", "--moto-url", moto_url, *arguments]

@@ -99,6 +99,21 @@ async def test_closing_ends_the_threads_and_takes_no_more_calls() -> None:
         await threads.run(lambda: 1)
 
 
+async def test_callers_in_the_queue_are_told_when_it_is_closed() -> None:
+    threads = Threads(1, "t")
+    gate = threading.Event()
+    first = asyncio.create_task(threads.run(lambda: gate.wait(10)))
+    await until(lambda: threads.busy == 1)
+    queued = [asyncio.create_task(threads.run(lambda: 1)) for _ in range(3)]
+    await asyncio.sleep(0)
+    threads.close()
+    gate.set()
+    assert await first
+    for task in queued:
+        with pytest.raises(RuntimeError, match="closed"):
+            await task
+
+
 def test_a_thread_whose_loop_is_gone_ends_quietly() -> None:
     gate = threading.Event()
 
