@@ -1,0 +1,202 @@
+"""The sync against simulated CMLs: what comes into the records, what it costs, and what never removes one."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+
+import pytest
+
+from controllers.labs.kind import LAB_FINALIZER, LAB_RECORD, LabRecord
+from controllers.workers.kind import LabWorker
+from equipment.labs_world import LabsWorld, labs_world
+from equipment.waiting import until
+
+
+@pytest.fixture
+async def world(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[LabsWorld]:
+    async with labs_world(monkeypatch) as world:
+        yield world
+
+
+async def test_every_lab_becomes_a_record_with_all_that_cml_tells(world: LabsWorld) -> None:
+    await world.worker()
+    lab = world.machine().add_lab("OSPF", nodes=3, running=True, description="areas", notes="day 1")
+    worker = await world.sync()
+    record = await world.record(lab.id)
+    assert record.name == f"w1-{lab.id}"
+    assert record.metadata.finalizers == [LAB_FINALIZER]
+    assert [(o.kind, o.name, o.uid) for o in record.metadata.owner_references] == [("LabWorker", "w1", worker.uid)]
+    assert (record.spec.worker_ref, record.spec.lab_id, record.spec.desired_state) == ("w1", lab.id, None)
+    status = record.status
+    assert (status.title, status.description, status.notes, status.state) == ("OSPF", "areas", "day 1", "STARTED")
+    assert (status.node_count, status.link_count, status.groups) == (3, 2, [])
+    assert (status.owner, status.owner_username) == (world.machine().admin.id, "admin")
+    assert status.cml_created_at is not None
+    assert status.modified_at is not None
+    assert status.first_seen_at is not None
+    assert (status.phase, status.observed_generation, status.operation_history) == ("Present", 1, [])
+    ready = status.condition("Ready")
+    assert ready is not None
+    assert ready.status == "True"
+    assert (worker.status.labs_count, worker.status.labs_sync_error) == (1, None)
+
+
+async def test_a_sync_is_two_calls_and_one_write_when_nothing_changed(world: LabsWorld) -> None:
+    await world.worker()
+    for n in range(5):
+        world.machine().add_lab(f"Lab {n}", nodes=2)
+    await world.sync()
+    world.machine().counts.clear()
+    with world.counting() as writes:
+        await world.sync()
+    assert dict(world.machine().counts) == {"GET /populate_lab_tiles": 1, "GET /labs": 1}
+    # Ours is one of the two: the other is the annotation that asked for it.
+    assert dict(writes) == {"labworkers MODIFIED": 2}
+
+
+async def test_a_change_of_state_title_or_size_is_history_and_all_else_is_refreshed_in_silence(
+    world: LabsWorld,
+) -> None:
+    await world.worker()
+    machine = world.machine()
+    lab = machine.add_lab("Before", nodes=2)
+    await world.sync()
+    world.edit(lab, title="After")
+    machine.force(lab, "STARTED")
+    await world.sync()
+    world.edit(lab, notes="changed")
+    await world.sync()
+    record = await world.record(lab.id)
+    assert record.status.notes == "changed"
+    (entry,) = record.status.operation_history
+    assert (entry.previous_state, entry.new_state) == ("DEFINED_ON_CORE", "STARTED")
+    changed = {name: (change.old, change.new) for name, change in entry.changed_fields.items()}
+    assert changed == {"state": ("DEFINED_ON_CORE", "STARTED"), "title": ("Before", "After")}
+
+
+async def test_a_worker_is_synced_at_start_and_when_it_comes_to_serve(world: LabsWorld) -> None:
+    world.machine().add_lab("there")
+    await world.worker(phase="ReadyUnlicensed")
+
+    async def synced() -> bool:
+        return (await world.get_worker()).status.labs_synced_at is not None
+
+    await until(synced)
+    assert len(await world.records()) == 1
+
+
+async def test_a_sync_comes_at_the_interval(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with labs_world(monkeypatch, labs_refresh_interval=0.1) as world:
+        await world.worker()
+        await until(lambda: len(world.known()) == 0 and world.machine().counts["GET /labs"] >= 1)
+        lab = world.machine().add_lab("later")
+        await until(lambda: [r.spec.lab_id for r in world.known()] == [lab.id])
+        world.machine().remove(lab)
+        await until(lambda: not world.known(), "the interval's lists to remove it")
+
+
+async def test_the_annotation_is_honoured_once(world: LabsWorld) -> None:
+    await world.worker()
+    await world.sync()
+    world.machine().counts.clear()
+    await world.client.update(await world.get_worker(), lambda w: w.metadata.labels.update({"touched": "yes"}))
+    await world.settled()
+    assert not world.machine().counts["GET /labs"]
+
+
+async def test_a_stopped_worker_is_not_asked_and_keeps_its_records(world: LabsWorld) -> None:
+    await world.worker()
+    lab = world.machine().add_lab("kept")
+    await world.sync()
+
+    def stop(w: LabWorker) -> None:
+        w.status.enter("Stopped", "Test", world.clock.now())
+
+    await world.change_worker(stop)
+    world.machine().power_off()
+    world.machine().counts.clear()
+    await world.ask()
+    await world.settled()
+    assert not world.machine().counts
+    assert (await world.record(lab.id)).status.phase == "Present"
+
+
+async def test_one_failing_worker_does_not_stop_the_others(world: LabsWorld) -> None:
+    for name in ("w1", "w2", "w3"):
+        await world.worker(name)
+        world.machine(name).add_lab(f"on {name}")
+    world.fault("status", "w2", path="/labs", status=500)
+    await world.sync("w1")
+    await world.failing_sync(name="w2")
+    await world.sync("w3")
+    assert [len(await world.records(n)) for n in ("w1", "w2", "w3")] == [1, 0, 1]
+
+
+async def test_one_lab_that_cannot_be_written_does_not_stop_the_others(world: LabsWorld) -> None:
+    """A record may have 1 MiB: notes beyond that are refused by the store."""
+    await world.worker()
+    machine = world.machine()
+    labs = [machine.add_lab(f"Lab {n}") for n in range(3)]
+    world.edit(labs[1], notes="x" * (1024 * 1024))
+    worker = await world.failing_sync(labs[1].id)
+    assert set(await world.records()) == {labs[0].id, labs[2].id}
+    assert worker.status.labs_synced_at is None
+    world.edit(labs[1], notes="short")
+    worker = await world.sync()
+    assert len(await world.records()) == 3
+    assert worker.status.labs_sync_error is None
+
+
+@pytest.mark.parametrize(
+    "title",
+    ["\U0001f9ea" * 64, "tab\tand\x00nul\x1b[31m\u202e", " ", "</td><script>", "ﬀ\u0301" * 20],
+    ids=["64-emoji", "controls", "space", "markup", "combining"],
+)
+async def test_a_title_is_mirrored_as_it_is(world: LabsWorld, title: str) -> None:
+    await world.worker()
+    lab = world.machine().add_lab(title)
+    await world.sync()
+    assert (await world.record(lab.id)).status.title == title
+
+
+async def test_last_synced_is_the_workers_time_until_the_lab_is_missing(world: LabsWorld) -> None:
+    await world.worker()
+    lab = world.machine().add_lab("here")
+    worker = await world.sync()
+    record = await world.record(lab.id)
+    assert record.status.last_synced_at is None, "it costs no write"
+    assert LAB_RECORD.present is not None
+
+    def look_up(kind: str, namespace: str, name: str) -> LabWorker | None:
+        return worker if (kind, namespace, name) == ("LabWorker", "default", "w1") else None
+
+    worker = await world.sync()
+    assert LAB_RECORD.present(record, look_up).status.last_synced_at == worker.status.labs_synced_at
+    assert record.status.last_synced_at is None, "what is served is a copy"
+
+
+async def test_a_record_can_be_found_by_worker_and_by_lab(world: LabsWorld) -> None:
+    for name in ("w1", "w2"):
+        await world.worker(name)
+        world.machine(name).add_lab("a")
+        world.machine(name).add_lab("b")
+        await world.sync(name)
+    assert len(world.cache.by_index(LabRecord, "worker", "default/w2")) == 2
+    record = world.known("w2")[0]
+    assert world.cache.by_index(LabRecord, "lab", f"default/w2/{record.spec.lab_id}") == [record]
+    assert not world.cache.by_index(LabRecord, "lab", f"default/w1/{record.spec.lab_id}")
+
+
+async def test_two_thousand_labs_come_in_with_one_write_each_and_cost_none_afterwards(world: LabsWorld) -> None:
+    await world.worker()
+    await world.sync()
+    for n in range(2000):
+        world.machine().add_lab(f"Lab {n}", nodes=1)
+    world.machine().counts.clear()
+    with world.counting() as writes:
+        await world.sync(timeout=60)
+    assert dict(writes) == {"labrecords ADDED": 2000, "labworkers MODIFIED": 2}
+    assert world.machine().counts.total() == 2
+    with world.counting() as writes:
+        await world.sync(timeout=60)
+    assert dict(writes) == {"labworkers MODIFIED": 2}
