@@ -120,6 +120,16 @@ class Cache:
         """Why the cache is not being kept up to date just now; empty while it is."""
 
     @property
+    def storage(self) -> Storage:
+        """The store that this cache follows."""
+        return self._storage
+
+    @property
+    def registry(self) -> Registry:
+        """The kinds that it holds."""
+        return self._registry
+
+    @property
     def synced(self) -> bool:
         """Whether the first list was complete."""
         return self._synced.is_set()
@@ -164,6 +174,10 @@ class Cache:
     def counts(self) -> dict[str, int]:
         """Objects by plural."""
         return {plural: len(shelf.items) for plural, shelf in self._shelves.items()}
+
+    def dependants(self, uid: str) -> int:
+        """How many objects of any kind name this owner."""
+        return sum(len(shelf.index.get(("owner", uid), ())) for shelf in self._shelves.values())
 
     @property
     def undecodable(self) -> int:

@@ -10,6 +10,8 @@
     ├── NotLeading           this process does not hold (or may no longer trust) the lock
     │   └── Fenced           the store refused a write because another leader has taken over
     ├── CacheBehind          the cache did not reach a revision in time; the store may be away
+    ├── HistoryGone          a watch cannot go on without a gap; list again and watch from there
+    ├── RetryLater           a reconcile that the world outside holds up; tried again with growing delay
     └── TerminalError        a reconcile that will not succeed until the object changes; not retried
 
 Errors of `storage` with no meaning of their own here (`Unavailable`, `OutcomeUnknown`, `TooLarge`, …) pass through.
@@ -93,6 +95,14 @@ class Fenced(NotLeading):
 
 class CacheBehind(LrmError):  # noqa: N818 - the name is the field's
     """The cache did not reach a revision in time."""
+
+
+class HistoryGone(LrmError):  # noqa: N818 - the name is the field's
+    """A watch cannot go on without a gap: list again and watch from that list's resourceVersion."""
+
+
+class RetryLater(LrmError):  # noqa: N818 - it says what to do
+    """A reconcile that the world outside holds up, in one sentence: no defect of ours; tried again, ever later."""
 
 
 class TerminalError(LrmError):

@@ -6,7 +6,7 @@ A `Kind` is data and pure functions: it never looks at the store, the clock or t
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any, Generic, TypeVar
@@ -118,10 +118,13 @@ class Kind(Generic[R]):
         resource.metadata.resource_version = str(entry.revision)
         return resource
 
-    def parse(self, document: Mapping[str, Any], *, unknown: str = "Strict") -> tuple[R, list[str]]:
+    def parse(
+        self, document: Mapping[str, Any], *, unknown: str = "Strict", keep: Collection[str] = ()
+    ) -> tuple[R, list[str]]:
         """An object from a user's document, its status left out, and warnings about unknown fields.
 
         `unknown` is Kubernetes' fieldValidation: Strict refuses unknown fields, Warn reports them, Ignore drops them.
+        `keep` names those that the stored object has already: a newer version wrote them, and they stay.
         Raises `Invalid` with every cause.
         """
         wanted = {**document, "apiVersion": self.api_version, "kind": self.name, "status": {}}
@@ -133,8 +136,9 @@ class Kind(Generic[R]):
             resource = self.model.model_validate(wanted)
         except ValidationError as error:
             causes = causes_of(error)
-            raise Invalid(self._what(document), [*causes, *_unknown_causes(self, wanted)]) from error
-        strangers = list(unknown_fields(resource))
+            also = [c for c in _unknown_causes(self, wanted) if c.field not in keep]
+            raise Invalid(self._what(document), [*causes, *also]) from error
+        strangers = [f for f in unknown_fields(resource) if f not in keep]
         if strangers and unknown == "Strict":
             causes = [Cause(f, "FieldValueInvalid", f'unknown field "{f}"') for f in strangers]
         causes += metadata_causes(resource, self.max_name)
@@ -145,15 +149,17 @@ class Kind(Generic[R]):
         resource.status = self.status_model(phase=self.initial_phase)
         return resource, [f'unknown field "{f}"' for f in strangers] if unknown == "Warn" else []
 
-    def parse_status(self, document: Mapping[str, Any], current: R) -> R:
-        """`current` with the status of a user's document. Raises `Invalid`."""
+    def parse_status(self, document: Mapping[str, Any], current: R, *, keep: Collection[str] = ()) -> R:
+        """`current` with the status of a user's document; `keep` as for `parse`. Raises `Invalid`."""
         desired = current.thaw()
         try:
             desired.status = self.status_model.model_validate(document.get("status") or {})
         except ValidationError as error:
             raise Invalid(self._what(document), causes_of(error, "status")) from error
         strangers = [
-            Cause(f, "FieldValueInvalid", f'unknown field "{f}"') for f in unknown_fields(desired.status, "status")
+            Cause(f, "FieldValueInvalid", f'unknown field "{f}"')
+            for f in unknown_fields(desired.status, "status")
+            if f not in keep
         ]
         if strangers:
             raise Invalid(self._what(document), strangers)

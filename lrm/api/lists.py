@@ -1,0 +1,174 @@
+"""Reading: one object from the store, lists from the cache, long lists page by page from the store at one revision.
+
+A list without a resourceVersion holds everything written before it was asked for: the cache is asked to catch up
+first. `0` takes what the cache has, which works while the store is away. Pages of one list are one revision; when that
+is no longer kept, 410. Objects that cannot be decoded are left out with a Warning.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import orjson
+
+from lrm.api.call import Api, Call
+from lrm.api.requests import ListQuery, Target
+from lrm.api.status import bad_request
+from lrm.cache import Item
+from lrm.errors import CacheBehind, ResourceNotFound, Undecodable
+from storage.base import Entry
+from storage.errors import NoSpace, NotFound, Unavailable
+
+_PAGE = 500
+"""Entries read from the store at once."""
+
+
+@dataclass(frozen=True, slots=True)
+class Listing:
+    """A list or a page of one; `remaining` None where it is not known without reading on."""
+
+    items: Sequence[Item]
+    revision: int
+    token: str = ""
+    remaining: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """Where a page begins: after `key`, which lies on the store's own page `page`, at a revision (0: the newest)."""
+
+    revision: int
+    key: str
+    page: str
+
+    def token(self, query: ListQuery, target: Target) -> str:
+        raw = orjson.dumps([self.revision, self.key, self.page, _fingerprint(query, target)])
+        return base64.urlsafe_b64encode(raw).decode().rstrip("=")
+
+
+async def read_one(api: Api, target: Target, revision: str) -> Item:
+    """One object: from the store, or at resourceVersion 0 from the cache. Raises `ResourceNotFound`, `Undecodable`."""
+    if revision == "0" and api.cache.synced:
+        item = api.cache.item(target.kind, target.namespace, target.name)
+        if item is None:
+            raise ResourceNotFound(target.kind.plural, target.name)
+        if item.resource is None:
+            raise Undecodable(item.entry.key, item.error)
+        return item
+    key = api.registry.key(target.kind, target.namespace, target.name)
+    try:
+        entry = await api.storage.get(key)
+    except NotFound as error:
+        raise ResourceNotFound(target.kind.plural, target.name) from error
+    return Item(target.kind, target.namespace, target.name, entry, target.kind.decode(entry))
+
+
+async def read_list(api: Api, call: Call, target: Target, query: ListQuery) -> Listing:
+    """What the query asks for. Raises `CacheBehind`, the store's `Compacted`, 400."""
+    if query.token:
+        if query.revision:
+            raise bad_request("a continue token already says the resourceVersion")
+        place = _place(query, target)
+        return await _from_store(api, call, target, query, place)
+    if query.exact and query.revision:
+        return await _from_store(api, call, target, query, _Place(query.revision, "", ""))
+    try:
+        await catch_up(api, query.revision)
+    except NoSpace:
+        # No barrier can be written to an out-of-space store, but it can still be read at one revision.
+        return await _from_store(api, call, target, query, _Place(0, "", ""))
+    return _from_cache(api, call, target, query)
+
+
+async def catch_up(api: Api, revision: int | None) -> None:
+    """Return when the cache is as new as asked: None is now, 0 is whatever it has.
+
+    Raises `CacheBehind`, and `NoSpace` where the store cannot be asked in this way.
+    """
+    if not api.cache.synced:
+        raise CacheBehind(f"the cache is not filled yet: {api.cache.error}")
+    if revision == 0:
+        return
+    try:
+        if revision is None:
+            await api.cache.barrier(api.settings.barrier_seconds)
+        else:
+            await api.cache.wait_for(revision, api.settings.barrier_seconds)
+    except NoSpace:
+        raise
+    except Unavailable as error:
+        raise CacheBehind(f"the store did not confirm in time that the cache is up to date: {error}") from error
+
+
+def _from_cache(api: Api, call: Call, target: Target, query: ListQuery) -> Listing:
+    """All of it at the cache's revision; nothing is awaited here, so it is one revision."""
+    revision = api.cache.revision
+    # The store's order, which later pages follow: it is that of whole keys, not of (namespace, name).
+    items = sorted(api.cache.items(target.kind, target.namespace), key=lambda item: item.entry.key)
+    found = [item for item in items if _wanted(call, query, item)]
+    if query.revision == 0 or not query.limit or len(found) <= query.limit:
+        return Listing(found, revision)
+    page = found[: query.limit]
+    place = _Place(revision, page[-1].entry.key, "")
+    remaining = len(found) - len(page) if query.selector is None else None
+    return Listing(page, revision, place.token(query, target), remaining)
+
+
+async def _from_store(api: Api, call: Call, target: Target, query: ListQuery, place: _Place) -> Listing:
+    prefix = api.registry.kind_prefix(target.kind, target.namespace)
+    revision, store_token = place.revision, place.page
+    found: list[Item] = []
+    while True:
+        page = await api.storage.list(prefix, limit=_PAGE, continue_token=store_token, revision=revision)
+        for entry in page.entries:
+            item = _item(api, entry) if entry.key > place.key else None
+            if item is None or not _wanted(call, query, item):
+                continue
+            if query.limit and len(found) == query.limit:
+                ended = _Place(page.revision, found[-1].entry.key, store_token)
+                return Listing(found, page.revision, ended.token(query, target))
+            found.append(item)
+        store_token, revision = page.continue_token, page.revision
+        if not store_token:
+            return Listing(found, page.revision)
+
+
+def _wanted(call: Call, query: ListQuery, item: Item) -> bool:
+    if item.resource is None:
+        call.warn(f"an object that this version cannot decode is left out: {item.entry.key}")
+        return False
+    return query.selector is None or query.selector(item.resource)
+
+
+def _item(api: Api, entry: Entry) -> Item | None:
+    kind, namespace, name = api.registry.parse_key(entry.key)
+    if kind is None:
+        return None
+    try:
+        return Item(kind, namespace, name, entry, kind.decode(entry))
+    except Undecodable as error:
+        return Item(kind, namespace, name, entry, None, str(error))
+
+
+def _place(query: ListQuery, target: Target) -> _Place:
+    try:
+        raw = base64.b64decode(query.token + "=" * (-len(query.token) % 4), altchars=b"-_", validate=True)
+        revision, key, page, fingerprint = orjson.loads(raw)
+    except (binascii.Error, ValueError, TypeError):
+        raise bad_request("the continue token is not one that this server gave out") from None
+    typed = isinstance(revision, int) and isinstance(key, str) and isinstance(page, str)
+    if not typed or isinstance(revision, bool) or not 0 < revision < 2**63:
+        raise bad_request("the continue token is not one that this server gave out")
+    if fingerprint != _fingerprint(query, target):
+        raise bad_request("the continue token belongs to another list: its selectors and path must stay the same")
+    return _Place(revision, key, page)
+
+
+def _fingerprint(query: ListQuery, target: Target) -> str:
+    said: list[Any] = [target.kind.api_version, target.kind.plural, target.namespace, query.labels, query.fields]
+    return hashlib.sha256(orjson.dumps(said)).hexdigest()[:16]

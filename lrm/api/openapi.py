@@ -1,0 +1,219 @@
+"""The kinds as an OpenAPI 3.0 document, made from their models: what `kubectl apply`, `explain` and generators read.
+
+kubectl looks for a PATCH operation of the kind with a `fieldValidation` parameter; without one it will not apply.
+Names are the wire's (camelCase). The document describes what is accepted; the server's own checks go further.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from typing import Any
+
+import orjson
+from pydantic.json_schema import models_json_schema
+
+from lrm.api.discovery import group_versions
+from lrm.kind import Kind
+from lrm.registry import Registry
+
+_PATCH_TYPES = ("application/merge-patch+json", "application/json-patch+json")
+_BODY_TYPES = ("application/json", "application/yaml")
+_DROPPED = frozenset({"title", "propertyNames", "prefixItems"})
+"""What JSON Schema says and OpenAPI 3.0 does not know."""
+
+
+class OpenApi:
+    """The documents of every group and version, made once."""
+
+    def __init__(self, registry: Registry, product_version: str) -> None:
+        self._documents: dict[str, bytes] = {}
+        for group, versions in group_versions(registry).items():
+            for version in versions:
+                kinds = [k for k in registry if (k.group, k.version) == (group, version)]
+                document = _document(kinds, group, version, product_version)
+                self._documents[f"apis/{group}/{version}"] = orjson.dumps(document)
+
+    def index(self) -> dict[str, Any]:
+        """/openapi/v3; the hash lets clients keep a document until it changes."""
+        return {
+            "paths": {
+                path: {"serverRelativeURL": f"/openapi/v3/{path}?hash={self.etag(path)}"} for path in self._documents
+            }
+        }
+
+    def document(self, path: str) -> bytes | None:
+        """One document as JSON."""
+        return self._documents.get(path)
+
+    def etag(self, path: str) -> str:
+        """Changes when the document does."""
+        return hashlib.sha256(self._documents[path]).hexdigest()[:32].upper()
+
+
+def _document(kinds: list[Kind[Any]], group: str, version: str, product_version: str) -> dict[str, Any]:
+    prefix = ".".join([*reversed(group.split(".")), version])
+    _, schemas = models_json_schema(
+        [(kind.model, "validation") for kind in kinds], by_alias=True, ref_template="#/components/schemas/{model}"
+    )
+    names = {name: f"{prefix}.{name}" for name in schemas.get("$defs", {})}
+    components = {names[name]: _plain(schema, names) for name, schema in schemas.get("$defs", {}).items()}
+    paths: dict[str, Any] = {}
+    for kind in kinds:
+        name = f"{prefix}.{kind.model.__name__}"
+        gvk = {"group": group, "version": version, "kind": kind.name}
+        schema = components[name]
+        schema["x-kubernetes-group-version-kind"] = [gvk]
+        schema["required"] = [f for f in schema.get("required", ()) if f == "spec"]
+        schema["properties"]["apiVersion"] = _fixed(kind.api_version, "The version of this object's form.")
+        schema["properties"]["kind"] = _fixed(kind.name, "What kind of object this is.")
+        listed = f"{name}List"
+        components[listed] = _list_schema(kind, name, gvk)
+        paths |= _paths(kind, gvk, name, listed)
+    return {
+        "openapi": "3.0.0",
+        "info": {"title": "Lab Resource Manager", "version": product_version},
+        "paths": paths,
+        "components": {"schemas": components},
+    }
+
+
+def _plain(value: Any, names: dict[str, str]) -> Any:
+    """JSON Schema 2020-12 as OpenAPI 3.0 has it."""
+    if isinstance(value, list):
+        return [_plain(v, names) for v in value]
+    if not isinstance(value, dict):
+        return value
+    schema = _without_null({k: v for k, v in value.items() if k not in _DROPPED})
+    if "const" in schema:
+        schema["enum"] = [schema.pop("const")]
+    for bound, limit in (("exclusiveMinimum", "minimum"), ("exclusiveMaximum", "maximum")):
+        if bound in schema:
+            schema[limit], schema[bound] = schema[bound], True
+    for part in ("anyOf", "oneOf", "allOf", "items", "additionalProperties"):
+        if part in schema:
+            schema[part] = _plain(schema[part], names)
+    if "properties" in schema:
+        schema["properties"] = {k: _plain(v, names) for k, v in schema["properties"].items()}
+        schema.pop("additionalProperties", None)  # kept when stored, refused from people
+    return _reference(schema, names) if "$ref" in schema else schema
+
+
+def _without_null(schema: dict[str, Any]) -> dict[str, Any]:
+    """An optional value: OpenAPI 3.0 says `nullable` where JSON Schema offers null among the types."""
+    for choice in ("anyOf", "oneOf"):
+        options = schema.get(choice)
+        if not options or {"type": "null"} not in options:
+            continue
+        left = [option for option in options if option != {"type": "null"}]
+        beside = {k: v for k, v in schema.items() if k != choice and (k, v) != ("default", None)}
+        inner = {k: v for k, v in left[0].items() if k not in _DROPPED} if len(left) == 1 else {choice: left}
+        return {**inner, **beside, "nullable": True}
+    return schema
+
+
+def _reference(schema: dict[str, Any], names: dict[str, str]) -> dict[str, Any]:
+    """A reference stands alone in OpenAPI 3.0: what is said beside it needs an allOf."""
+    name = schema["$ref"].rpartition("/")[2]
+    reference = {"$ref": f"#/components/schemas/{names.get(name, name)}"}
+    beside = {k: v for k, v in schema.items() if k != "$ref"}
+    return {**beside, "allOf": [reference]} if beside else reference
+
+
+def _fixed(value: str, description: str) -> dict[str, Any]:
+    return {"type": "string", "description": description, "enum": [value]}
+
+
+def _list_schema(kind: Kind[Any], name: str, gvk: dict[str, str]) -> dict[str, Any]:
+    metadata = {
+        "type": "object",
+        "properties": {
+            "resourceVersion": {"type": "string"},
+            "continue": {"type": "string"},
+            "remainingItemCount": {"type": "integer", "format": "int64"},
+        },
+    }
+    return {
+        "type": "object",
+        "description": f"A list of {kind.plural}.",
+        "required": ["items"],
+        "properties": {
+            "apiVersion": {"type": "string"},
+            "kind": {"type": "string"},
+            "metadata": metadata,
+            "items": {"type": "array", "items": {"$ref": f"#/components/schemas/{name}"}},
+        },
+        "x-kubernetes-group-version-kind": [{**gvk, "kind": f"{kind.name}List"}],
+    }
+
+
+def _paths(kind: Kind[Any], gvk: dict[str, str], one: str, many: str) -> dict[str, Any]:
+    base = f"/apis/{kind.group}/{kind.version}"
+    everywhere = f"{base}/{kind.plural}"
+    inside = f"{base}/namespaces/{{namespace}}/{kind.plural}"
+    object_path = f"{inside}/{{name}}"
+    namespace, name = _path_parameter("namespace"), _path_parameter("name")
+    writing = [_parameter("dryRun"), _parameter("fieldManager"), _parameter("fieldValidation")]
+    listing = [
+        *(_parameter(p) for p in ("labelSelector", "fieldSelector", "resourceVersion", "resourceVersionMatch")),
+        *(_parameter(p) for p in ("continue",)),
+        _parameter("limit", "integer"),
+        _parameter("watch", "boolean"),
+        _parameter("allowWatchBookmarks", "boolean"),
+        _parameter("timeoutSeconds", "integer"),
+    ]
+
+    def operation(verb: str, action: str, result: str, params: list[Any], body: Iterable[str] = ()) -> dict[str, Any]:
+        code = "201" if action == "post" else "200"
+        told: dict[str, Any] = {
+            "operationId": f"{verb}{kind.name}",
+            "tags": [kind.plural],
+            "parameters": params,
+            "responses": {
+                code: {"description": "OK", "content": _content(("application/json", "application/yaml"), result)},
+                "default": {"description": "A Status that says what is wrong."},
+            },
+            "x-kubernetes-action": action,
+            "x-kubernetes-group-version-kind": gvk,
+        }
+        if body:
+            kinds = tuple(body)
+            schema = one if kinds == _BODY_TYPES else ""
+            told["requestBody"] = {"required": action != "delete", "content": _content(kinds, schema)}
+        return told
+
+    collection: dict[str, Any] = {"parameters": [namespace], "get": operation("list", "list", many, listing)}
+    if not kind.create_refusal:
+        collection["post"] = operation("create", "post", one, writing, _BODY_TYPES)
+    return {
+        everywhere: {"get": operation("listAll", "list", many, listing)},
+        inside: collection,
+        object_path: {
+            "parameters": [namespace, name],
+            "get": operation("read", "get", one, [_parameter("resourceVersion")]),
+            "put": operation("replace", "put", one, writing, _BODY_TYPES),
+            "patch": operation("patch", "patch", one, writing, _PATCH_TYPES),
+            "delete": operation(
+                "delete", "delete", one, [_parameter("dryRun"), _parameter("propagationPolicy")], ("application/json",)
+            ),
+        },
+        f"{object_path}/status": {
+            "parameters": [namespace, name],
+            "get": operation("readStatusOf", "get", one, []),
+            "put": operation("replaceStatusOf", "put", one, writing, _BODY_TYPES),
+            "patch": operation("patchStatusOf", "patch", one, writing, _PATCH_TYPES),
+        },
+    }
+
+
+def _content(types: Iterable[str], component: str) -> dict[str, Any]:
+    schema = {"$ref": f"#/components/schemas/{component}"} if component else {"type": "object"}
+    return {media: {"schema": schema} for media in types}
+
+
+def _parameter(name: str, schema: str = "string") -> dict[str, Any]:
+    return {"name": name, "in": "query", "schema": {"type": schema}}
+
+
+def _path_parameter(name: str) -> dict[str, Any]:
+    return {"name": name, "in": "path", "required": True, "schema": {"type": "string"}}
