@@ -553,7 +553,7 @@ async def test_a_download_is_yaml_however_cml_sends_it(cml: ScriptedCml, client:
 async def test_a_client_closed_while_its_first_call_gets_ready_opens_nothing(cml: ScriptedCml) -> None:
     client = CmlClient(cml.url.replace("http:", "https:"), Credentials(USERNAME, PASSWORD))
     call = asyncio.create_task(client.lab_ids())
-    await until(lambda: client._transport._opening.locked(), "the CA files are being read")
+    await until(client._transport._opening.locked, "the CA files are being read")
     await client.aclose()
     with pytest.raises(CmlClosed):
         await call
