@@ -20,11 +20,12 @@ import structlog
 from lrm.cache import Cache, CacheUpdate, Change
 from lrm.client import Client, Written
 from lrm.election import Term
-from lrm.errors import CacheBehind, NotLeading, ResourceConflict, ResourceNotFound, TerminalError
+from lrm.errors import CacheBehind, Fenced, NotLeading, ResourceConflict, ResourceNotFound, RetryLater, TerminalError
 from lrm.kind import R
 from lrm.queue import WorkQueue
+from storage.base import Guard
 from storage.clock import Clock
-from storage.errors import StorageError
+from storage.errors import GuardFailed, StorageError
 
 log = structlog.get_logger(__name__)
 
@@ -91,6 +92,15 @@ class Context:
     def check_leading(self, needs: float = 0.0) -> None:
         """Stand before every call to the outside. Raises `NotLeading`."""
         self._term.check(needs)
+
+    def guards(self) -> tuple[Guard, ...]:
+        """The leader's guard, for a write that is not a resource's. Raises `NotLeading`."""
+        return (self._term.guard(),)
+
+    def fenced(self, error: GuardFailed) -> Fenced:
+        """What to raise when the store has refused such a write: this term has ended."""
+        self._term.lost()
+        return Fenced(f"no longer leading: {error.guard.key} has another holder")
 
 
 class Controller(ABC, Generic[R]):
@@ -290,7 +300,7 @@ class Runner(Generic[R]):
             queue.forget_failures(key)
         except (ResourceConflict, CacheBehind) as error:
             bound.info("reconcile.again", detail=str(error), delay=queue.add_failed(key))
-        except (StorageError, TimeoutError) as error:
+        except (RetryLater, StorageError, TimeoutError) as error:
             self.stats.failures += 1
             reason = str(error) or f"deadline of {self.controller.deadline} s"
             bound.warning("reconcile.failed", error=reason, delay=queue.add_failed(key))
