@@ -199,6 +199,16 @@ class Identity(Model):
     fingerprint: str | None = None
 
 
+class Registration(Model):
+    """The licence registration under way, or how the last one ended."""
+
+    sent_at: Timestamp | None = None
+    failed: Problem | None = None
+    generation: int = 0
+    """The generation, and the value of the retry annotation, for which it failed."""
+    retry: str | None = None
+
+
 class CmlStatus(Model):
     """The CML as it tells about itself."""
 
@@ -216,16 +226,6 @@ class CmlStatus(Model):
     last_sync_at: Timestamp | None = None
     last_error: Problem | None = None
     registration: Registration | None = None
-
-
-class Registration(Model):
-    """The licence registration under way, or how the last one ended."""
-
-    sent_at: Timestamp | None = None
-    failed: Problem | None = None
-    generation: int = 0
-    """The generation, and the value of the retry annotation, for which it failed."""
-    retry: str | None = None
 
 
 class Capacity(Model):
@@ -396,5 +396,3 @@ LAB_WORKER: Kind[LabWorker] = Kind(
     },
     validate=validate,
 )
-
-CmlStatus.model_rebuild()

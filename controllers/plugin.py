@@ -1,0 +1,142 @@
+"""The plug-in that makes lrm a Lab Resource Manager: LabWorkers and LabRecords, their controllers, their simulators.
+
+lrm finds `plugin` by the entry point group `lrm.plugins`. The composition root of everything that knows of EC2 and
+CML: the outside clients are opened here, shared by the controllers, and closed when the daemon stops.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from typing import Any
+
+from controllers.aws.ec2 import Ec2
+from controllers.cml.sessions import CmlSessions
+from controllers.labs.controller import LabsController
+from controllers.labs.kind import LAB_RECORD
+from controllers.labs.records import LabRecordsController
+from controllers.labs.settings import LabsSettings
+from controllers.workers.claims import Claims
+from controllers.workers.cml_side import CmlSide
+from controllers.workers.controller import WorkersController
+from controllers.workers.kind import LAB_WORKER
+from controllers.workers.provisioning import Provisioner
+from controllers.workers.settings import WorkerSettings
+from lrm.plugin import DevPlan, DevService, Plugin, PluginContext
+from lrm.reconcile import Controller
+
+
+class ControllersSettings(WorkerSettings, LabsSettings):
+    """Everything that the kinds' controllers can be told."""
+
+
+@asynccontextmanager
+async def controllers(context: PluginContext) -> AsyncIterator[Sequence[Controller[Any]]]:
+    """Open the clients of EC2 and CML, give the controllers, close the clients at the end."""
+    settings: ControllersSettings = context.settings
+    async with (
+        Ec2(context.clock) as ec2,
+        CmlSessions(settings, context.secrets, context.clock) as sessions,
+        asyncio.TaskGroup() as tasks,
+    ):
+        closing = tasks.create_task(sessions.run(), name="close CML clients")
+        unsubscribe = context.cache.subscribe(sessions.on_update)
+        try:
+            yield (
+                WorkersController(
+                    Provisioner(ec2, settings, context.installation),
+                    CmlSide(sessions, context.secrets, settings),
+                    Claims(context.storage, context.root),
+                    settings,
+                ),
+                LabsController(cache=context.cache, sessions=sessions, settings=settings),
+                LabRecordsController(cache=context.cache, sessions=sessions, settings=settings),
+            )
+        finally:
+            unsubscribe()
+            closing.cancel()
+
+
+def _simulate_aws(arguments: Sequence[str]) -> None:
+    from controllers.aws.simulator.__main__ import options, run
+    from lrm.processes import ProcessError
+
+    try:
+        asyncio.run(run(options(arguments)))
+    except (ProcessError, OSError) as error:
+        sys.exit(f"the simulated AWS cannot start: {error}")
+
+
+def _simulate_cml(arguments: Sequence[str]) -> None:
+    from controllers.cml.simulator import main
+
+    code = main(arguments)
+    if code:
+        sys.exit(code)
+
+
+def _aws_environment(plan: DevPlan) -> dict[str, str]:
+    # Credentials of no account: a slip of the endpoint must not reach a real one.
+    return {
+        "AWS_ENDPOINT_URL": plan.url("aws"),
+        "AWS_REGION": "us-east-1",
+        "AWS_ACCESS_KEY_ID": "lrm-dev",
+        "AWS_SECRET_ACCESS_KEY": "lrm-dev",
+        "AWS_EC2_METADATA_DISABLED": "true",
+        "LRM_WORKER_POLL_INTERVAL": "0.5",
+        "LRM_WORKER_REST_INTERVAL": "2",
+        # The simulated EC2 is of one mind at once; a launch that it does not show was not made.
+        "LRM_WORKER_TRACE_TIMEOUT": "20",
+        "LRM_WORKER_GONE_AFTER": "5",
+    }
+
+
+def _cml_environment(plan: DevPlan) -> dict[str, str]:
+    return {
+        "LRM_CML_URL_TEMPLATE": f"{plan.url('cml')}/{{instance_id}}",
+        "LRM_LABS_REFRESH_INTERVAL": "1",
+        "LRM_LABS_STEP_INTERVAL": "0.5",
+        "LRM_SECRETS_ALLOW": "CML_PASSWORD,CML_LICENSE_TOKEN",
+        "CML_PASSWORD": "admin-secret",
+        "CML_LICENSE_TOKEN": "ZGVtby10b2tlbg==",
+    }
+
+
+DEV_SERVICES = (
+    DevService(
+        name="aws",
+        help="EC2's instances played exactly, everything else by moto",
+        main=_simulate_aws,
+        arguments=lambda plan: [
+            *("--port", str(plan.ports["aws"])),
+            *("--data-dir", str(plan.data_dir / "aws")),
+            *("--delay", "1"),
+        ],
+        environment=_aws_environment,
+        ready_path="/_shim/health",
+    ),
+    DevService(
+        name="cml",
+        help="Cisco Modeling Labs, one machine at the root and one for each instance id",
+        main=_simulate_cml,
+        arguments=lambda plan: [
+            *("--port", str(plan.ports["cml"])),
+            *("--boot-bad-gateway", "2", "--boot-not-ready", "2"),
+            *("--registration", "2"),
+            *("--ec2-state-url", f"{plan.url('aws')}/_shim/instances"),
+        ],
+        environment=_cml_environment,
+        ready_path="/_sim/instances",
+    ),
+)
+"""Started in this order by `lrm dev`: the CML simulator asks the AWS one which machines run."""
+
+plugin = Plugin(
+    name="controllers",
+    kinds=(LAB_WORKER, LAB_RECORD),
+    controllers=controllers,
+    settings=ControllersSettings,
+    dev_services=DEV_SERVICES,
+)

@@ -1,0 +1,266 @@
+"""A worker's CML: is it up, is it ours, is it licensed.
+
+Promises that credentials go only to the CML of the status' identity (the client compares, see `sessions`), that a
+registration is recorded before it is sent and is not sent again while CML works on it, and that an error is told by
+its class: `trouble_of` gives the reason that people read. What is no observation (an open circuit, a throttled login)
+changes nothing. Secrets pass through and are kept nowhere. Called by the workers' controller.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum, auto
+
+from controllers.cml.client import Deregistration
+from controllers.cml.errors import (
+    CmlAuthError,
+    CmlBadAnswer,
+    CmlCircuitOpen,
+    CmlClosed,
+    CmlError,
+    CmlFingerprintMismatch,
+    CmlForbidden,
+    CmlIdentityMismatch,
+    CmlInvalid,
+    CmlLoginThrottled,
+    CmlNotReady,
+    CmlOutcomeUnknown,
+    CmlRefused,
+    CmlTlsError,
+    CmlUnavailable,
+)
+from controllers.cml.models import Licensing, SystemHealth, SystemInformation, SystemStats
+from controllers.cml.sessions import CmlNoAddress, CmlNoCredentials, CmlSessions, base_url
+from controllers.workers.decisions import over, problem, retry_of
+from controllers.workers.kind import (
+    TRUST_ANNOTATION,
+    Capacity,
+    Identity,
+    LabWorker,
+    LabWorkerSpec,
+    Problem,
+    Registration,
+)
+from controllers.workers.phases import Reasons
+from controllers.workers.settings import WorkerSettings
+from controllers.workers.work import Work
+from lrm.crashpoints import crash_point
+from lrm.secrets import SecretRefused, Secrets
+
+CRASH_POINTS = ("workers.license.recorded", "workers.license.sent")
+
+_UNHEARD = 15.0
+"""Seconds after which a registration of which CML shows no sign is sent again; a second one takes no second seat."""
+_NOT_REGISTERED = frozenset({"", "NOT_REGISTERED", "UNREGISTERED"})
+_FAILED = "FAILED"
+
+_REASONS: tuple[tuple[type[CmlError], str], ...] = (
+    (CmlNotReady, Reasons.CML_NOT_READY),
+    (CmlUnavailable, Reasons.UNREACHABLE),
+    (CmlFingerprintMismatch, Reasons.IDENTITY_MISMATCH),
+    (CmlTlsError, Reasons.TLS_REFUSED),
+    (CmlIdentityMismatch, Reasons.IDENTITY_MISMATCH),
+    (CmlAuthError, Reasons.CREDENTIALS_REFUSED),
+    (CmlNoCredentials, Reasons.SECRET_UNAVAILABLE),
+    (CmlNoAddress, Reasons.NO_ADDRESS),
+    (CmlInvalid, Reasons.INVALID_SETTING),
+    (CmlForbidden, Reasons.NOT_ADMIN),
+)
+
+
+def trouble_of(error: CmlError) -> tuple[str, str] | None:
+    """Reason and message of an error; None for one that says nothing new about the CML."""
+    if isinstance(error, CmlCircuitOpen | CmlLoginThrottled | CmlClosed):
+        return None
+    return next((reason for kind, reason in _REASONS if isinstance(error, kind)), Reasons.BAD_ANSWER), str(error)
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What a CML that is up told about itself; None is "not asked" or "did not say"."""
+
+    information: SystemInformation
+    identity: Identity
+    licensing: Licensing
+    health: SystemHealth | None = None
+    stats: SystemStats | None = None
+
+
+class LicenseStep(Enum):
+    """How far a registration is."""
+
+    DONE = auto()
+    WAITING = auto()
+    FAILED = auto()
+
+
+class CmlSide:
+    """See the module."""
+
+    def __init__(self, sessions: CmlSessions, secrets: Secrets, settings: WorkerSettings) -> None:
+        self.sessions = sessions
+        self._secrets = secrets
+        self._settings = settings
+
+    async def ask(self, work: Work, *, full: bool) -> Report | None:
+        """Ask the CML who and how it is; None when it answers but is not ready. Raises `CmlError`."""
+        work.ctx.check_leading()
+        client = self.sessions.client_for(work.worker)
+        information = await client.system_information()
+        if not information.ready:
+            return None
+        session = await client.proven_session()
+        licensing = await client.licensing()
+        health, stats = None, None
+        try:
+            health = await client.system_health()
+            stats = await client.system_stats() if full else None
+        except CmlError as error:
+            # It is up and ours; what it did not tell now it may tell at the next look.
+            work.log.info("worker.cml_told_less", error=str(error))
+        identity = Identity(product_uuid=session.identity or "", fingerprint=client.peer_fingerprint)
+        return Report(information, identity, licensing, health, stats)
+
+    async def note(self, work: Work, report: Report) -> None:
+        """Take a report into the status; the same again costs no write."""
+        now, template = work.now, self._settings.cml_url_template
+
+        def change(worker: LabWorker) -> None:
+            cml = worker.status.cml
+            before = cml.wire()
+            cml.version, cml.ready = report.information.version or None, True
+            cml.identity, cml.licensed = report.identity, report.licensing.is_licensed
+            cml.failed_checks, cml.last_error = 0, None
+            cml.trusted = worker.metadata.annotations.get(TRUST_ANNOTATION) or cml.trusted
+            cml.api_url = base_url(worker, template)
+            if report.health is not None:
+                cml.health = _health(report.health)
+            if report.stats is not None:
+                cml.system_info = _system_info(report.information, report.stats)
+            worker.status.capacity = _capacity(worker.spec, worker.status.capacity, report)
+            if cml.wire() != before:
+                cml.last_sync_at = now
+
+        await work.write(change)
+
+    async def note_trouble(self, work: Work, reason: str, message: str, *, counts: bool, most: int) -> None:
+        """Record that a check failed; failures in a row are counted up to `most`, and then cost no more writes."""
+        now = work.now
+
+        def change(worker: LabWorker) -> None:
+            cml = worker.status.cml
+            cml.last_error = problem(cml.last_error, reason, message, now)
+            if counts:
+                cml.failed_checks = min(cml.failed_checks + 1, most)
+            if reason == Reasons.IDENTITY_MISMATCH or cml.failed_checks >= most:
+                cml.ready = False
+
+        await work.write(change)
+
+    async def license(self, work: Work) -> LicenseStep:  # noqa: PLR0911 - a step of the life: each way out says what is next
+        """One step towards a licence: look, register if nothing is under way, look again later. Raises `CmlError`."""
+        work.ctx.check_leading()
+        client = self.sessions.client_for(work.worker)
+        licensing = await client.licensing()
+        if licensing.is_licensed:
+            return LicenseStep.DONE
+        status = licensing.registration.status.upper()
+        registration = work.worker.status.cml.registration
+        sent_at = registration.sent_at if registration is not None and registration.failed is None else None
+        if sent_at is not None and status == _FAILED and over(sent_at, self._settings.worker_poll_interval, work.now):
+            why = licensing.registration.register_time.failure or "the licence service refused the registration"
+            return await self.license_failed(work, Reasons.LICENSE_FAILED, why)
+        if over(work.worker.status.timestamps.licensing_started_at, self._settings.worker_license_deadline, work.now):
+            seen = f"registration {status or 'unknown'}, authorization {licensing.authorization.status or 'unknown'}"
+            limit = f"{self._settings.worker_license_deadline:g} s"
+            return await self.license_failed(work, Reasons.LICENSE_TIMEOUT, f"not licensed within {limit}: {seen}")
+        if work.ctx.observe_only:
+            return LicenseStep.WAITING
+        if sent_at is None and status in _NOT_REGISTERED | {_FAILED}:
+            return await self._register(work, licensing)
+        if status in _NOT_REGISTERED and over(sent_at, _UNHEARD, work.now):
+            return await self._register(work, licensing)
+        return LicenseStep.WAITING
+
+    async def _register(self, work: Work, licensing: Licensing) -> LicenseStep:
+        spec = work.worker.spec.cml
+        if spec.license_token_from is None:
+            return await self.license_failed(work, Reasons.NO_LICENSE, "spec.cml.licenseTokenFrom names no token")
+        try:
+            token = self._secrets.read(spec.license_token_from)
+        except SecretRefused as error:
+            return await self.license_failed(work, Reasons.SECRET_UNAVAILABLE, str(error))
+        client = self.sessions.client_for(work.worker)
+        now = work.now
+        try:
+            if spec.product_license and licensing.product_license.active != spec.product_license:
+                work.ctx.check_leading()
+                await client.set_product_license(spec.product_license)
+            await work.write(lambda w: setattr(w.status.cml, "registration", Registration(sent_at=now)))
+            crash_point("workers.license.recorded")
+            work.ctx.check_leading(work.ctx.creating_timeout)
+            await client.register(token, timeout=work.ctx.creating_timeout)
+            crash_point("workers.license.sent")
+            work.log.info("worker.license_registering")
+        except CmlOutcomeUnknown as error:
+            work.log.warning("worker.license_outcome_unknown", error=str(error))
+        except CmlForbidden as error:
+            return await self.license_failed(work, Reasons.NOT_ADMIN, str(error))
+        except CmlRefused as error:
+            if error.status != 409:  # 409: not possible now, as one is under way
+                return await self.license_failed(work, Reasons.LICENSE_REFUSED, str(error).replace(token, "***"))
+        except CmlInvalid as error:
+            return await self.license_failed(work, Reasons.LICENSE_REFUSED, str(error).replace(token, "***"))
+        except CmlBadAnswer as error:
+            work.log.warning("worker.license_bad_answer", error=str(error))
+        return LicenseStep.WAITING
+
+    async def deregister(self, work: Work) -> Deregistration:
+        """Give the licence seat back. Raises `CmlError`."""
+        work.ctx.check_leading()
+        outcome = await self.sessions.client_for(work.worker).deregister()
+        work.log.info("worker.license_returned", outcome=outcome.value)
+        return outcome
+
+    async def license_failed(self, work: Work, reason: str, message: str) -> LicenseStep:
+        """Record why there is no licence, and for which wish: the same wish is not tried again."""
+        now, generation, retry = work.now, work.worker.metadata.generation, retry_of(work.worker)
+        work.log.warning("worker.license_failed", reason=reason, detail=message)
+        failed = Problem(reason=reason, message=message, at=now)
+        record = Registration(failed=failed, generation=generation, retry=retry)
+        await work.write(lambda w: setattr(w.status.cml, "registration", record))
+        return LicenseStep.FAILED
+
+
+def _health(health: SystemHealth) -> dict[str, object]:
+    """What is worth keeping of a health report: verdicts, no measurements."""
+    computes = health.computes.values()
+    return {
+        "valid": health.valid,
+        "isLicensed": health.is_licensed,
+        "isEnterprise": health.is_enterprise,
+        "controllerValid": health.controller.valid,
+        "computes": len(health.computes),
+        "computesValid": sum(c.valid is True for c in computes),
+    }
+
+
+def _system_info(information: SystemInformation, stats: SystemStats) -> dict[str, object]:
+    return {
+        "version": information.version,
+        "features": list(information.features),
+        "computes": sorted(c.hostname for c in stats.computes.values()),
+        "cpuModel": next((c.stats.cpu.model for c in stats.computes.values() if c.stats.cpu.model), ""),
+    }
+
+
+def _capacity(spec: LabWorkerSpec, old: Capacity | None, report: Report) -> Capacity:
+    """Totals: what the machine has, what its licence allows, how many labs the spec allows."""
+    base = old or Capacity()
+    cpu, memory, disk = base.cpu, base.memory, base.disk
+    if report.stats is not None:
+        totals = report.stats.totals
+        cpu, memory, disk = totals.cpu.count or cpu, totals.memory.total or memory, totals.disk.total or disk
+    licensed = report.licensing.is_licensed
+    nodes = spec.cml.max_nodes_licensed if licensed else spec.cml.max_nodes_unlicensed
+    return Capacity(cpu=cpu, memory=memory, disk=disk, nodes=nodes, slots=spec.max_concurrent_labs)

@@ -1,0 +1,166 @@
+"""What is to be done, decided from what is known: pure functions without the clock, the store or the world.
+
+Each answers one question of the workers' controller; tables of tests stand on them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from datetime import datetime
+from enum import Enum, auto
+
+from controllers.aws.ec2 import Ec2Instance, LaunchParameters
+from controllers.workers.kind import DRAIN_ANNOTATION, Ec2Status, LabWorker, Problem
+from lrm.resource import RETRY_ANNOTATION
+
+UID_TAG, INSTALLATION_TAG = "lrm/uid", "lrm/installation"
+NAME_TAG, NAMESPACE_TAG = "lrm/name", "lrm/namespace"
+
+KEEPABLE = frozenset({"pending", "running", "stopping", "stopped"})
+"""States of an instance that can still serve."""
+ENDED = frozenset({"terminated"})
+
+LAUNCHES_MOST = 3
+"""Launches in one provisioning whose instances EC2 itself ended, before that is taken for an answer."""
+
+
+class Goal(Enum):
+    """What the worker is to become."""
+
+    READY = auto()
+    DRAINING = auto()
+    STOPPED = auto()
+    TERMINATED = auto()
+
+
+_GOALS = {
+    "Ready": Goal.READY,
+    "Draining": Goal.DRAINING,
+    "Stopped": Goal.STOPPED,
+    "Terminated": Goal.TERMINATED,
+}
+
+
+def goal_of(worker: LabWorker) -> Goal:
+    """The wish of the spec; an object that is being deleted wishes to end."""
+    return Goal.TERMINATED if worker.deleting else _GOALS[worker.spec.desired_phase]
+
+
+def drains_before_delete(worker: LabWorker) -> bool:
+    """Whether a deletion first waits for the labs."""
+    return worker.metadata.annotations.get(DRAIN_ANNOTATION, "false") != "false"
+
+
+def retry_of(worker: LabWorker) -> str | None:
+    """The present value of the annotation that asks for another try."""
+    return worker.metadata.annotations.get(RETRY_ANNOTATION)
+
+
+def may_retry(worker: LabWorker) -> bool:
+    """Whether something that a person controls has changed since the worker failed."""
+    failure = worker.status.failure
+    return failure is None or (failure.generation, failure.retry) != (worker.metadata.generation, retry_of(worker))
+
+
+def may_license(worker: LabWorker) -> bool:
+    """Whether a licence is wanted and this very wish has not failed before."""
+    done = worker.status.cml.registration
+    if not worker.spec.wants_license:
+        return False
+    return (
+        done is None
+        or done.failed is None
+        or (done.generation, done.retry) != (worker.metadata.generation, retry_of(worker))
+    )
+
+
+def over(since: datetime | None, seconds: float, now: datetime) -> bool:
+    """Whether more than `seconds` have passed; what has not begun is not over."""
+    return since is not None and (now - since).total_seconds() > seconds
+
+
+def tags_of(worker: LabWorker, installation: str) -> dict[str, str]:
+    """What everything of this worker carries in EC2."""
+    return {
+        UID_TAG: worker.uid,
+        INSTALLATION_TAG: installation,
+        NAME_TAG: worker.name,
+        NAMESPACE_TAG: worker.namespace,
+    }
+
+
+def client_token(uid: str, attempt: int) -> str:
+    """EC2's idempotency token: one per attempt, for a token for ever would give back a terminated instance."""
+    return hashlib.sha256(f"{uid}/{attempt}".encode()).hexdigest()[:64]
+
+
+def launch_parameters(worker: LabWorker, attempt: int, installation: str) -> LaunchParameters:
+    """What attempt number `attempt` asks of EC2, by the spec as it is now."""
+    aws = worker.spec.aws
+    return LaunchParameters(
+        ami_id=aws.ami_id or "",
+        instance_type=aws.instance_type,
+        client_token=client_token(worker.uid, attempt),
+        key_name=aws.key_name or "",
+        subnet_id=aws.subnet_id or "",
+        security_group_ids=tuple(aws.security_group_ids),
+        assign_public_ip=aws.assign_public_ip,
+        volume_size_gb=aws.volume_size_gb,
+        volume_type=aws.volume_type,
+        iops=aws.iops,
+        iam_instance_profile=aws.iam_instance_profile or "",
+        tags={**aws.tags, "Name": aws.tags.get("Name", worker.name), **tags_of(worker, installation)},
+    )
+
+
+def next_launch(
+    worker: LabWorker, installation: str, *, now: datetime, trace_timeout: float
+) -> tuple[int, LaunchParameters]:
+    """The attempt to send next and its parameters, when no live instance carries the worker's uid.
+
+    A launch that may have been carried out is repeated word for word (EC2 knows its token) until it has left no trace
+    for `trace_timeout` seconds. One that was refused for certain is repeated if the spec still says the same. All
+    else is a new attempt.
+    """
+    ec2 = worker.status.ec2
+    if ec2.launch is not None:
+        if ec2.sent_at is not None and not over(ec2.sent_at, trace_timeout, now):
+            return ec2.attempt, LaunchParameters.from_json(ec2.launch)
+        again = launch_parameters(worker, ec2.attempt, installation)
+        if ec2.sent_at is None and again.to_json() == ec2.launch:
+            return ec2.attempt, again
+    return ec2.attempt + 1, launch_parameters(worker, ec2.attempt + 1, installation)
+
+
+def in_doubt(ec2: Ec2Status, now: datetime, trace_timeout: float) -> bool:
+    """Whether a launch may have been carried out whose instance nobody has seen yet."""
+    return ec2.instance_id is None and ec2.sent_at is not None and not over(ec2.sent_at, trace_timeout, now)
+
+
+def choose(found: Sequence[Ec2Instance], recorded: str | None) -> tuple[Ec2Instance | None, tuple[Ec2Instance, ...]]:
+    """The one instance to keep, of those (oldest first) that carry the worker's uid, and the surplus.
+
+    The one recorded in the status is kept, else the oldest; what is on its way out is neither.
+    """
+    able = [i for i in found if i.state in KEEPABLE]
+    kept = next((i for i in able if i.id == recorded), able[0] if able else None)
+    return kept, tuple(i for i in able if i is not kept)
+
+
+def absence_proves(ec2: Ec2Status, now: datetime, *, gone_after: float, trace_timeout: float) -> bool:
+    """Whether EC2's word that the recorded instance does not exist can be believed.
+
+    Its views agree within minutes: an instance that was described `gone_after` seconds ago or earlier is known to all
+    of them. One that was never described gets as long as a launch without trace.
+    """
+    if ec2.first_seen_at is not None:
+        return over(ec2.first_seen_at, gone_after, now)
+    return ec2.sent_at is None or over(ec2.sent_at, trace_timeout, now)
+
+
+def problem(old: Problem | None, reason: str, message: str, now: datetime) -> Problem:
+    """A problem to record; the same one again keeps its time, and so costs no write."""
+    if old is not None and (old.reason, old.message) == (reason, message):
+        return old
+    return Problem(reason=reason, message=message, at=now)

@@ -1,0 +1,252 @@
+"""A worker's way down: drained of labs, its licence given back, stopped or ended, and its object let go.
+
+Promises: a drain takes nobody's lab away before its time is over; a licence is given back while CML can still do it,
+for a bounded time, and a seat that stays taken is reported; an instance is "ended" only when EC2 says so of every
+instance that carries the worker's uid, and when no launch is in doubt any more. A deletion with the policy Retain
+touches nothing but our own marks. Called by the workers' controller, whose finalizer this is.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from controllers.aws.errors import AwsError
+from controllers.cml.client import Deregistration
+from controllers.cml.errors import CmlError, CmlFingerprintMismatch, CmlIdentityMismatch
+from controllers.workers.claims import Claims
+from controllers.workers.cml_side import CmlSide, trouble_of
+from controllers.workers.conditions import FAILED_CHECKS
+from controllers.workers.decisions import Goal, drains_before_delete, goal_of, in_doubt, over
+from controllers.workers.kind import LabWorker
+from controllers.workers.phases import SERVING, Phase, Reasons
+from controllers.workers.provisioning import Provisioner, Sighting, reason_of
+from controllers.workers.settings import WorkerSettings
+from controllers.workers.work import Work
+from lrm.crashpoints import crash_point
+from lrm.reconcile import Result
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
+CRASH_POINTS = (
+    "workers.unlicense.sent",
+    "workers.terminate.begin",
+    "workers.terminate.sent",
+    "workers.terminate.ended",
+    "workers.terminate.written",
+    "workers.retain.unmarked",
+    "workers.claim.released",
+)
+
+
+class Departure:
+    """See the module."""
+
+    def __init__(
+        self,
+        provisioner: Provisioner,
+        cml: CmlSide,
+        claims: Claims,
+        settings: WorkerSettings,
+        *,
+        busy: Callable[[Work], bool],
+        check: Callable[[Work], Awaitable[bool]],
+    ) -> None:
+        self._ec2 = provisioner
+        self._cml = cml
+        self._claims = claims
+        self._settings = settings
+        self._busy = busy
+        self._check = check
+
+    async def finalize(self, work: Work) -> Result:
+        """One step of a deletion; `done` when nothing is left that needs this object."""
+        worker = work.worker
+        if work.phase is Phase.TERMINATED:
+            return await self._let_go(work)
+        if worker.spec.retains:
+            return await self._retain(work)
+        await work.settle()
+        drains = drains_before_delete(worker) and worker.status.ec2.state == "running"
+        if drains and work.phase in SERVING:
+            return await work.enter(Phase.DRAINING, Reasons.DELETING)
+        if drains and work.phase is Phase.DRAINING and not self._is_drained(work):
+            return self._soon()
+        if work.phase in {Phase.UNLICENSING, Phase.TERMINATING_EC2}:
+            return await self.step(work)
+        return await self.leave(work, Reasons.DELETING)
+
+    async def leave(self, work: Work, reason: str) -> Result:
+        """Begin the end, from any phase: through Unlicensing if there is a licence that can be given back."""
+        worker = work.worker
+        if worker.status.cml.licensed:
+            if worker.status.ec2.state == "running" and not work.ctx.observe_only:
+                return await work.enter(Phase.UNLICENSING, reason)
+            if not work.ctx.observe_only:
+                state = worker.status.ec2.state or "unknown"
+                await work.leaked_seat(Reasons.DEREGISTRATION_FAILED, f"the instance is {state}: CML cannot be asked")
+        return await work.enter(Phase.TERMINATING_EC2, reason)
+
+    async def step(self, work: Work) -> Result:
+        """One step in Unlicensing, Stopping or TerminatingEC2."""
+        if work.phase is Phase.UNLICENSING:
+            return await self._unlicensing(work)
+        if work.phase is Phase.STOPPING:
+            return await self._stopping(work)
+        return await self._terminating(work)
+
+    async def draining(self, work: Work, sighting: Sighting | None) -> Result:  # noqa: PLR0911 - a step of the life: each way out says what is next
+        """Wait until no lab runs, or the time for it is over; a wish to be Ready again cancels."""
+        goal, worker = goal_of(work.worker), work.worker
+        licensed = worker.status.cml.licensed
+        instance = sighting.instance if sighting else None
+        if sighting is not None and (sighting.gone or (instance is not None and instance.state == "shutting-down")):
+            message = f"{worker.status.ec2.instance_id} was terminated outside of lrm"
+            return await work.fail(Reasons.INSTANCE_TERMINATED, message)
+        if instance is not None and instance.state == "stopped":
+            # No lab runs there any more; what comes next, the phase after Stopping decides.
+            return await work.enter(Phase.STOPPING, Reasons.INSTANCE_STOPPED)
+        if goal is Goal.READY:
+            return await work.enter(Phase.READY if licensed else Phase.READY_UNLICENSED, Reasons.DRAIN_CANCELLED)
+        await self._check(work)
+        if not self._is_drained(work):
+            return self._soon()
+        if goal is Goal.DRAINING:
+            return Result.after(self._settings.worker_rest_interval)  # drained: a change of the spec wakes us
+        reason = Reasons.DRAIN_TIMEOUT if self._busy(work) else Reasons.DRAINED
+        if goal is Goal.TERMINATED:
+            return await self.leave(work, reason)
+        # Stopped keeps the disk and with it the registration; the seat is returned where it can be had again.
+        if licensed and worker.spec.wants_license and not work.ctx.observe_only:
+            return await work.enter(Phase.UNLICENSING, reason)
+        return await work.enter(Phase.STOPPING, reason)
+
+    async def rest_in_peace(self, work: Work) -> Result:
+        """Terminated, and the object stays: nothing outside is left to look at."""
+        if work.worker.spec.adopts:
+            await self._claims.release(work.worker.spec.aws.instance_id or "", work.worker, work.ctx)
+        return Result.done()
+
+    async def _unlicensing(self, work: Work) -> Result:
+        worker = work.worker
+        onward = Phase.TERMINATING_EC2 if goal_of(worker) is Goal.TERMINATED else Phase.STOPPING
+        if not worker.status.cml.licensed:
+            return await work.enter(onward, Reasons.DEREGISTERED)
+        if work.ctx.observe_only:
+            return self._soon()
+        try:
+            outcome = await self._cml.deregister(work)
+        except CmlError as error:
+            foreign = isinstance(error, CmlIdentityMismatch | CmlFingerprintMismatch)
+            began = worker.status.timestamps.unlicensing_started_at
+            if not foreign and not over(began, self._settings.worker_license_deadline, work.now):
+                if trouble := trouble_of(error):
+                    await self._cml.note_trouble(work, *trouble, counts=False, most=FAILED_CHECKS)
+                return self._soon()
+            await work.leaked_seat(Reasons.DEREGISTRATION_FAILED, str(error))
+        else:
+            crash_point("workers.unlicense.sent")
+            if outcome is Deregistration.SEAT_LEAKED:
+                await work.leaked_seat(Reasons.SSMS_UNREACHABLE, "CML gave its licence up, and could not tell Cisco")
+        return await work.enter(onward, Reasons.DEREGISTERED, _unlicensed)
+
+    async def _stopping(self, work: Work) -> Result:
+        worker = work.worker
+        if goal_of(worker) is Goal.TERMINATED:
+            return await self.leave(work, Reasons.TERMINATION_REQUESTED)
+        try:
+            sighting = await self._ec2.look(work, by_tag=True)
+            if sighting.instance is not None:
+                await self._ec2.record(work, sighting.instance)
+            await self._ec2.remove(work, sighting.surplus)
+            instance = sighting.instance
+            if sighting.gone or (instance is not None and instance.state == "shutting-down"):
+                message = f"{worker.status.ec2.instance_id} was terminated outside of lrm"
+                return await work.fail(Reasons.INSTANCE_TERMINATED, message)
+            if instance is not None and instance.state == "stopped":
+                self._cml.sessions.retire(worker.uid)
+                return await work.enter(Phase.STOPPED, Reasons.INSTANCE_STOPPED)
+            if instance is not None and instance.state == "running" and not work.ctx.observe_only:
+                await self._ec2.stop(work, instance.id)
+        except AwsError as error:
+            await work.ec2_trouble(reason_of(error), str(error))
+        began = work.worker.status.timestamps.stopping_started_at
+        if not work.ctx.observe_only and over(began, self._settings.worker_ec2_deadline, work.now):
+            message = f"the instance did not stop within {self._settings.worker_ec2_deadline:g} s"
+            return await work.fail(Reasons.STOP_TIMEOUT, message)
+        return self._soon()
+
+    async def _terminating(self, work: Work) -> Result:
+        ec2 = work.worker.status.ec2
+        if ec2.attempt == 0 and ec2.instance_id is None:
+            # The attempt is recorded before anything is launched, so there is nothing.
+            return await work.enter(Phase.TERMINATED, Reasons.NO_INSTANCE)
+        crash_point("workers.terminate.begin")
+        try:
+            live = await self._ec2.live(work)
+            for instance in live:
+                if instance.state != "shutting-down" and not work.ctx.observe_only:
+                    await self._ec2.terminate(work, instance.id)
+                    crash_point("workers.terminate.sent")
+        except AwsError as error:
+            # An error is no proof of anything, and a host that runs is billed: this goes on until EC2 says "ended".
+            await work.ec2_trouble(reason_of(error), str(error))
+            return self._soon()
+        if live or in_doubt(ec2, work.now, self._settings.worker_trace_timeout):
+            state = next((i.state for i in live if i.id == ec2.instance_id), ec2.state)
+            await work.write(lambda w: setattr(w.status.ec2, "state", state))
+            return self._soon()
+        crash_point("workers.terminate.ended")
+        self._cml.sessions.retire(work.worker.uid)
+        result = await work.enter(Phase.TERMINATED, Reasons.INSTANCE_TERMINATED, _ended)
+        crash_point("workers.terminate.written")
+        return result
+
+    async def _retain(self, work: Work) -> Result:
+        """Let the object go and the instance be: only what marks it as ours is taken away."""
+        worker = work.worker
+        instance_id = worker.status.ec2.instance_id
+        if instance_id is not None and not work.ctx.observe_only:
+            try:
+                await self._ec2.unmark(work, instance_id)
+            except AwsError as error:
+                await work.ec2_trouble(reason_of(error), str(error))
+                if not over(worker.metadata.deletion_timestamp, self._settings.worker_ec2_deadline, work.now):
+                    return self._soon()
+                # Tags are no reason to hold an object for ever; the log is what is left of it.
+                work.log.warning("worker.retained_with_tags", instance=instance_id, error=str(error))
+            crash_point("workers.retain.unmarked")
+        work.log.info("worker.retained", instance=instance_id)
+        return await self._let_go(work)
+
+    async def _let_go(self, work: Work) -> Result:
+        claimed = {work.worker.spec.aws.instance_id, work.worker.status.ec2.instance_id} - {None}
+        for instance_id in sorted(str(c) for c in claimed):
+            await self._claims.release(instance_id, work.worker, work.ctx)
+        crash_point("workers.claim.released")
+        self._cml.sessions.retire(work.worker.uid)
+        return Result.done()
+
+    def _is_drained(self, work: Work) -> bool:
+        worker = work.worker
+        if not self._busy(work):
+            return True
+        limit = worker.spec.drain_timeout_minutes * 60
+        return over(worker.status.timestamps.draining_started_at, limit, work.now)
+
+    def _soon(self) -> Result:
+        return Result.after(self._settings.worker_poll_interval)
+
+
+def _unlicensed(worker: LabWorker) -> None:
+    worker.status.cml.licensed = False
+    worker.status.cml.registration = None
+
+
+def _ended(worker: LabWorker) -> None:
+    """The id stays for people to read; what belonged to the machine goes, the CML's identity with it."""
+    ec2, cml = worker.status.ec2, worker.status.cml
+    if ec2.instance_id is not None:
+        ec2.state = "terminated"
+    ec2.sent_at = ec2.last_error = None
+    cml.identity, cml.licensed, cml.registration = None, False, None

@@ -1,0 +1,336 @@
+"""A worker's EC2 instance: looked for, launched, adopted, started, stopped, ended.
+
+Promises that of all instances which carry a worker's uid one survives, and that none is lost: the attempt and its
+parameters are in the status before RunInstances is called, what carries the uid is looked for before each launch and
+while the worker moves, surplus is ended and reported. An error of EC2's is an error, never "terminated"; that an
+instance is gone is believed only under `absence_proves`. Observing only, nothing here changes anything in EC2.
+Called by the workers' controller.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass
+
+from controllers.aws.ec2 import LIVE_STATES, Ec2, Ec2Instance, LaunchParameters
+from controllers.aws.errors import (
+    AwsAuthError,
+    AwsBadInput,
+    AwsCapacity,
+    AwsError,
+    AwsIdempotentMismatch,
+    AwsOutcomeUnknown,
+    AwsQuota,
+    AwsThrottled,
+    AwsUnavailable,
+    AwsWrongState,
+    Ec2NotFound,
+)
+from controllers.workers.decisions import (
+    INSTALLATION_TAG,
+    UID_TAG,
+    absence_proves,
+    choose,
+    in_doubt,
+    next_launch,
+    tags_of,
+)
+from controllers.workers.kind import LabWorker
+from controllers.workers.phases import Conditions, Reasons
+from controllers.workers.settings import WorkerSettings
+from controllers.workers.work import Change, Work, forget_instance
+from lrm.crashpoints import crash_point
+
+CRASH_POINTS = (
+    "workers.launch.looked",
+    "workers.launch.recorded",
+    "workers.launch.sent",
+    "workers.launch.known",
+    "workers.surplus.ended",
+)
+"""Between every two steps of a launch, in their order."""
+
+_STATES = (*LIVE_STATES, "terminated")
+_SURPLUS_KEPT = 10
+
+_REASONS: tuple[tuple[type[AwsError], str], ...] = (
+    (AwsQuota, "QuotaExceeded"),
+    (AwsCapacity, "InsufficientCapacity"),
+    (AwsThrottled, "Throttled"),
+    (AwsAuthError, "AWSAuthFailed"),
+    (AwsBadInput, Reasons.LAUNCH_REFUSED),
+    (AwsWrongState, "WrongState"),
+    (AwsUnavailable, "AWSUnavailable"),
+    (AwsOutcomeUnknown, "OutcomeUnknown"),
+)
+
+
+def reason_of(error: AwsError) -> str:
+    """The reason of a condition for an error of AWS."""
+    return next((reason for kind, reason in _REASONS if isinstance(error, kind)), "AWSError")
+
+
+@dataclass(frozen=True, slots=True)
+class Sighting:
+    """What a look at EC2 showed. `gone`: it is proved that the recorded instance is no more, or has ended."""
+
+    instance: Ec2Instance | None = None
+    surplus: tuple[Ec2Instance, ...] = ()
+    gone: bool = False
+
+
+class Held(Exception):  # noqa: N818 - not an error: a brake is on
+    """Nothing was launched, for a reason that is no fault of EC2's."""
+
+    def __init__(self, reason: str, message: str) -> None:
+        super().__init__(message)
+        self.reason = reason
+
+
+class Provisioner:
+    """See the module."""
+
+    def __init__(self, ec2: Ec2, settings: WorkerSettings, installation: str) -> None:
+        self._ec2 = ec2
+        self._settings = settings
+        self._installation = installation
+        # Counting instances and recording one more is one step, else N launches at once would each find room.
+        self._brake = asyncio.Lock()
+
+    async def look(self, work: Work, *, by_tag: bool) -> Sighting:
+        """What EC2 says of the worker's instance; `by_tag` also finds those that no status names. Raises `AwsError`."""
+        worker, recorded = work.worker, work.worker.status.ec2.instance_id
+        found: list[Ec2Instance] = []
+        if by_tag:
+            found = await self._carriers(work)
+        known = next((i for i in found if i.id == recorded), None)
+        if recorded is not None and known is None:
+            known = await self._describe(work, recorded)
+            if known is not None:
+                found.append(known)
+            elif not self._absence_proves(work):
+                # Not in sight yet. Whatever else carries the uid must wait: the recorded one has the labs.
+                return Sighting()
+        if worker.spec.adopts:
+            # It has launched nothing: whatever else carries its tags is a copy that somebody made.
+            found = [known] if known is not None else []
+        kept, surplus = choose(found, recorded)
+        if kept is not None:
+            return Sighting(kept, surplus)
+        return Sighting(known, gone=recorded is not None and (known is None or known.state == "terminated"))
+
+    async def record(self, work: Work, instance: Ec2Instance, change: Change | None = None) -> None:
+        """Take what EC2 said of the instance into the status; the same again costs no write."""
+        now = work.now
+
+        def note(worker: LabWorker) -> None:
+            note_instance(worker, instance)
+            worker.status.ec2.first_seen_at = worker.status.ec2.first_seen_at or now
+            worker.status.ec2.sent_at = None
+            if change is not None:
+                change(worker)
+
+        await work.write(note)
+
+    async def launch(self, work: Work) -> None:
+        """Launch the instance, or repeat the launch whose outcome is in doubt; call it when a look by tag found none.
+
+        Raises `Held` for a brake, `AwsError` for EC2's refusal or silence; the status says how far it came.
+        """
+        if work.ctx.observe_only:
+            raise Held(Reasons.OBSERVE_ONLY, "LRM_OBSERVE_ONLY is set: nothing is launched")
+        crash_point("workers.launch.looked")
+        doubtful_since = await self._intend(work)
+        crash_point("workers.launch.recorded")
+        parameters = LaunchParameters.from_json(work.worker.status.ec2.launch or {})
+        timeout = work.ctx.creating_timeout
+        work.ctx.check_leading(timeout)
+        try:
+            instance = await self._ec2.run_instance(work.worker.spec.region, parameters, timeout=timeout)
+        except AwsIdempotentMismatch:
+            await self._after_mismatch(work)
+            return
+        except AwsError as error:
+            if error.definite_refusal:
+                # It settles this call. An earlier one of the same attempt stays as doubtful as it was.
+                await work.write(lambda w: setattr(w.status.ec2, "sent_at", doubtful_since))
+            raise
+        crash_point("workers.launch.sent")
+        work.log.info("worker.launched", instance=instance.id, attempt=work.worker.status.ec2.attempt)
+        await work.write(lambda w: note_instance(w, instance))
+        crash_point("workers.launch.known")
+
+    async def remove(self, work: Work, surplus: tuple[Ec2Instance, ...]) -> None:
+        """End the instances that are too many, and say so in the status."""
+        for instance in surplus:
+            if work.ctx.observe_only:
+                break
+            await self.terminate(work, instance.id)
+            crash_point("workers.surplus.ended")
+            work.log.warning("worker.surplus_removed", instance=instance.id, launched=str(instance.launch_time))
+        now, ids = work.now, [i.id for i in surplus]
+        reported = work.worker.status.condition(Conditions.SURPLUS_INSTANCES)
+        if not surplus and (reported is None or reported.status == "False"):
+            return
+
+        def note(worker: LabWorker) -> None:
+            ec2 = worker.status.ec2
+            ec2.surplus = list(dict.fromkeys([*ec2.surplus, *ids]))[-_SURPLUS_KEPT:]
+            message = f"more than one instance carried this worker's uid; ended: {', '.join(ec2.surplus)}"
+            worker.status.set_condition(
+                Conditions.SURPLUS_INSTANCES, bool(ids), Reasons.SURPLUS_REMOVED, message, now=now
+            )
+
+        await work.write(note)
+
+    async def start(self, work: Work, instance_id: str) -> None:
+        work.ctx.check_leading()
+        await self._ec2.start(work.worker.spec.region, instance_id)
+        work.log.info("worker.instance_started", instance=instance_id)
+
+    async def stop(self, work: Work, instance_id: str) -> None:
+        work.ctx.check_leading()
+        await self._ec2.stop(work.worker.spec.region, instance_id)
+        work.log.info("worker.instance_stopped", instance=instance_id)
+
+    async def terminate(self, work: Work, instance_id: str) -> None:
+        """Ask EC2 to end an instance; that it is told of as ended, only a look can say."""
+        work.ctx.check_leading()
+        await self._ec2.terminate(work.worker.spec.region, instance_id)
+        work.log.info("worker.instance_terminated", instance=instance_id)
+
+    async def describe(self, work: Work, instance_id: str) -> Ec2Instance:
+        """One instance, for adoption. Raises `Ec2NotFound`."""
+        work.ctx.check_leading()
+        return await self._ec2.describe_instance(work.worker.spec.region, instance_id)
+
+    async def mark(self, work: Work, instance: Ec2Instance) -> None:
+        """Give an adopted instance this worker's tags, if it lacks them."""
+        wanted = {**work.worker.spec.aws.tags, **tags_of(work.worker, self._installation)}
+        if not work.ctx.observe_only and not wanted.items() <= instance.tags.items():
+            work.ctx.check_leading()
+            await self._ec2.create_tags(work.worker.spec.region, instance.id, wanted)
+
+    async def unmark(self, work: Work, instance_id: str) -> None:
+        """Take the tags away by which an instance counts as this installation's."""
+        work.ctx.check_leading()
+        try:
+            await self._ec2.delete_tags(work.worker.spec.region, instance_id, tags_of(work.worker, self._installation))
+        except Ec2NotFound:
+            return
+
+    async def live(self, work: Work) -> list[Ec2Instance]:
+        """Every instance of this worker that may still cost something: by tag, and the recorded one."""
+        found = await self._carriers(work)
+        recorded = work.worker.status.ec2.instance_id
+        if recorded is not None and all(i.id != recorded for i in found):
+            instance = await self._describe(work, recorded)
+            if instance is not None:
+                found.append(instance)
+            elif not self._absence_proves(work):
+                raise Ec2NotFound("InvalidInstanceID.NotFound", f"EC2 does not show {recorded} yet")
+        return [i for i in found if i.state != "terminated"]
+
+    def belongs_elsewhere(self, work: Work, instance: Ec2Instance) -> str:
+        """Why an instance must not be adopted, by its tags; empty when it may be."""
+        installation = instance.tags.get(INSTALLATION_TAG, "")
+        if installation not in ("", self._installation):
+            return f"its tag {INSTALLATION_TAG} names another installation"
+        uid = instance.tags.get(UID_TAG, "")
+        others = [w for w in work.ctx.cache.all(LabWorker) if w.uid == uid and w.uid != work.worker.uid]
+        return f"it is the instance of {others[0].namespace}/{others[0].name}" if others else ""
+
+    async def _intend(self, work: Work) -> object:
+        """Record the attempt and what it sends; return since when an earlier call of it is in doubt."""
+        trace = self._settings.worker_trace_timeout
+        doubtful_since = work.worker.status.ec2.sent_at if in_doubt(work.worker.status.ec2, work.now, trace) else None
+        async with self._brake:
+            if doubtful_since is None:
+                await self.check_brake(work)
+            now = work.now
+
+            def intend(worker: LabWorker) -> None:
+                ec2 = worker.status.ec2
+                attempt, parameters = next_launch(worker, self._installation, now=now, trace_timeout=trace)
+                ec2.attempt, ec2.launch, ec2.sent_at = attempt, parameters.to_json(), now
+
+            await work.write(intend)
+            # The next launch counts this one from the cache.
+            await work.ctx.cache.wait_for(work.worker.revision)
+        return doubtful_since
+
+    async def check_brake(self, work: Work) -> None:
+        """Raise `Held` when the installation has as many instances as it may."""
+        most = self._settings.max_instances
+        others = [w for w in work.ctx.cache.all(LabWorker) if w.uid != work.worker.uid]
+        concerned = [w for w in others if w.status.ec2.attempt or w.status.ec2.instance_id]
+        ids = {
+            w.status.ec2.instance_id
+            for w in concerned
+            if w.status.ec2.instance_id and w.status.ec2.state != "terminated"
+        }
+        underway = sum(in_doubt(w.status.ec2, work.now, self._settings.worker_trace_timeout) for w in concerned)
+        for region in sorted({w.spec.region for w in concerned} | {work.worker.spec.region}):
+            work.ctx.check_leading()
+            try:
+                found = await self._ec2.find_by_tags(region, {INSTALLATION_TAG: self._installation})
+            except AwsError:
+                if region == work.worker.spec.region:
+                    raise
+                # A region that does not answer must not stop the others: its workers' statuses are counted.
+                continue
+            ids |= {i.id for i in found if i.state != "shutting-down"}
+        if len(ids) + underway >= most:
+            raise Held(
+                Reasons.MAX_INSTANCES, f"the installation has reached its limit of {most} instances (LRM_MAX_INSTANCES)"
+            )
+
+    async def _after_mismatch(self, work: Work) -> None:
+        """The token is spent: it belongs to another launch, or to an instance that has ended. Look, then go on."""
+        kept, _ = choose(await self._carriers(work), None)
+        if kept is not None:
+            await self.record(work, kept)
+            return
+
+        def spent(worker: LabWorker) -> None:
+            worker.status.ec2.launch = worker.status.ec2.sent_at = None
+
+        await work.write(spent)
+
+    async def _carriers(self, work: Work) -> list[Ec2Instance]:
+        work.ctx.check_leading()
+        tags = {UID_TAG: work.worker.uid, INSTALLATION_TAG: self._installation}
+        return await self._ec2.find_by_tags(work.worker.spec.region, tags, states=_STATES)
+
+    async def _describe(self, work: Work, instance_id: str) -> Ec2Instance | None:
+        """The instance, or None when EC2 says that there is none; what that means is the caller's to judge."""
+        work.ctx.check_leading()
+        try:
+            return await self._ec2.describe_instance(work.worker.spec.region, instance_id)
+        except Ec2NotFound:
+            return None
+
+    def _absence_proves(self, work: Work) -> bool:
+        settings = self._settings
+        return absence_proves(
+            work.worker.status.ec2,
+            work.now,
+            gone_after=settings.worker_gone_after,
+            trace_timeout=settings.worker_trace_timeout,
+        )
+
+
+def note_instance(worker: LabWorker, instance: Ec2Instance) -> None:
+    """Take one instance's description into a status; another instance than before takes the old one's CML with it."""
+    ec2 = worker.status.ec2
+    if ec2.instance_id != instance.id:
+        sent_at = ec2.sent_at
+        forget_instance(worker)
+        ec2.instance_id = instance.id
+        # Kept until the instance was described: until then its absence proves nothing.
+        ec2.sent_at = sent_at
+    ec2.state = instance.state
+    off = instance.state not in {"pending", "running"}
+    ec2.public_ip = None if off else instance.public_ip or None
+    ec2.private_ip = None if off else instance.private_ip or None
+    ec2.last_error = None

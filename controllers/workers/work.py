@@ -1,0 +1,168 @@
+"""One reconcile of one worker: its present state, the time, and the only way to change its status.
+
+Every change goes through `write`, which also says which generation was acted on and sets the conditions, in the same
+compare-and-swap; a change that changes nothing is not written. `enter` and `fail` add the phase and its timestamps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from datetime import datetime
+from typing import Any
+
+from controllers.workers.conditions import refresh
+from controllers.workers.decisions import problem, retry_of
+from controllers.workers.kind import Failure, LabWorker, Timestamps
+from controllers.workers.phases import Conditions, Phase
+from lrm.reconcile import Context, Result
+
+Change = Callable[[LabWorker], None]
+
+_BEGINS: dict[Phase, str] = {
+    Phase.PROVISIONING_EC2: "provisioning_started_at",
+    Phase.STARTING: "ec2_started_at",
+    Phase.LICENSING: "licensing_started_at",
+    Phase.READY: "ready_at",
+    Phase.READY_UNLICENSED: "ready_at",
+    Phase.DRAINING: "draining_started_at",
+    Phase.UNLICENSING: "unlicensing_started_at",
+    Phase.STOPPING: "stopping_started_at",
+    Phase.STOPPED: "stopped_at",
+    Phase.TERMINATING_EC2: "terminating_started_at",
+    Phase.TERMINATED: "terminated_at",
+}
+
+
+class Work:
+    """See the module."""
+
+    def __init__(self, worker: LabWorker, ctx: Context) -> None:
+        self.worker = worker
+        self.ctx = ctx
+        self._generation = worker.metadata.generation
+
+    @property
+    def now(self) -> datetime:
+        return self.ctx.clock.now()
+
+    @property
+    def log(self) -> Any:
+        return self.ctx.log
+
+    @property
+    def phase(self) -> Phase | str:
+        return self.worker.phase
+
+    async def write(self, change: Change) -> None:
+        """Change the status. The change may be applied more than once, each time to what the store then holds."""
+        now = self.now
+
+        def mutate(worker: LabWorker) -> None:
+            change(worker)
+            worker.status.observed_generation = max(self._generation, worker.status.observed_generation)
+            refresh(worker, now)
+
+        before = self.worker.status.phase
+        self.worker = await self.ctx.client.update_status(self.worker, mutate)
+        after = self.worker.status.phase
+        if after != before:
+            reason = self.worker.status.phase_history[-1].reason
+            self.log.info("worker.phase", source=before, to=after, reason=reason)
+
+    async def settle(self) -> None:
+        """Write what the spec alone changes: the observed generation and the conditions."""
+        await self.write(lambda _: None)
+
+    async def enter(self, phase: Phase, reason: str, change: Change | None = None) -> Result:
+        """Go to a phase, after `change`, in one write; look again at once."""
+        now = self.now
+
+        def both(worker: LabWorker) -> None:
+            if change is not None:
+                change(worker)
+            enter(worker, phase, reason, now)
+
+        await self.write(both)
+        return Result.after(0)
+
+    async def fail(self, reason: str, message: str, change: Change | None = None) -> Result:
+        """Give up until a person changes something."""
+        now = self.now
+        self.log.error("worker.failed", phase=self.worker.status.phase, reason=reason, detail=message)
+
+        def failing(worker: LabWorker) -> None:
+            if change is not None:
+                change(worker)
+            worker.status.failure = Failure(
+                reason=reason,
+                message=message,
+                at=now,
+                phase=worker.status.phase,
+                generation=self._generation,
+                retry=retry_of(self.worker),
+            )
+            enter(worker, Phase.FAILED, reason, now)
+
+        await self.write(failing)
+        return Result.after(0)
+
+    async def ec2_trouble(self, reason: str, message: str) -> None:
+        """Record what is wrong with EC2; the same again costs no write."""
+        now = self.now
+
+        def note(worker: LabWorker) -> None:
+            worker.status.ec2.last_error = problem(worker.status.ec2.last_error, reason, message, now)
+
+        await self.write(note)
+
+    async def leaked_seat(self, reason: str, message: str) -> None:
+        """Report that Smart Licensing still counts this worker's licence."""
+        now = self.now
+        self.log.warning("worker.license_seat_leaked", reason=reason, detail=message)
+
+        def note(worker: LabWorker) -> None:
+            worker.status.cml.licensed = False
+            worker.status.set_condition(Conditions.LICENSE_SEAT_LEAKED, True, reason, message, now=now)
+
+        await self.write(note)
+
+
+def enter(worker: LabWorker, phase: Phase, reason: str, now: datetime) -> None:
+    """Enter a phase and begin what begins with it."""
+    status = worker.status
+    status.enter(phase.value, reason, now)
+    times = status.timestamps
+    begins = _BEGINS.get(phase)
+    if begins is not None and not (begins == "ready_at" and times.ready_at is not None):
+        setattr(times, begins, now)
+    if phase is not Phase.FAILED:
+        status.failure = None
+    if phase is Phase.STARTING:
+        status.timestamps = Timestamps(
+            provisioning_started_at=times.provisioning_started_at, ec2_started_at=times.ec2_started_at
+        )
+        status.cml.failed_checks = 0
+    if phase is Phase.PROVISIONING_EC2:
+        status.ec2.launches = 0
+    if phase in {Phase.STOPPED, Phase.TERMINATED}:
+        forget_running(worker)
+
+
+def forget_running(worker: LabWorker) -> None:
+    """Clear what is true of a running machine only: addresses, metrics, the CML's present state."""
+    status = worker.status
+    status.ec2.public_ip = status.ec2.private_ip = status.ec2.checks = None
+    status.utilization = None
+    cml = status.cml
+    cml.ready, cml.api_url, cml.system_info, cml.health, cml.failed_checks = False, None, None, None, 0
+    cml.last_error = None
+
+
+def forget_instance(worker: LabWorker) -> None:
+    """Clear what belongs to one instance: the CML's identity goes with it."""
+    forget_running(worker)
+    ec2, cml = worker.status.ec2, worker.status.cml
+    ec2.instance_id = ec2.state = ec2.first_seen_at = None
+    cml.identity = cml.version = cml.registration = None
+    cml.licensed = False
+    worker.status.capacity = None
