@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import ssl
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager
@@ -131,7 +132,9 @@ def launch(token: str, **changes: Any) -> LaunchParameters:
 
 
 @asynccontextmanager
-async def lying_server(*replies: bytes, pause: float = 0.0) -> AsyncIterator[tuple[str, list[bytes]]]:
+async def lying_server(
+    *replies: bytes, pause: float = 0.0, tls: ssl.SSLContext | None = None
+) -> AsyncIterator[tuple[str, list[bytes]]]:
     """A server that answers each request with the next of `replies` (the last one for ever) and closes.
 
     With a pause it sends a byte at a time. Gives its URL and the requests it has seen, which it reads whole.
@@ -159,9 +162,9 @@ async def lying_server(*replies: bytes, pause: float = 0.0) -> AsyncIterator[tup
             tasks.discard(task)
             writer.close()
 
-    server = await asyncio.start_server(serve, "127.0.0.1", 0)
+    server = await asyncio.start_server(serve, "127.0.0.1", 0, ssl=tls)
     try:
-        yield f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}", seen
+        yield f"{'https' if tls else 'http'}://127.0.0.1:{server.sockets[0].getsockname()[1]}", seen
     finally:
         server.close()
         for task in tuple(tasks):

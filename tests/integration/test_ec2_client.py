@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import random
 import socket
+import ssl
+import sys
 import time
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime, timedelta
@@ -29,8 +31,10 @@ from controllers.aws.errors import (
     Ec2NotFound,
 )
 from controllers.aws.simulator import AwsShim
+from equipment import certificates
 from equipment.aws import ABSENT, REGION, boto, launch, lying_server, reply, shim_process
 from equipment.waiting import until
+from lrm.processes import ChildProcess
 from storage.clock import SystemClock
 
 
@@ -443,3 +447,45 @@ async def test_in_a_storm_of_faults_and_leaving_callers_one_token_never_makes_tw
     await until(lambda: ec2._threads.busy == 0, "the threads are free again")
     for token, instance_id in zip(tokens, ids, strict=True):
         assert [i.id for i in await ec2.find_by_tags(REGION, {"lrm/uid": token})] == [instance_id]
+
+
+async def test_an_endpoint_with_a_certificate_that_nobody_vouches_for_is_sent_nothing(
+    aws_credentials: None, tmp_path: Path
+) -> None:
+    made = certificates.make(tmp_path)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(made.server.cert, made.server.key)
+    async with lying_server(reply(WHOLE), tls=context) as (url, seen), Ec2(SystemClock(), endpoint_url=url) as ec2:
+        with pytest.raises(AwsUnavailable, match="CERTIFICATE_VERIFY_FAILED"):
+            await ec2.run_instance(REGION, launch("tls"))
+        assert seen == []
+
+
+LEAVE = """
+import asyncio, sys
+from controllers.aws.ec2 import Ec2
+from controllers.aws.errors import AwsUnavailable
+from storage.clock import SystemClock
+
+async def ask():
+    async with Ec2(SystemClock(), endpoint_url=sys.argv[1]) as ec2:
+        try:
+            await ec2.find_by_tags("us-east-1", {"a": "b"}, timeout=1)
+        except AwsUnavailable:
+            print("left", flush=True)
+
+asyncio.run(ask())
+"""
+
+
+async def test_a_hanging_peer_does_not_hold_up_the_end_of_the_process(aws_credentials: None, tmp_path: Path) -> None:
+    """The thread would wait 15 s for its answer; an executor's threads are waited for at the end of Python."""
+    async with lying_server(b" " * 400, pause=0.1) as (url, _):
+        child = ChildProcess.start([sys.executable, "-c", LEAVE, url], name="leaver", log_path=tmp_path / "log")
+        try:
+            await until(lambda: "left" in child.log_tail(), "the call's deadline", timeout=30)
+            began = time.monotonic()
+            assert await child.wait() == 0
+            assert time.monotonic() - began < 5
+        finally:
+            child.kill()
