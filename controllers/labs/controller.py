@@ -35,6 +35,7 @@ from controllers.labs.settings import LabsSettings
 from controllers.labs.sync import Difference, Removal, Tombstone, difference
 from controllers.labs.writing import Failures, write_each
 from controllers.workers.kind import INSTANCE_FINALIZER, LabWorker
+from controllers.workers.phases import Phase
 from lrm.cache import Cache, Change
 from lrm.crashpoints import crash_point
 from lrm.errors import ResourceExists, ResourceNotFound, RetryLater
@@ -107,6 +108,28 @@ class LabsController(Controller[LabWorker]):
         """Sync the worker's labs if that is due."""
         if not can_be_asked(worker):
             return Result.done()  # a change of its phase or identity wakes us; its records stay
+        return await self._mirror(worker, ctx)
+
+    async def finalize(self, worker: LabWorker, ctx: Context) -> Result:
+        """Forget all records of a worker whose instance is settled, those that are being deleted too."""
+        if INSTANCE_FINALIZER in worker.metadata.finalizers:
+            # Its going wakes us. Until then the labs live on, and a drain wants to know which of them run.
+            return await self._mirror(worker, ctx) if can_be_asked(worker) else Result.after(self.resync)
+        self._synced.discard(worker.uid)
+        records = records_of_worker(self._cache, worker.namespace, worker.name)
+        failures = Failures()
+
+        async def forget(record: LabRecord) -> None:
+            await ctx.client.forget(record)
+            crash_point("labs.record-forgotten")
+
+        await write_each(records, _lab_of, forget, failures)
+        if failures:
+            raise RetryLater(failures.sentence())
+        ctx.log.info("labs.records_forgotten", worker=worker.name, records=len(records))
+        return Result.done()
+
+    async def _mirror(self, worker: LabWorker, ctx: Context) -> Result:
         wait = self._due_in(worker, ctx)
         if wait > 0:
             return Result.after(wait)
@@ -122,29 +145,15 @@ class LabsController(Controller[LabWorker]):
         self._synced.add(worker.uid)
         return Result.after(max(self._due_in(worker, ctx), 0.01))
 
-    async def finalize(self, worker: LabWorker, ctx: Context) -> Result:
-        """Forget all records of a worker whose instance is settled, those that are being deleted too."""
-        self._synced.discard(worker.uid)
-        if INSTANCE_FINALIZER in worker.metadata.finalizers:
-            return Result.after(self.resync)  # its going wakes us: until then the labs may still be deletable
-        records = records_of_worker(self._cache, worker.namespace, worker.name)
-        failures = Failures()
-
-        async def forget(record: LabRecord) -> None:
-            await ctx.client.forget(record)
-            crash_point("labs.record-forgotten")
-
-        await write_each(records, _lab_of, forget, failures)
-        if failures:
-            raise RetryLater(failures.sentence())
-        ctx.log.info("labs.records_forgotten", worker=worker.name, records=len(records))
-        return Result.done()
-
     def _due_in(self, worker: LabWorker, ctx: Context) -> float:
+        settings = self._settings
+        interval = settings.labs_refresh_interval
+        if worker.status.phase == Phase.DRAINING:
+            interval = min(interval, settings.labs_drain_interval)
         return due_in(
             worker,
             records_of_worker(self._cache, worker.namespace, worker.name),
-            interval=self._settings.labs_refresh_interval,
+            interval=interval,
             now=ctx.clock.now(),
             first=worker.uid not in self._synced,
         )
@@ -173,7 +182,8 @@ class LabsController(Controller[LabWorker]):
         """Bring the records up to the list: first what is there, then what is not."""
         log, failures = sync.ctx.log, sync.failures
         changed = [(r, lab) for r, lab in found.seen if is_news(r.status, lab, sync.instance_id)]
-        await write_each(found.create, lambda lab: lab.id, lambda lab: self._create(sync, lab), failures)
+        if not sync.worker.deleting:  # a worker on its way out gets no more records to take along
+            await write_each(found.create, lambda lab: lab.id, lambda lab: self._create(sync, lab), failures)
         await write_each(changed, lambda pair: pair[0].spec.lab_id, lambda pair: self._update(sync, *pair), failures)
         if found.orphans:
             gone = [r.record.spec.lab_id for r in found.removals] + [t.record.spec.lab_id for t in found.tombstones]

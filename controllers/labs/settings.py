@@ -15,6 +15,11 @@ class LabsSettings(LrmSettings):
         description="Seconds between two syncs of a worker's labs, spread by ±10 %; 30 min, since each list is heavy "
         "for a big CML and an annotation gets a sync at once.",
     )
+    labs_drain_interval: Seconds = Field(
+        60.0,
+        description="Seconds between two syncs of a worker that is draining, where that is less: it waits for its labs "
+        "to end, and costs money until then.",
+    )
     labs_history_length: int = Field(
         50, ge=1, le=1000, description="Operations kept per lab; 50 are about 10 KB, an object may have 1 MiB."
     )

@@ -9,9 +9,12 @@ import pytest
 from controllers.cml.simulator.labs import Lab
 from controllers.labs.kind import FORGET_ANNOTATION, LabRecord, record_name
 from controllers.workers.kind import INSTANCE_FINALIZER, Identity, LabWorker
+from equipment.fault_proxy import FaultProxy, How, When
 from equipment.labs_world import LabsWorld, labs_world
 from equipment.waiting import until
+from lrm.devservers import EtcdServer
 from lrm.errors import ResourceNotFound
+from storage.etcd import EtcdStorage
 
 
 @pytest.fixture
@@ -65,12 +68,24 @@ async def test_happy_path(world: LabsWorld) -> None:
     assert not world.machine().counts["GET /labs/{lab_id}"], "no orphan was looked for"
 
 
-async def test_edge_case_phase_1_db_delete_fails(world: LabsWorld, monkeypatch: pytest.MonkeyPatch) -> None:
-    """CML has deleted the lab, but the store refuses the record's end: the record's deletion goes on later."""
-    lab, record = await mirrored(world)
-    world.machine().remove(lab)  # what a first attempt did, whose write was lost
-    await world.client.delete(record)
-    await world.gone(record)
+async def test_edge_case_phase_1_db_delete_fails(
+    monkeypatch: pytest.MonkeyPatch, etcd: EtcdServer, etcd_root: str
+) -> None:
+    """CML has deleted the lab, but the store cannot be reached for the record's end: it is made good when it can."""
+    async with FaultProxy(etcd.endpoint) as proxy:
+        storage = EtcdStorage([proxy.endpoint], root=etcd_root, request_timeout=1)
+        async with labs_world(monkeypatch, storage=storage, root=etcd_root) as world:
+            lab, record = await mirrored(world)
+            world.fault("delay", method="DELETE", path=f"/labs/{lab.id}", seconds=0.3)
+            await world.client.delete(record)
+            await until(lambda: any(e["method"] == "DELETE" for e in world.machine().log))
+            rule = proxy.inject(When.BEFORE, How.RESET, "/v3/kv/txn", times=0)
+            await until(lambda: lab.id not in world.machine().labs, "the lab to go from CML")
+            await rule.hit()
+            assert (await world.record(lab.id)).deleting, "stale, but on its way"
+            proxy.clear()
+            await world.gone(record)
+        await storage.aclose()
 
 
 async def test_edge_case_direct_cml_deletion(world: LabsWorld) -> None:
@@ -314,6 +329,22 @@ async def test_deleting_a_worker_forgets_its_records_once_its_instance_is_settle
     await until(worker_gone)
     assert not await world.records()
     assert len(world.machine().labs) == 6, "forgetting deletes no lab"
+
+
+async def test_a_worker_that_drains_before_it_goes_is_synced_but_gets_no_more_records(
+    world: LabsWorld,
+) -> None:
+    await world.worker()
+    lab, other = world.machine().add_lab("runs", nodes=1, running=True), world.machine().add_lab("ends")
+    await world.sync()
+    await enter(world, "Draining")
+    await world.client.delete(await world.get_worker())
+    world.machine().add_lab("too late")
+    world.machine().force(lab, "STOPPED")
+    world.machine().remove(other)
+    await world.sync()
+    records = await world.records()
+    assert {r.status.title: r.status.state for r in records.values()} == {"runs": "STOPPED"}
 
 
 async def test_a_worker_with_two_thousand_records_is_forgotten_within_seconds(world: LabsWorld) -> None:
