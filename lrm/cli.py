@@ -11,13 +11,19 @@ import os
 import secrets
 import signal
 import sys
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Sequence
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypeVar
 
 import typer
 import yaml
+
+if TYPE_CHECKING:
+    from lrm.plugin import Plugin
+    from lrm.settings import LrmSettings, Settings
+
+S = TypeVar("S", bound="LrmSettings")
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -51,11 +57,9 @@ def serve() -> None:
     from lrm.api.app import ApiError
     from lrm.daemon import Deposed, run_daemon
     from lrm.logs import configure_logs
-    from lrm.plugin import load_plugins
 
-    settings = _settings()
+    settings, plugins = _configuration()
     configure_logs(settings.log_format, settings.log_level, instance=settings.instance_id)
-    plugins = _or_exit(lambda: load_plugins(settings.plugins))
     try:
         _run(run_daemon(settings, plugins))
     except (ApiError, Deposed) as error:
@@ -71,7 +75,8 @@ def dev(
 ) -> None:
     """Start etcd, Redis, simulated AWS and CML, and one daemon; all end with this command."""
     from lrm.devstack import DevStack, ProcessError
-    from lrm.plugin import load_plugins
+
+    plugins = _plugins()
 
     async def until_ended() -> str:
         stop = asyncio.Event()
@@ -89,7 +94,7 @@ def dev(
             await asyncio.gather(starting, stopping, return_exceptions=True)
 
     async def _start_and_wait() -> str:
-        async with DevStack(load_plugins(()), port=port, data_dir=data_dir) as stack:
+        async with DevStack(plugins, port=port, data_dir=data_dir) as stack:
             typer.echo(f"logs in {stack.data_dir / 'logs'}")
             for name, value in sorted(stack.environment.items()):
                 if name.endswith(("_URL", "_ENDPOINTS", "_TEMPLATE")):
@@ -109,9 +114,7 @@ def dev(
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})
 def simulate(context: typer.Context, name: Annotated[str, typer.Argument(help="Which: aws, cml, …")]) -> None:
     """Run one simulator in the foreground; `lrm simulate NAME --help` lists its options."""
-    from lrm.plugin import load_plugins
-
-    services = {s.name: s for p in _or_exit(lambda: load_plugins(())) for s in p.dev_services}
+    services = {s.name: s for p in _plugins() for s in p.dev_services}
     if name not in services:
         listed = "\n".join(f"  {s.name:8} {s.help}" for s in services.values())
         typer.echo(f"lrm simulate NAME [OPTIONS], where NAME is one of\n{listed}", err=name not in {"--help", "-h"})
@@ -130,9 +133,9 @@ def version_() -> None:
 @config_app.command("check")
 def config_check() -> None:
     """Say whether the settings are possible, and which LRM_ variables nothing reads."""
-    known = {f"LRM_{name.upper()}" for cls in _settings_classes() for name in cls.model_fields}
-    known |= {"LRM_CONFIG", "LRM_CRASH_AT"}
-    _settings()
+    settings, plugins = _configuration()
+    classes = [type(settings), *(p.settings for p in plugins)]
+    known = {f"LRM_{name.upper()}" for cls in classes for name in cls.model_fields} | {"LRM_CONFIG", "LRM_CRASH_AT"}
     strangers = sorted(name for name in os.environ if name.startswith("LRM_") and name not in known)
     for name in strangers:
         typer.echo(f"{name} is no setting of lrm or its plug-ins", err=True)
@@ -144,13 +147,17 @@ def config_check() -> None:
 @config_app.command("show")
 def config_show() -> None:
     """Print every setting with its value; secrets are masked."""
-    _settings()
-    for cls in _settings_classes():
-        values = cls().model_dump(mode="json")
-        for name, info in cls.model_fields.items():
-            shown = yaml.safe_dump(values[name]).removesuffix("...\n").strip()
+    settings, plugins = _configuration()
+    shown: set[str] = set()
+    for part in (settings, *(p.settings() for p in plugins)):
+        values = part.model_dump(mode="json")
+        for name, info in type(part).model_fields.items():
+            if name in shown:
+                continue
+            shown.add(name)
+            value = yaml.safe_dump({name: values[name]}).strip()
             typer.echo(f"# {info.description or ''}")
-            typer.echo(f"{name}: {shown}")
+            typer.echo(value)
 
 
 @token_app.command("create")
@@ -168,15 +175,25 @@ def token_create(
     typer.echo(yaml.safe_dump([entry], sort_keys=False).strip())
 
 
-def _settings() -> Any:
-    """The settings of the daemon and every plug-in, checked; exit 2 with each mistake on a line."""
+def _configuration() -> tuple[Settings, list[Plugin]]:
+    """The daemon's settings and its plug-ins, all settings checked; exit 2 with each mistake on a line."""
+    from lrm.settings import Settings
+
+    settings = _checked(Settings)
+    plugins = _plugins(settings.plugins)
+    for plugin in plugins:
+        _checked(plugin.settings)
+    if settings.auth_tokens_file is None and not _is_loopback(settings.api_host):
+        typer.echo(f"LRM_API_HOST is {settings.api_host}: other than loopback needs LRM_AUTH_TOKENS_FILE", err=True)
+        raise typer.Exit(2)
+    return settings, plugins
+
+
+def _checked(cls: type[S]) -> S:
     from pydantic import ValidationError
 
     try:
-        first, *others = _settings_classes()
-        for cls in others:
-            cls()
-        settings = first()
+        return cls()
     except ValidationError as error:
         for mistake in error.errors(include_url=False, include_context=False, include_input=False):
             where = "LRM_" + "_".join(str(p) for p in mistake["loc"]).upper() if mistake["loc"] else "settings"
@@ -185,17 +202,15 @@ def _settings() -> Any:
     except (FileNotFoundError, yaml.YAMLError) as error:
         typer.echo(f"LRM_CONFIG: {error}", err=True)
         raise typer.Exit(2) from None
-    if settings.auth_tokens_file is None and not _is_loopback(settings.api_host):
-        typer.echo(f"LRM_API_HOST is {settings.api_host}: other than loopback needs LRM_AUTH_TOKENS_FILE", err=True)
-        raise typer.Exit(2)
-    return settings
 
 
-def _settings_classes() -> list[Any]:
-    from lrm.plugin import load_plugins
-    from lrm.settings import Settings
+def _plugins(modules: Sequence[str] = ()) -> list[Plugin]:
+    from lrm.plugin import PluginError, load_plugins
 
-    return [Settings, *(p.settings for p in _or_exit(lambda: load_plugins(())))]
+    try:
+        return load_plugins(modules)
+    except PluginError as error:
+        _fail(str(error))
 
 
 def _is_loopback(host: str) -> bool:
@@ -207,15 +222,6 @@ def _is_loopback(host: str) -> bool:
         return ip_address(host).is_loopback
     except ValueError:
         return False
-
-
-def _or_exit(load: Any) -> Any:
-    from lrm.plugin import PluginError
-
-    try:
-        return load()
-    except PluginError as error:
-        _fail(str(error))
 
 
 def _run(work: Coroutine[Any, Any, Any]) -> Any:
