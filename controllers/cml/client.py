@@ -209,7 +209,7 @@ class CmlClient:
         if isinstance(value, dict):
             value = value.get("lab_tiles", value)
         if isinstance(value, list):
-            value = {t.get("id"): t for t in value if isinstance(t, dict)}
+            value = {t["id"]: t for t in value if isinstance(t, dict) and is_lab_id(t.get("id"))}
         if not isinstance(value, dict):
             raise CmlBadAnswer(200, "lab tiles in an unknown shape")
         labs = {}

@@ -291,6 +291,7 @@ async def test_a_body_without_end_and_one_that_unpacks_without_end_are_cut_short
             cml.on("GET", "/labs", reply)
             with pytest.raises(CmlBadAnswer, match="more than 1000000 bytes"):
                 await client.lab_ids()
+            await until(lambda: cml.open_connections == 0, "the rest is not read, so the connection is closed")
 
 
 async def test_an_answer_that_drips_for_ever_ends_by_the_deadline_of_the_whole_call(cml: ScriptedCml) -> None:
@@ -573,3 +574,71 @@ async def test_a_server_that_goes_away_between_calls_costs_a_read_nothing(cml: S
     for connection in cml.connections:
         connection.abort()  # type: ignore[attr-defined]
     assert await client.lab_ids() == ()
+
+
+ODD: list[Any] = [
+    None,
+    True,
+    7,
+    1e308,
+    "",
+    "x",
+    [],
+    [[]],
+    [{}],
+    [None, 1, "x"],
+    [{"id": []}, {"id": {}}, {"id": LAB, "lab_title": 5, "state": []}],
+    {},
+    {"": {}},
+    {"lab_tiles": None},
+    {"lab_tiles": [{"id": []}, {"id": LAB}]},
+    {"lab_tiles": {LAB: {"id": LAB, "lab_title": "x", "state": {"a": 1}, "groups": {}, "created": []}}},
+    {"lab_tiles": {LAB: {"lab_title": "x", "state": "STARTED", "node_count": 1e300, "owner": []}}},
+    {"id": 5, "state": "x"},
+    {"state": None, "id": LAB},
+    {"all": [], "computes": [], "controller": 5, "valid": "x"},
+    {"computes": {"a": {"stats": [], "hostname": {}}}, "udi": [], "registration": "x", "features": {"a": 1}},
+    {"token": {}, "admin": [], "username": {}, "id": 5, "error": {"a": [1]}},
+]
+
+
+@pytest.mark.parametrize("odd", ODD, ids=lambda v: repr(v)[:40])
+async def test_odd_json_anywhere_ends_in_a_model_or_in_our_own_error(cml: ScriptedCml, odd: Any) -> None:
+    for path in ("/labs", "/populate_lab_tiles", "/system_stats", "/system_health", "/licensing", "/nodes"):
+        cml.on("GET", path, web.json_response(odd))
+    for path in ("/telemetry/events", "/system_information", f"/labs/{LAB}", f"/labs/{LAB}/state"):
+        cml.on("GET", path, web.json_response(odd))
+    cml.on("GET", f"/labs/{LAB}/check_if_converged", web.json_response(odd))
+    cml.on("GET", f"/labs/{LAB}/download", web.json_response(odd))
+    cml.on("PUT", f"/labs/{LAB}/stop", web.json_response(odd, status=400))
+    cml.on("DELETE", "/licensing/deregistration", web.json_response(odd, status=400))
+    cml.on("POST", "/import", web.json_response(odd))
+
+    def calls(client: CmlClient) -> list[Awaitable[Any]]:
+        return [
+            client.system_information(),
+            client.lab_ids(),
+            client.tiles(),
+            client.list_labs(),
+            client.system_stats(),
+            client.system_health(),
+            client.licensing(),
+            client.identity(),
+            client.nodes(),
+            client.telemetry_events(),
+            client.lab(LAB),
+            client.lab_state(LAB),
+            client.converged(LAB),
+            client.download(LAB),
+            client.stop_lab(LAB),
+            client.deregister(),
+            imported(client),
+        ]
+
+    for script in ((), (web.json_response(odd),)):
+        if script:
+            cml.on("POST", "/auth_extended", *script)
+        async with fast_client(cml) as client:
+            results = await asyncio.gather(*calls(client), return_exceptions=True)
+        strangers = [r for r in results if isinstance(r, BaseException) and not isinstance(r, CmlError)]
+        assert strangers == []
