@@ -53,6 +53,8 @@ MAX_BODY = 20 * 1024**2
 _GRACE = 0.25
 """How long a stop waits for requests that are being answered; a delaying fault may hold one for an hour."""
 
+_CLOSE_SECONDS = 2.0
+"""How long a channel that is closed waits for the client to agree."""
 _NO_ANSWER = 444
 """Never sent: the connection is gone."""
 
@@ -70,7 +72,7 @@ class Simulator:
         self.url = ""
         self.defects: list[Exception] = []
         self._table = RouteTable(ROUTES, UNSIMULATED)
-        self._sockets: set[web.WebSocketResponse] = set()
+        self._channels: set[Channel] = set()
 
     @classmethod
     @asynccontextmanager
@@ -80,7 +82,7 @@ class Simulator:
         app = web.Application(client_max_size=MAX_BODY)
         app.add_routes(Control(simulator.fleet).routes())
         app.router.add_route("*", "/{tail:.*}", simulator._handle)
-        app.on_shutdown.append(simulator._close_sockets)
+        app.on_shutdown.append(simulator._end_channels)
         runner = web.AppRunner(app, access_log=None, shutdown_timeout=_GRACE)
         await simulator.fleet.open()
         try:
@@ -111,9 +113,9 @@ class Simulator:
         host, port = runner.addresses[0][:2]
         self.url = f"{'https' if context else 'http'}://{f'[{host}]' if ':' in host else host}:{port}"
 
-    async def _close_sockets(self, _: web.Application) -> None:
-        for socket in list(self._sockets):
-            await socket.close(code=WSCloseCode.GOING_AWAY)
+    async def _end_channels(self, _: web.Application) -> None:
+        for channel in self._channels:
+            channel.end(WSCloseCode.GOING_AWAY)
 
     async def _handle(self, request: web.Request) -> web.StreamResponse:
         name, path = _split(request.rel_url.raw_path)
@@ -215,19 +217,20 @@ class Simulator:
         return _response(reply)
 
     async def _converse(self, request: web.Request, machine: Machine) -> web.StreamResponse:
-        socket = web.WebSocketResponse(heartbeat=30)
+        socket = web.WebSocketResponse(heartbeat=30, timeout=_CLOSE_SECONDS)
         if not socket.can_prepare(request).ok:
             return _page(400, "Bad Request")
         await socket.prepare(request)
-        self._sockets.add(socket)
 
         async def alive() -> bool:
             return await self.fleet.awake(machine.name) is machine
 
+        channel = Channel(machine, socket, alive)
+        self._channels.add(channel)
         try:
-            await Channel(machine, socket, alive).run()
+            await channel.run()
         finally:
-            self._sockets.discard(socket)
+            self._channels.discard(channel)
         return socket
 
 

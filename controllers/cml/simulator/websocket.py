@@ -22,6 +22,7 @@ from controllers.cml.simulator.machine import Machine
 
 QUEUE = 1000
 AUTH_SECONDS = 10.0
+SEND_SECONDS = 10.0
 NOISE_SECONDS = 10.0
 """How often the load of the system is told, wanted or not."""
 
@@ -36,7 +37,8 @@ class Channel:
     token: str = ""
     lab_filter: str = ""
     queue: asyncio.Queue[dict[str, Any]] = field(default_factory=lambda: asyncio.Queue(QUEUE))
-    overflowed: bool = False
+    ending: int = 0
+    """The close code, once it is decided that the channel ends."""
 
     async def run(self) -> None:
         """Talk until one side has had enough."""
@@ -46,11 +48,19 @@ class Channel:
         self.machine.listeners[self] = self._hear
         try:
             async with asyncio.TaskGroup() as tasks:
-                writer = tasks.create_task(self._write())
-                await self._read()
-                writer.cancel()
+                reader = tasks.create_task(self._read())
+                await self._write()
+                # Nobody may be reading while the socket is closed, or it does not wait for the client to agree.
+                reader.cancel()
         finally:
             self.machine.listeners.pop(self, None)
+        await self.socket.close(code=self.ending)
+
+    def end(self, code: int) -> None:
+        """Have the channel closed with that code as soon as it can be."""
+        self.ending = self.ending or code
+        if not self.queue.full():
+            self.queue.put_nowait({})
 
     async def _authenticate(self) -> bool:
         try:
@@ -68,10 +78,11 @@ class Channel:
         while True:
             message = await self.socket.receive()
             if message.type in (WSMsgType.CLOSE, WSMsgType.CLOSING, WSMsgType.CLOSED, WSMsgType.ERROR):
+                self.end(WSCloseCode.OK)
                 return
             wanted = _object(message)
             if wanted is None:
-                await self.socket.close(code=WSCloseCode.INVALID_TEXT, message=b"a JSON object is expected")
+                self.end(WSCloseCode.INVALID_TEXT)
                 return
             if "lab_filter" in wanted:
                 self.lab_filter = str(wanted["lab_filter"] or "")
@@ -92,14 +103,25 @@ class Channel:
                     message = {"event_type": "ping", "event": "", "element_type": "", "lab_id": "", "data": {}}
                     # The only question asked of the host while nobody else asks: is it still on?
                     await self.alive()
-            if not machine.powered or self.overflowed:
-                await self.socket.close(code=WSCloseCode.GOING_AWAY)
+            if not machine.powered:
+                self.ending = self.ending or WSCloseCode.GOING_AWAY
+            elif self._user() is None:
+                self.ending = self.ending or WSCloseCode.POLICY_VIOLATION
+            if self.ending or (message is not None and not await self._send(message)):
                 return
-            if self._user() is None:
-                await self.socket.close(code=WSCloseCode.POLICY_VIOLATION, message=b"the session is over")
-                return
-            if message is not None:
+
+    async def _send(self, message: dict[str, Any]) -> bool:
+        """Send a message; False when nobody takes it any more."""
+        try:
+            async with self.machine.clock.timeout(SEND_SECONDS):
                 await self.socket.send_str(orjson.dumps(message).decode())
+        except TimeoutError:
+            self.ending = WSCloseCode.TRY_AGAIN_LATER
+            return False
+        except ConnectionError:
+            self.ending = WSCloseCode.ABNORMAL_CLOSURE
+            return False
+        return True
 
     def _hear(self, message: dict[str, Any], lab: Lab | None) -> None:
         user = self._user()
@@ -110,7 +132,7 @@ class Channel:
         try:
             self.queue.put_nowait(message)
         except asyncio.QueueFull:
-            self.overflowed = True
+            self.end(WSCloseCode.TRY_AGAIN_LATER)
 
 
 def _object(message: Any) -> dict[str, Any] | None:
