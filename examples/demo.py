@@ -14,7 +14,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ MANIFESTS = Path(__file__).parent / "manifests"
 GROUP = "/apis/lab.neuroglia.io/v1"
 WORKERS = f"{GROUP}/namespaces/default/labworkers"
 RECORDS = f"{GROUP}/namespaces/default/labrecords"
-WORKER = "ccna-worker-1"
+WORKER = "ccna-1"
 PATH_TO_READY = ["ProvisioningEC2", "EC2Ready", "Starting", "Licensing", "Ready"]
 ROUTER = {
     "node_definition": "iol-xe",
@@ -110,7 +110,7 @@ def tell(story: Story, stack: dict[str, Any]) -> None:
             instance_id=instance, name=WORKER, public_ip="", private_ip=""
         )
         cml = Cml(cml_url, environment["CML_PASSWORD"])
-        with cml.http:
+        with closing(cml.http):
             labs_are_mirrored(story, api, cml)
         worker_goes(story, api, instance, environment)
 

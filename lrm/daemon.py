@@ -21,15 +21,13 @@ from importlib.metadata import version
 from typing import Any
 
 import structlog
-from storage.etcd import EtcdStorage
-from storage.etcd_gateway import TlsConfig
 
 from lrm.api.app import Api, serve
 from lrm.api.settings import ApiSettings
 from lrm.cache import Cache
 from lrm.client import Client
 from lrm.election import StaticElection, StaticTerm
-from lrm.errors import LrmError
+from lrm.errors import LrmError, only_cause
 from lrm.fanout import Fanout
 from lrm.plugin import Plugin, PluginContext
 from lrm.reconcile import Controller, Runner
@@ -40,6 +38,8 @@ from lrm.status import DaemonStatus
 from storage.base import Storage
 from storage.clock import Clock, SystemClock
 from storage.errors import AlreadyExists, NotFound, OutcomeUnknown, Unavailable
+from storage.etcd import EtcdStorage
+from storage.etcd_gateway import TlsConfig
 
 log = structlog.get_logger(__name__)
 
@@ -100,7 +100,7 @@ class Daemon:
                     await asyncio.wait([work])
                 caching.cancel()
         except BaseExceptionGroup as group:
-            raise _cause_of(group) from group
+            raise only_cause(group) from group
         finally:
             await self.storage.aclose()
         log.info("daemon.stopped")
@@ -174,14 +174,6 @@ class Daemon:
                     log.warning("daemon.waiting_for_etcd", endpoints=self.settings.etcd_endpoints, error=str(error))
                 waiting = True
             await self.clock.sleep(_RETRY)
-
-
-def _cause_of(group: BaseExceptionGroup[BaseException]) -> BaseException:
-    """The one error inside a group that has just one; else the group."""
-    error: BaseException = group
-    while isinstance(error, BaseExceptionGroup) and len(error.exceptions) == 1:
-        error = error.exceptions[0]
-    return error
 
 
 @contextlib.asynccontextmanager

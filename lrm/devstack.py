@@ -20,6 +20,7 @@ import aiohttp
 import orjson
 
 from lrm.devservers import EtcdServer, RedisServer
+from lrm.errors import only_cause
 from lrm.plugin import DevPlan, DevService, Plugin
 from lrm.processes import ChildProcess, ProcessError, free_port
 from storage.clock import Clock, SystemClock
@@ -90,10 +91,20 @@ class DevStack:
         else:
             self.data_dir = self._wanted_dir.resolve()
             self.data_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
-        etcd = await stack.enter_async_context(EtcdServer(self.data_dir / "etcd", clock=self._clock))
-        redis = await stack.enter_async_context(RedisServer(self.data_dir / "redis", clock=self._clock))
-        self.children |= {"etcd": etcd.process, "redis": redis.process}
+        etcd = EtcdServer(self.data_dir / "etcd", clock=self._clock)
+        redis = RedisServer(self.data_dir / "redis", clock=self._clock)
         plan = DevPlan({s.name: free_port() for s in self._services}, self.data_dir)
+        for server in (etcd, redis):
+            stack.push_async_callback(server.stop)
+        for service in self._services:
+            stack.push_async_callback(self._stop_child, service.name)
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                for starting in (etcd.start(), redis.start(), *(self._start_service(s, plan) for s in self._services)):
+                    tasks.create_task(starting)
+        except BaseExceptionGroup as group:
+            raise only_cause(group) from group
+        self.children |= {"etcd": etcd.process, "redis": redis.process}
         port = self._port or free_port()
         self.url = f"http://127.0.0.1:{port}"
         self.environment = {
@@ -103,16 +114,14 @@ class DevStack:
             "LRM_INSTANCE_ID": "dev",
         }
         for service in self._services:
-            await self._start_service(stack, service, plan)
             self.environment |= service.environment(plan)
         self.environment |= self._extra
         stack.push_async_callback(self._stop_child, "lrm")
         await self.start_daemon()
 
-    async def _start_service(self, stack: AsyncExitStack, service: DevService, plan: DevPlan) -> None:
+    async def _start_service(self, service: DevService, plan: DevPlan) -> None:
         argv = [sys.executable, "-m", "lrm", "simulate", service.name, *service.arguments(plan)]
         child = self._spawn(service.name, argv, {**os.environ, **service.environment(plan)})
-        stack.push_async_callback(self._stop_child, service.name)
         await child.wait_ready(self._answers(plan.url(service.name) + service.ready_path), _READY_SECONDS)
 
     def _spawn(self, name: str, argv: Sequence[str], env: Mapping[str, str]) -> ChildProcess:

@@ -111,3 +111,11 @@ class TerminalError(LrmError):
     def __init__(self, reason: str, message: str) -> None:
         super().__init__(message)
         self.reason = reason
+
+
+def only_cause(group: BaseExceptionGroup[BaseException]) -> BaseException:
+    """The one error inside a group that has just one; else the group."""
+    error: BaseException = group
+    while isinstance(error, BaseExceptionGroup) and len(error.exceptions) == 1:
+        error = error.exceptions[0]
+    return error

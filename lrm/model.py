@@ -7,7 +7,7 @@ hand out sealed objects, and a change starts with `thaw`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
 from typing import Annotated, Any, Self
 
@@ -51,6 +51,12 @@ class Model(BaseModel):
         for part in _models(self):
             part.__dict__[_SEAL] = True
         return self
+
+    def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
+        """A copy that may be assigned to; without `deep` its parts are the shared ones, and stay sealed."""
+        copy = super().model_copy(update=update, deep=deep)
+        copy.__dict__.pop(_SEAL, None)
+        return copy
 
     def thaw(self) -> Self:
         """A deep copy that may be changed."""

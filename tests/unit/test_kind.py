@@ -143,6 +143,15 @@ def test_sealed_objects_cannot_be_changed_and_thawed_copies_can() -> None:
     assert shared.spec.parts[0].size_gb == 1
 
 
+def test_a_shallow_copy_may_be_changed_while_its_parts_stay_shared() -> None:
+    shared = widget().seal()
+    copy = shared.model_copy()
+    copy.status = shared.status.model_copy(update={"seen": 4})
+    assert (copy.status.seen, shared.status.seen) == (4, 0)
+    with pytest.raises(TypeError, match="read-only"):
+        copy.spec.count = 2
+
+
 def test_a_condition_keeps_its_time_while_its_status_stays() -> None:
     status = WidgetStatus()
     later = datetime(2026, 3, 2, tzinfo=UTC)
