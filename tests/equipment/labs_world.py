@@ -7,11 +7,11 @@ real thing, on real time with short intervals. `sync()` asks for a sync by annot
 from __future__ import annotations
 
 import asyncio
-import itertools
+import uuid
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, cast
 
 import pytest
@@ -62,9 +62,6 @@ class LabsWorld:
     records_runner: Runner[LabRecord]
     term: StaticTerm
     clock: SystemClock
-    writes: Counter[str] = field(default_factory=Counter)
-    """Changes that the store has seen, by plural and type."""
-    _asked: Iterator[int] = field(default_factory=lambda: itertools.count(1))
 
     @property
     def client(self) -> Client:
@@ -119,7 +116,7 @@ class LabsWorld:
 
     async def ask(self, name: str = "w1") -> str:
         """Ask for a sync and do not wait for it."""
-        value = f"please-{next(self._asked)}"
+        value = str(uuid.uuid4())
         await self.client.update(
             await self.get_worker(name), lambda w: w.metadata.annotations.update({RECONCILE_ANNOTATION: value})
         )
@@ -246,7 +243,7 @@ async def labs_world(
                     tasks.create_task(labs.run(term)),
                     tasks.create_task(records.run(term)),
                 ]
-                await cache.wait_synced()
+                await until(lambda: not cache.error, "the cache to follow the store")
                 try:
                     yield LabsWorld(store, registry, cache, cml, labs, records, term, clock)
                 finally:

@@ -1,0 +1,37 @@
+"""The controllers' plug-in without the workers' controller: for daemons whose workers a test puts there itself."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from typing import Any
+
+from controllers.cml.sessions import CmlSessions
+from controllers.labs.controller import LabsController
+from controllers.labs.kind import LAB_RECORD
+from controllers.labs.records import LabRecordsController
+from controllers.plugin import ControllersSettings
+from controllers.workers.kind import LAB_WORKER
+from lrm.plugin import Plugin, PluginContext
+from lrm.reconcile import Controller
+
+
+@asynccontextmanager
+async def _controllers(context: PluginContext) -> AsyncIterator[Sequence[Controller[Any]]]:
+    settings: ControllersSettings = context.settings
+    async with (
+        CmlSessions(settings, context.secrets, context.clock) as sessions,
+        asyncio.TaskGroup() as tasks,
+    ):
+        closing = tasks.create_task(sessions.run())
+        try:
+            yield (
+                LabsController(cache=context.cache, sessions=sessions, settings=settings),
+                LabRecordsController(cache=context.cache, sessions=sessions, settings=settings),
+            )
+        finally:
+            closing.cancel()
+
+
+plugin = Plugin(name="labs", kinds=(LAB_WORKER, LAB_RECORD), controllers=_controllers, settings=ControllersSettings)
