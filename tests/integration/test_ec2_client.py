@@ -11,6 +11,7 @@ import time
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -234,11 +235,11 @@ async def test_a_request_that_was_dropped_is_an_unknown_outcome_and_has_launched
 async def test_a_launch_carried_out_after_its_deadline_is_found_by_token_and_tag(ec2: Ec2, aws_shim: AwsShim) -> None:
     """The caller has left long ago; the same token still means the same instance."""
     await ec2.find_by_tags(REGION, {"lrm/uid": "late"})
-    aws_shim.faults.add({"action": "RunInstances", "fault": "delay", "seconds": 1.0})
+    aws_shim.faults.add({"action": "RunInstances", "fault": "delay", "seconds": 2.0})
     began = time.monotonic()
     with pytest.raises(AwsOutcomeUnknown, match="no answer within"):
-        await ec2.run_instance(REGION, launch("late"), timeout=0.6)
-    assert time.monotonic() - began < 0.95
+        await ec2.run_instance(REGION, launch("late"), timeout=0.8)
+    assert time.monotonic() - began < 1.6
     assert await ec2.find_by_tags(REGION, {"lrm/uid": "late"}) == []
     [late] = await until(lambda: ec2.find_by_tags(REGION, {"lrm/uid": "late"}))
     assert (await ec2.run_instance(REGION, launch("late"))).id == late.id
@@ -248,11 +249,11 @@ async def test_a_launch_carried_out_after_its_deadline_is_found_by_token_and_tag
 async def test_a_call_without_an_answer_ends_by_its_own_deadline(ec2: Ec2, aws_shim: AwsShim, call: str) -> None:
     one = await ec2.run_instance(REGION, launch("slow"))
     await ready(ec2, one.id)
-    aws_shim.faults.add({"action": "*", "fault": "slow-reply", "seconds": 2, "times": 1})
+    aws_shim.faults.add({"action": "*", "fault": "slow-reply", "seconds": 4, "times": 1})
     began = time.monotonic()
     with pytest.raises(AwsUnavailable if call == "describe_instance" else AwsOutcomeUnknown):
-        await getattr(ec2, call)(REGION, one.id, timeout=0.5)
-    assert time.monotonic() - began < 1.5
+        await getattr(ec2, call)(REGION, one.id, timeout=1)
+    assert time.monotonic() - began < 3
 
 
 async def test_nobody_there_is_certainly_not_carried_out(aws_credentials: None) -> None:
@@ -393,8 +394,8 @@ async def test_a_peer_that_trickles_bytes_holds_nobody_beyond_the_deadline(aws_c
     async with lying_server(reply(WHOLE), pause=0.05) as (url, _), Ec2(SystemClock(), endpoint_url=url) as ec2:
         began = time.monotonic()
         with pytest.raises(AwsUnavailable, match="no answer within"):
-            await ec2.find_by_tags(REGION, {"a": "b"}, timeout=0.7)
-        assert time.monotonic() - began < 1.5
+            await ec2.find_by_tags(REGION, {"a": "b"}, timeout=3)
+        assert time.monotonic() - began < 5
 
 
 async def test_calls_and_their_large_answers_do_not_hold_up_the_event_loop(
@@ -408,15 +409,22 @@ async def test_calls_and_their_large_answers_do_not_hold_up_the_event_loop(
         await ec2.run_instance(REGION, launch("loop"))
         async with boto(url) as call:
             await call("run_instances", ImageId=launch("x").ami_id, MinCount=300, MaxCount=300, TagSpecifications=FLEET)
-        calls = [asyncio.create_task(ec2.find_by_tags(REGION, {"fleet": "1"})) for _ in range(8)]
-        lags = []
-        while not all(call.done() for call in calls):
-            before = time.monotonic()
-            await asyncio.sleep(0.005)
-            lags.append(time.monotonic() - before - 0.005)
-        assert [len(found) for found in await asyncio.gather(*calls)] == [300] * 8
-    assert len(lags) > 20
-    assert sorted(lags)[int(len(lags) * 0.9)] < 0.05
+        idle = await lags(asyncio.create_task(asyncio.sleep(0.5)))
+        calls = asyncio.gather(*(ec2.find_by_tags(REGION, {"fleet": "1"}) for _ in range(8)))
+        busy = await lags(calls)
+        assert [len(found) for found in await calls] == [300] * 8
+    assert len(busy) > 20
+    assert busy[int(len(busy) * 0.9)] < 0.05 + idle[int(len(idle) * 0.9)], "beside what the machine adds by itself"
+
+
+async def lags(work: asyncio.Future[Any]) -> list[float]:
+    """By how much the event loop was late while it waited for some work, shortest first."""
+    found = []
+    while not work.done():
+        before = time.monotonic()
+        await asyncio.sleep(0.005)
+        found.append(time.monotonic() - before - 0.005)
+    return sorted(found)
 
 
 async def test_in_a_storm_of_faults_and_leaving_callers_one_token_never_makes_two_instances(
