@@ -67,6 +67,14 @@ async def test_each_state_is_told_when_it_comes_though_nobody_asks() -> None:
         assert await hear() == ("state_change", "STARTED", "node", node)
         await clock.advance(2)
         assert await hear() == ("state_change", "BOOTED", "node", node)
+        machine.stop(lab)
+        await clock.advance(0.5)
+        assert await hear() == ("state_change", "STOPPED", "node", node), "a stop is no news until it has happened"
+        assert (await socket.receive_json(timeout=10))["data"] == {"state": "STOPPED"}
+        machine.wipe(lab)
+        await clock.advance(0.2)
+        assert await hear() == ("state_change", "DEFINED_ON_CORE", "node", node)
+        assert (await socket.receive_json(timeout=10))["data"] == {"state": "DEFINED_ON_CORE"}
         machine.remove(lab)
         assert await hear() == ("lab_event", "deleted", "lab", lab.id)
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import base64
+import hmac
+import json
 import math
 from typing import Any
 
@@ -82,6 +85,18 @@ async def test_tokens_end_at_their_time_and_sooner_on_demand() -> None:
     third = directory.open_session(machine.admin, clock.now())
     assert directory.close_sessions() == 1
     assert directory.user_of(third, clock.now()) is None
+
+
+def test_a_token_is_a_jwt_that_says_when_it_ends() -> None:
+    machine, clock = make_machine(Options(token_seconds=60))
+    token = machine.directory.open_session(machine.admin, clock.now())
+    head, body, signature = token.encode().split(b".")
+    claims = json.loads(base64.urlsafe_b64decode(body + b"=="))
+    assert json.loads(base64.urlsafe_b64decode(head + b"==")) == {"typ": "JWT", "alg": "HS256"}
+    assert (claims["iss"], claims["sub"]) == ("com.cisco.virl", machine.admin.id)
+    assert claims["exp"] - claims["iat"] == 60
+    expected = hmac.new(machine.directory.key, head + b"." + body, "sha256").digest()
+    assert base64.urlsafe_b64decode(signature + b"=") == expected
 
 
 async def test_expired_sessions_do_not_pile_up() -> None:
@@ -177,7 +192,7 @@ async def test_history_and_pushes_tell_of_changes_at_their_time() -> None:
         ("state", "STARTED", 0.5),
         ("state", "BOOTED", 2.5),
     ]
-    assert [(m["event_type"], m["event"]) for m, _ in heard] == [
+    assert [(m["event_type"], m["event"]) for m, _ in heard if m] == [
         ("lab_event", "created"),
         ("state_change", "QUEUED"),
         ("lab_event", "state"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from datetime import UTC, datetime
 from typing import Any
 
@@ -83,6 +84,12 @@ def test_what_is_written_can_be_read_again_and_is_the_same() -> None:
     assert r1.configuration == "x: ß"
 
 
+def test_json_and_yaml_that_looks_like_it_are_both_read() -> None:
+    for text in (json.dumps(GOOD), yaml.safe_dump(GOOD, default_flow_style=True)):
+        assert text[0] == "{"
+        assert len(topology.read(text.encode(), (2, 9)).nodes) == 2
+
+
 def test_an_unknown_image_is_a_warning() -> None:
     lab, warnings = build(changed("nodes.1.node_definition", "exotic"))
     assert len(lab.nodes) == 2
@@ -119,6 +126,9 @@ def test_a_newer_file_needs_a_newer_server() -> None:
         ("annotations.0.type", "cloud", "cloud", "an unknown annotation"),
         ("annotations.0.text_size", 3, "text_size", "a key of another kind of annotation"),
         ("lab.title", "x" * 65, "title", "a title too long"),
+        ("annotations.0.x1", [1], "x1", "a list for a number"),
+        ("smart_annotations.0.colour", "red", "colour", "an unknown key"),
+        ("nodes.0.parameters", {"a": [1]}, "parameters", "a list for a value"),
     ],
 )
 def test_what_does_not_fit_is_refused_by_name(path: str, value: Any, named: str, why: str) -> None:

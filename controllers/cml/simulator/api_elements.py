@@ -116,18 +116,16 @@ def start_node(call: Call) -> Reply:
 
 def stop_node(call: Call) -> Reply:
     lab = call.lab("lab_exec")
-    lab.stop_node(call.node(lab), call.machine.clock.monotonic(), call.machine.pace)
-    call.machine.look()
+    call.machine.stop(lab, call.node(lab))
     return done()
 
 
 def wipe_node(call: Call) -> Reply:
     lab = call.lab("lab_exec")
     try:
-        lab.wipe_node(call.node(lab), call.machine.clock.monotonic(), call.machine.pace)
+        call.machine.wipe(lab, call.node(lab))
     except OutOfOrderError as e:
         raise RefusalError(call.machine.options.refusal_status, str(e)) from None
-    call.machine.look()
     return done()
 
 

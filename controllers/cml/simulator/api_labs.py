@@ -81,7 +81,7 @@ def stop(call: Call) -> Reply:
 def wipe(call: Call) -> Reply:
     lab = call.lab("lab_exec")
     try:
-        lab.wipe(call.machine.clock.monotonic(), call.machine.pace)
+        call.machine.wipe(lab)
     except OutOfOrderError as e:
         raise RefusalError(call.machine.options.refusal_status, str(e)) from None
     return done()

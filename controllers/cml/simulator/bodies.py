@@ -6,7 +6,7 @@ are here.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, RootModel
 
@@ -25,6 +25,8 @@ DefinitionId = Annotated[
 ]
 Mac = Annotated[str, Field(pattern=r"^[a-fA-F0-9]{2}(:[a-fA-F0-9]{2}){5}$")]
 Permission = Literal["lab_admin", "lab_edit", "lab_exec", "lab_view"]
+Number = Annotated[int, Field(ge=-(2**53), le=2**53)]
+Scalar = str | Number | float | bool | None
 Text = Annotated[str, Field(max_length=128)]
 
 
@@ -59,8 +61,8 @@ class Autostart(Body):
     """Since 2.10."""
 
     enabled: bool | None = None
-    priority: int | None = None
-    delay: int | None = None
+    priority: Number | None = None
+    delay: Number | None = None
 
 
 class NodeStaging(Body):
@@ -98,7 +100,7 @@ Configuration = str | ConfigurationFile | list[ConfigurationFile] | None
 class NodeFields(Body):
     """What nodes have wherever they are written."""
 
-    parameters: dict[str, Any] | None = None
+    parameters: dict[str, Scalar] | None = None
     image_definition: DefinitionId | None = None
     ram: Annotated[int, Field(ge=1, le=1048576)] | None = None
     cpus: Annotated[int, Field(ge=1, le=128)] | None = None
@@ -191,12 +193,28 @@ class TopologyLab(Body):
     notes: Notes = ""
 
 
+class SmartAnnotation(Body):
+    tag: Annotated[str, Field(min_length=1, max_length=64)]
+    is_on: bool = True
+    padding: Annotated[int, Field(ge=1, le=200)] = 35
+    label: Annotated[str, Field(max_length=256)] | None = None
+    tag_offset_x: Annotated[int, Field(ge=-1000, le=1000)] = 0
+    tag_offset_y: Annotated[int, Field(ge=-1000, le=1000)] = 0
+    tag_size: Annotated[int, Field(ge=1, le=128)] = 14
+    group_distance: Annotated[int, Field(ge=0, le=10_000)] = 400
+    thickness: Annotated[int, Field(ge=1, le=32)] = 1
+    border_style: Literal["", "2,2", "4,2"] | None = None
+    fill_color: Annotated[str, Field(max_length=32)] | None = None
+    border_color: Annotated[str, Field(max_length=32)] = "#00000080"
+    z_index: Annotated[int, Field(ge=-10_240, le=10_240)] = 0
+
+
 class Topology(Body):
     lab: TopologyLab
     nodes: list[TopologyNode]
     links: list[TopologyLink]
-    annotations: list[dict[str, Any]] = Field(default_factory=list)
-    smart_annotations: list[dict[str, Any]] = Field(default_factory=list)
+    annotations: list[dict[str, Scalar]] = Field(default_factory=list)
+    smart_annotations: list[SmartAnnotation] = Field(default_factory=list)
 
 
 class TopologyLab210(TopologyLab):
@@ -208,8 +226,8 @@ class TopologyLab210(TopologyLab):
 
 
 class TopologyNode210(TopologyNode):
-    priority: int | None = None
-    pyats: dict[str, Any] | None = None
+    priority: Number | None = None
+    pyats: dict[str, Scalar] | None = None
 
 
 class Topology210(Topology):

@@ -99,6 +99,8 @@ class Fleet:
         except (aiohttp.ClientError, TimeoutError, ValueError, KeyError, TypeError, AttributeError) as e:
             _log.warning("instance state is unknown, nothing changes", instance=name, error=repr(e))
             host.asked_at = self.clock.monotonic()
+            if name not in self.machines:
+                self._hosts.pop(name, None)
             return
         host.asked_at = self.clock.monotonic()
         self._switch(name, host, state, launch)

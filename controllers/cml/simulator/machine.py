@@ -132,7 +132,7 @@ class Machine:
         for lab in self.labs.values():
             lab.power_cut(self.clock.monotonic())
             lab.outbox.clear()
-        self.push({"event_type": "closed"})
+        self.push({})
 
     def power_on(self) -> None:
         if not self.powered:
@@ -163,7 +163,7 @@ class Machine:
         self.telemetry.append({"category": category, "timestamp": stamp, "data": data})
 
     def push(self, message: dict[str, Any], lab: Lab | None = None) -> None:
-        """Hand a message to every open WebSocket; of a lab only to those who may see it."""
+        """Hand a message to every open WebSocket, of a lab only to those who may see it; an empty one only wakes."""
         for listener in list(self.listeners.values()):
             listener(message, lab)
 
@@ -212,12 +212,26 @@ class Machine:
         else:
             lab.start(now, self.pace)
             self.record("start_lab", {"lab_id": lab.id})
-        self.look()
+        self._planned()
 
-    def stop(self, lab: Lab) -> None:
-        lab.stop(self.clock.monotonic(), self.pace)
-        self.record("stop_lab", {"lab_id": lab.id})
-        self.look()
+    def stop(self, lab: Lab, node: Node | None = None) -> None:
+        """Stop a lab or one node of it."""
+        now = self.clock.monotonic()
+        if node:
+            lab.stop_node(node, now, self.pace)
+        else:
+            lab.stop(now, self.pace)
+            self.record("stop_lab", {"lab_id": lab.id})
+        self._planned()
+
+    def wipe(self, lab: Lab, node: Node | None = None) -> None:
+        """Wipe a lab or one node of it. Raises `OutOfOrderError`."""
+        now = self.clock.monotonic()
+        if node:
+            lab.wipe_node(node, now, self.pace)
+        else:
+            lab.wipe(now, self.pace)
+        self._planned()
 
     def insert(self, lab: Lab) -> None:
         """Take a complete lab in and tell of it."""
@@ -264,6 +278,11 @@ class Machine:
         node_state = {"STARTED": BOOTED}.get(state, state)
         lab.force(state, node_state, self.clock.monotonic())
         self.look()
+
+    def _planned(self) -> None:
+        """Something will happen sooner than anybody thought: whoever waits for the next thing must look again."""
+        self.look()
+        self.push({})
 
     def _publish(self, lab: Lab, now: float, when: datetime) -> None:
         history = self.events.get(lab.id)

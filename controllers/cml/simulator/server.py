@@ -30,7 +30,7 @@ from controllers.cml.simulator import (
     api_session,
     api_system,
 )
-from controllers.cml.simulator.control import Control
+from controllers.cml.simulator.control import Control, Handler
 from controllers.cml.simulator.faults import Fault, Faults
 from controllers.cml.simulator.fleet import ROOT, Fleet, TooManyMachinesError
 from controllers.cml.simulator.machine import Machine
@@ -79,7 +79,7 @@ class Simulator:
     async def run(cls, options: Options | None = None, *, clock: Clock | None = None) -> AsyncIterator[Simulator]:
         """Serve inside the block; every task, socket and machine is gone after it."""
         simulator = cls(options or Options(), clock or SystemClock())
-        app = web.Application(client_max_size=MAX_BODY)
+        app = web.Application(client_max_size=MAX_BODY, middlewares=[simulator._watched])
         app.add_routes(Control(simulator.fleet).routes())
         app.router.add_route("*", "/{tail:.*}", simulator._handle)
         app.on_shutdown.append(simulator._end_channels)
@@ -117,6 +117,21 @@ class Simulator:
         for channel in self._channels:
             channel.end(WSCloseCode.GOING_AWAY)
 
+    @web.middleware
+    async def _watched(self, request: web.Request, handler: Handler) -> web.StreamResponse:
+        """The outermost door: what is wrong with the simulator is kept apart from what it plays."""
+        try:
+            return await handler(request)
+        except web.HTTPException:
+            raise
+        except ConnectionError:
+            # The client went away in the middle; there is nobody to tell.
+            return _hang_up(request)
+        except Exception as e:  # noqa: BLE001 - kept, and raised again when the server stops
+            _log.exception("the simulator failed", method=request.method, path=request.path)
+            self.defects.append(e)
+            return _response(RefusalError(500, _unexpected(request.path)).reply())
+
     async def _handle(self, request: web.Request) -> web.StreamResponse:
         name, path = _split(request.rel_url.raw_path)
         route = "/ws/ui" if path == "/ws/ui" else path.removeprefix("/api/v0")
@@ -146,7 +161,7 @@ class Simulator:
             raw = b"" if route == "/ws/ui" else await request.read()
         except web.HTTPRequestEntityTooLarge:
             return _page(413, "Request Entity Too Large")
-        except (ConnectionError, web.RequestPayloadError):
+        except web.RequestPayloadError:
             return _hang_up(request)
         struck = self.faults.striking(machine.name, request.method, route)
         answer = await self._before(request, machine, struck)
@@ -198,17 +213,13 @@ class Simulator:
             return route.handler(call)
         except RefusalError as e:
             return e.reply()
-        except Exception as e:  # noqa: BLE001 - kept, and raised again when the server stops
-            _log.exception("the simulator failed", method=call.method, path=path)
-            self.defects.append(e)
-            return RefusalError(500, _unexpected(path)).reply()
 
     async def _after(self, request: web.Request, reply: Reply, struck: list[Fault]) -> web.StreamResponse:
         """The answer, or what is left of it."""
         for fault in struck:
             if fault.kind == "drop-answer":
                 return _hang_up(request)
-            if fault.kind in ("empty", "half") and reply.status == 200:
+            if fault.kind in ("empty", "half") and (reply.status, reply.content_type) == (200, "application/json"):
                 reply = Reply(200, _thinned(reply.body, empty=fault.kind == "empty"))
             if fault.kind == "truncate":
                 reply = Reply(reply.status, reply.body[: len(reply.body) // 2], reply.content_type)
@@ -223,7 +234,7 @@ class Simulator:
         await socket.prepare(request)
 
         async def alive() -> bool:
-            return await self.fleet.awake(machine.name) is machine
+            return machine.powered and await self.fleet.awake(machine.name) is machine
 
         channel = Channel(machine, socket, alive)
         self._channels.add(channel)
@@ -291,7 +302,7 @@ async def _cut(request: web.Request, reply: Reply) -> web.StreamResponse:
 
 def _thinned(body: bytes, *, empty: bool) -> bytes:
     """A list or map with nothing left of it, or the first half."""
-    value = orjson.loads(body) if body else None
+    value = orjson.loads(body)
     inner = value["lab_tiles"] if isinstance(value, dict) and "lab_tiles" in value else value
     if not isinstance(inner, list | dict):
         return body

@@ -107,7 +107,7 @@ class Channel:
                 self.ending = self.ending or WSCloseCode.GOING_AWAY
             elif self._user() is None:
                 self.ending = self.ending or WSCloseCode.POLICY_VIOLATION
-            if self.ending or (message is not None and not await self._send(message)):
+            if self.ending or (message and not await self._send(message)):
                 return
 
     async def _send(self, message: dict[str, Any]) -> bool:
