@@ -32,6 +32,8 @@ _BUFFER_BYTES = 4 * 1024 * 1024
 _BACKOFF_FIRST, _BACKOFF_MAX = 0.05, 2.0
 _RECHECK_SECONDS = 2.0
 """Pause after a barrier that could not be written."""
+_TICK = 0.001
+"""A timer may fire this early: its time was computed another way than the one it is compared with."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -215,10 +217,10 @@ class EtcdWatch:
         now = self._clock.monotonic()
         condemned = self._condemned_at(stream)
         if condemned is not None:
-            if now >= condemned:
+            if now + _TICK >= condemned:
                 raise StreamLost(f"{stream.endpoint} was silent for {now - stream.heard:.3g} s")
             return patience
-        if self._barriers and now - stream.heard >= patience:
+        if self._barriers and now + _TICK >= stream.heard + patience:
             try:
                 await self._barriers.write_or_join()
             except StoreReset:
@@ -232,9 +234,11 @@ class EtcdWatch:
     async def _write_barrier(self) -> int:
         if self._write is None:
             raise RuntimeError("only a live watch writes barriers")
+        # Its deadline runs from here: the time that a write loses at a member cut off from its peers is silence too.
+        began = self._clock.monotonic()
         revision = await self._write()
         if revision > self._position and len(self._owed) < (self._owed.maxlen or 0):
-            self._owed.append((revision, self._clock.monotonic()))
+            self._owed.append((revision, began))
         return revision
 
     def _take(self, result: Json) -> None:
