@@ -7,6 +7,7 @@ Each request is counted, authenticated, handled, its errors turned into a `Statu
 from __future__ import annotations
 
 import asyncio
+import os
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
@@ -95,7 +96,7 @@ async def serve(api: Api) -> AsyncIterator[Site]:
         try:
             await web.TCPSite(runner, settings.host, settings.port, ssl_context=tls).start()
         except (OSError, OverflowError) as error:
-            why = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+            why = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else str(error)
             raise ApiError(f"cannot serve on {settings.host} port {settings.port}: {why}") from error
         port = int(runner.addresses[0][1])
         host = f"[{settings.host}]" if ":" in settings.host else settings.host

@@ -225,7 +225,7 @@ def _constant(name: str) -> Any:
 def _check(root: Any) -> None:
     """Refuse what could not be stored and given back as it is; not recursive, so depth cannot hurt."""
     nodes, level = 0, [root]
-    for _ in range(MAX_DEPTH + 1):
+    for _ in range(MAX_DEPTH):
         below: list[Any] = []
         for value in level:
             nodes += 1
@@ -238,10 +238,11 @@ def _check(root: Any) -> None:
                 below += value
         if nodes > MAX_NODES:
             raise bad_request(f"the body has more than {MAX_NODES} values")
-        if not below:
-            return
         level = below
-    raise bad_request(f"the body is nested deeper than {MAX_DEPTH} levels")
+    if any(isinstance(value, (dict, list)) for value in level):
+        raise bad_request(f"the body is nested deeper than {MAX_DEPTH} levels")
+    for value in level:
+        _check_leaf(value)
 
 
 def _check_leaf(value: Any) -> None:

@@ -16,11 +16,11 @@ from typing import Any
 
 import orjson
 
-from lrm.api.call import Api, Call
+from lrm.api.call import Api
 from lrm.api.requests import ListQuery, Target
 from lrm.api.status import bad_request
 from lrm.cache import Item
-from lrm.errors import CacheBehind, ResourceNotFound, Undecodable
+from lrm.errors import CacheBehind, HistoryGone, ResourceNotFound, Undecodable
 from storage.base import Entry
 from storage.errors import NoSpace, NotFound, Unavailable
 
@@ -36,6 +36,8 @@ class Listing:
     revision: int
     token: str = ""
     remaining: int | None = None
+    left_out: Sequence[str] = ()
+    """Keys of objects that cannot be decoded."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,79 +70,89 @@ async def read_one(api: Api, target: Target, revision: str) -> Item:
     return Item(target.kind, target.namespace, target.name, entry, target.kind.decode(entry))
 
 
-async def read_list(api: Api, call: Call, target: Target, query: ListQuery) -> Listing:
-    """What the query asks for. Raises `CacheBehind`, the store's `Compacted`, 400."""
+async def read_list(api: Api, target: Target, query: ListQuery) -> Listing:
+    """What the query asks for. Raises `CacheBehind`, `HistoryGone`, the store's `Compacted`, 400."""
     if query.token:
         if query.revision:
             raise bad_request("a continue token already says the resourceVersion")
         place = _place(query, target)
-        return await _from_store(api, call, target, query, place)
+        return await _from_store(api, target, query, place)
     if query.exact and query.revision:
-        return await _from_store(api, call, target, query, _Place(query.revision, "", ""))
+        return await _from_store(api, target, query, _Place(query.revision, "", ""))
     try:
         await catch_up(api, query.revision)
     except NoSpace:
         # No barrier can be written to an out-of-space store, but it can still be read at one revision.
-        return await _from_store(api, call, target, query, _Place(0, "", ""))
-    return _from_cache(api, call, target, query)
+        listing = await _from_store(api, target, query, _Place(0, "", ""))
+        if query.revision and listing.revision < query.revision:
+            raise _not_yet(query.revision, listing.revision) from None
+        return listing
+    return _from_cache(api, target, query)
 
 
 async def catch_up(api: Api, revision: int | None) -> None:
     """Return when the cache is as new as asked: None is now, 0 is whatever it has.
 
-    Raises `CacheBehind`, and `NoSpace` where the store cannot be asked in this way.
+    Raises `CacheBehind`, `HistoryGone` for a revision that has certainly not happened (the store was restored), and
+    `NoSpace` where the store cannot be asked in this way.
     """
     if not api.cache.synced:
         raise CacheBehind(f"the cache is not filled yet: {api.cache.error}")
-    if revision == 0:
+    if revision is not None and revision <= api.cache.revision:
         return
     try:
-        if revision is None:
-            await api.cache.barrier(api.settings.barrier_seconds)
-        else:
-            await api.cache.wait_for(revision, api.settings.barrier_seconds)
+        await api.cache.barrier(api.settings.barrier_seconds)
     except NoSpace:
         raise
     except Unavailable as error:
         raise CacheBehind(f"the store did not confirm in time that the cache is up to date: {error}") from error
+    if revision is not None and revision > api.cache.revision:
+        raise _not_yet(revision, api.cache.revision)
 
 
-def _from_cache(api: Api, call: Call, target: Target, query: ListQuery) -> Listing:
+def _not_yet(asked: int, head: int) -> HistoryGone:
+    return HistoryGone(f"revision {asked} has not happened: the store is at {head}; list again")
+
+
+def _from_cache(api: Api, target: Target, query: ListQuery) -> Listing:
     """All of it at the cache's revision; nothing is awaited here, so it is one revision."""
     revision = api.cache.revision
     # The store's order, which later pages follow: it is that of whole keys, not of (namespace, name).
     items = sorted(api.cache.items(target.kind, target.namespace), key=lambda item: item.entry.key)
-    found = [item for item in items if _wanted(call, query, item)]
+    left_out = [item.entry.key for item in items if item.resource is None]
+    found = [item for item in items if _wanted(query, item)]
     if query.revision == 0 or not query.limit or len(found) <= query.limit:
-        return Listing(found, revision)
+        return Listing(found, revision, left_out=left_out)
     page = found[: query.limit]
     place = _Place(revision, page[-1].entry.key, "")
     remaining = len(found) - len(page) if query.selector is None else None
-    return Listing(page, revision, place.token(query, target), remaining)
+    return Listing(page, revision, place.token(query, target), remaining, left_out)
 
 
-async def _from_store(api: Api, call: Call, target: Target, query: ListQuery, place: _Place) -> Listing:
+async def _from_store(api: Api, target: Target, query: ListQuery, place: _Place) -> Listing:
     prefix = api.registry.kind_prefix(target.kind, target.namespace)
     revision, store_token = place.revision, place.page
     found: list[Item] = []
+    left_out: list[str] = []
     while True:
         page = await api.storage.list(prefix, limit=_PAGE, continue_token=store_token, revision=revision)
         for entry in page.entries:
             item = _item(api, entry) if entry.key > place.key else None
-            if item is None or not _wanted(call, query, item):
+            if item is not None and item.resource is None:
+                left_out.append(entry.key)
+            if item is None or not _wanted(query, item):
                 continue
             if query.limit and len(found) == query.limit:
                 ended = _Place(page.revision, found[-1].entry.key, store_token)
-                return Listing(found, page.revision, ended.token(query, target))
+                return Listing(found, page.revision, ended.token(query, target), left_out=left_out)
             found.append(item)
         store_token, revision = page.continue_token, page.revision
         if not store_token:
-            return Listing(found, page.revision)
+            return Listing(found, page.revision, left_out=left_out)
 
 
-def _wanted(call: Call, query: ListQuery, item: Item) -> bool:
+def _wanted(query: ListQuery, item: Item) -> bool:
     if item.resource is None:
-        call.warn(f"an object that this version cannot decode is left out: {item.entry.key}")
         return False
     return query.selector is None or query.selector(item.resource)
 

@@ -73,7 +73,12 @@ async def list_or_watch(request: web.Request) -> web.StreamResponse:
     if query.watch:
         return await serve_watch(request, target, query)
     accepted = negotiate(request, OBJECT_FORMS)
-    listing = await read_list(api, call, target, query)
+    listing = await read_list(api, target, query)
+    if listing.left_out:
+        call.warn(
+            f"{len(listing.left_out)} {target.kind.plural} that this version cannot decode are left out, "
+            f"among them {listing.left_out[0]}"
+        )
     return await answer_list(request, accepted, target, listing)
 
 

@@ -21,6 +21,9 @@ _FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?")
 _STR_TAGS = frozenset({"!", "tag:yaml.org,2002:str"})
 _CORE = "tag:yaml.org,2002:"
 
+_MERGE = "<< (merge)"
+"""Stands for a plain `<<` as a key; compared by identity."""
+
 _Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
@@ -88,9 +91,10 @@ class _Builder:
         self._count(1, event)
         top = self._stack[-1] if self._stack else None
         if top and isinstance(top.value, dict) and top.key is None:
-            if event.value in top.value or (event.value == "<<" and top.merges):
+            merge = event.value == "<<" and event.implicit[0]
+            if top.merges if merge else event.value in top.value:
                 raise _at(event, f"duplicate key {event.value!r}")
-            top.key = event.value
+            top.key = _MERGE if merge else event.value
             return
         value = _resolve(event)
         self._remember(event.anchor, value, 1, 0)
@@ -136,7 +140,7 @@ class _Builder:
             top.value.append(value)
             return
         key, top.key = top.key, None
-        if key == "<<":
+        if key is _MERGE:
             top.merges.append(value)
         elif key is not None:
             top.value[key] = value
