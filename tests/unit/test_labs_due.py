@@ -1,0 +1,81 @@
+"""When a worker's labs are due for a sync."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime, timedelta
+
+import pytest
+
+from controllers.labs.due import due_in
+from controllers.labs.kind import LabRecord, LabRecordSpec
+from controllers.workers.kind import LabWorker, LabWorkerSpec
+from lrm.resource import RECONCILE_ANNOTATION, ObjectMeta
+
+NOW = datetime(2026, 1, 1, 12, tzinfo=UTC)
+HOUR = 3600.0
+
+
+def ago(seconds: float) -> datetime:
+    return NOW - timedelta(seconds=seconds)
+
+
+def worker(
+    *, synced: datetime | None, asked: str | None = None, honoured: str | None = None, ready: datetime | None = None
+) -> LabWorker:
+    made = LabWorker(
+        metadata=ObjectMeta(name="w1", uid="u1", annotations={RECONCILE_ANNOTATION: asked} if asked else {}),
+        spec=LabWorkerSpec.model_validate({"region": "us-east-1"}),
+    )
+    made.status.labs_synced_at, made.status.labs_asked = synced, honoured
+    if ready:
+        made.status.set_condition("Ready", status=True, reason="Serving", message="", now=ready)
+    return made
+
+
+def record(reached: datetime | None, *, status: bool = True) -> LabRecord:
+    made = LabRecord(metadata=ObjectMeta(name="w1-x"), spec=LabRecordSpec(worker_ref="w1", lab_id="x"))
+    if reached:
+        made.status.set_condition("DesiredState", status, "Reached", "", now=reached)
+    return made
+
+
+@pytest.mark.parametrize(
+    ("subject", "records", "first", "why"),
+    [
+        (worker(synced=None), [], False, "it was never synced"),
+        (worker(synced=ago(1)), [], True, "this process has not synced it yet"),
+        (worker(synced=ago(2 * HOUR)), [], False, "the interval is over"),
+        (worker(synced=ago(1), asked="a"), [], False, "it is asked for"),
+        (worker(synced=ago(1), asked="b", honoured="a"), [], False, "it is asked for again"),
+        (worker(synced=ago(5), ready=ago(1)), [], False, "the worker became Ready since"),
+        (worker(synced=ago(5)), [record(ago(1))], False, "a desiredState was reached since"),
+        (worker(synced=ago(-HOUR)), [], False, "the last sync lies in the future: the clock was set back"),
+    ],
+)
+def test_it_is_due_now(subject: LabWorker, records: list[LabRecord], first: bool, why: str) -> None:
+    assert due_in(subject, records, interval=HOUR, now=NOW, first=first) == 0, why
+
+
+@pytest.mark.parametrize(
+    ("subject", "records", "why"),
+    [
+        (worker(synced=ago(1), asked="a", honoured="a"), [], "the wish was honoured"),
+        (worker(synced=ago(1), honoured="a"), [], "the annotation was taken away"),
+        (worker(synced=ago(1), ready=ago(5)), [], "it was Ready before"),
+        (worker(synced=ago(1)), [record(None), record(ago(5))], "reached before"),
+        (worker(synced=ago(5)), [record(ago(1), status=False)], "given up, not reached"),
+    ],
+)
+def test_it_can_wait(subject: LabWorker, records: list[LabRecord], why: str) -> None:
+    assert 0.85 * HOUR < due_in(subject, records, interval=HOUR, now=NOW) < 1.1 * HOUR, why
+
+
+def test_the_interval_is_spread_by_a_tenth_and_the_same_whenever_asked() -> None:
+    waits = []
+    for n in range(200):
+        one = worker(synced=ago(0))
+        one.metadata.uid = f"u{n}"
+        waits.append(due_in(one, [], interval=HOUR, now=NOW))
+        assert waits[-1] == due_in(one, [], interval=HOUR, now=NOW)
+    assert 0.9 * HOUR <= min(waits) < 0.92 * HOUR
+    assert 1.08 * HOUR < max(waits) <= 1.1 * HOUR
