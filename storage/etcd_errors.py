@@ -26,6 +26,10 @@ class LostReply(Exception):  # noqa: N818 - it is no error yet: it is to be sett
     """The request may have been carried out; nobody knows yet."""
 
 
+class Malformed(StorageError):  # noqa: N818 - named as its siblings
+    """An answer that has the form of JSON but not of etcd's. To a write it is a lost reply."""
+
+
 class NotDone(Exception):  # noqa: N818 - another member may still do it
     """The request was certainly not carried out."""
 

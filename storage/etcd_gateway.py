@@ -278,6 +278,8 @@ class Gateway:
             raise LostReply(f"{endpoint} answered with something that is not a JSON object")
         if isinstance(reply.get("error"), dict):
             raise classify_body(response.status, reply["error"])
+        if path.startswith("/kv/") and not _has_revision(reply):
+            raise LostReply(f"{endpoint} answered without a revision")
         return cast("Json", reply)
 
     async def _send(
@@ -346,6 +348,12 @@ def _lost(endpoint: str, error: Exception, sent: SimpleNamespace) -> Exception:
     what = f"{endpoint}: {type(error).__name__}: {error}"
     unsent = isinstance(error, aiohttp.ClientConnectorError | aiohttp.ConnectionTimeoutError)
     return NotDone(what) if unsent or not getattr(sent, "connected", True) else LostReply(what)
+
+
+def _has_revision(reply: Json) -> bool:
+    """Every answer about keys carries the store's revision; one without it is not etcd's."""
+    header = reply.get("header")
+    return isinstance(header, dict) and str(header.get("revision", "")).isdecimal()
 
 
 def _decoded(raw: bytes) -> object:

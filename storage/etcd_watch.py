@@ -20,7 +20,7 @@ from storage.barrier import Barriers
 from storage.base import Batch, Event, is_barrier_key
 from storage.clock import Clock
 from storage.errors import Compacted, PermissionDenied, StorageError, StoreReset, Unavailable
-from storage.etcd_errors import LostReply, NotDone, TokenRefused, classify
+from storage.etcd_errors import LostReply, Malformed, NotDone, TokenRefused, classify
 from storage.etcd_gateway import Gateway
 from storage.etcd_stream import StreamLost, WatchStream
 from storage.etcd_wire import Json, event, number
@@ -162,7 +162,12 @@ class EtcdWatch:
                 position, began = self._position, self._clock.monotonic()
                 try:
                     await self._read(stream)
-                except (StreamLost, TokenRefused, PermissionDenied) as lost:  # Opening the next one tells if for good.
+                except (
+                    StreamLost,
+                    Malformed,
+                    TokenRefused,
+                    PermissionDenied,
+                ) as lost:  # Opening the next one tells if for good.
                     reason = str(lost)
                 finally:
                     stream.close()
@@ -288,7 +293,7 @@ class EtcdWatch:
         while True:
             try:
                 return await self._open_with_token(endpoint)
-            except (StreamLost, Unavailable) as error:
+            except (StreamLost, Malformed, Unavailable) as error:
                 log.debug("watch_not_opened", endpoint=endpoint, error=str(error))
             tries += 1
             endpoint = self._source.gateway.after(endpoint)

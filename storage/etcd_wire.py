@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from storage.base import Entry, Event, Guard, prefix_end
-from storage.errors import StorageError
+from storage.etcd_errors import Malformed
 from storage.keys import decode_key, encode_key, encode_prefix
 
 Json = dict[str, Any]
@@ -101,16 +101,16 @@ def number(fields: Mapping[str, Any], name: str) -> int:
     """A 64-bit integer, which travels as a string; absent is 0."""
     try:
         return int(fields.get(name) or 0)
-    except (TypeError, ValueError):
-        raise StorageError(f"etcd answered with a {name} that is no number") from None
+    except (AttributeError, TypeError, ValueError):
+        raise Malformed(f"etcd answered with a {name} that is no number") from None
 
 
 def raw_bytes(fields: Mapping[str, Any], name: str) -> bytes:
     """A key or value; absent is empty."""
     try:
         return binascii.a2b_base64(fields.get(name) or "")
-    except (TypeError, ValueError):
-        raise StorageError(f"etcd answered with a {name} that is not base64") from None
+    except (AttributeError, TypeError, ValueError):
+        raise Malformed(f"etcd answered with a {name} that is not base64") from None
 
 
 def entry(kv: Mapping[str, Any]) -> Entry:
@@ -126,12 +126,19 @@ def entry(kv: Mapping[str, Any]) -> Entry:
 
 def entries(range_reply: Mapping[str, Any]) -> list[Entry]:
     """The key-values of a range's reply."""
-    return [entry(kv) for kv in range_reply.get("kvs") or ()]
+    kvs = range_reply.get("kvs") or ()
+    if not isinstance(kvs, list | tuple):
+        raise Malformed("etcd answered with keys that are no list")
+    return [entry(kv) for kv in kvs]
 
 
 def event(fields: Mapping[str, Any]) -> Event:
     """One event of a watch; the type is absent for a put."""
+    if not isinstance(fields, Mapping):
+        raise Malformed("etcd sent an event that is no object")
     changed = entry(fields.get("kv") or {})
+    if not changed.revision or not changed.key:
+        raise Malformed("etcd sent an event without key or revision")
     prev = fields.get("prev_kv")
     previous = entry(prev) if prev else None
     if fields.get("type") == "DELETE":
@@ -143,14 +150,18 @@ def responses(reply: Mapping[str, Any]) -> list[Json]:
     """The inner replies of a transaction, in the order of its operations."""
     inner: list[Json] = []
     for response in reply.get("responses") or ():
-        (only,) = response.values()
-        inner.append(only)
+        if not isinstance(response, Mapping) or len(response) != 1:
+            raise Malformed("etcd answered a transaction with something that is no reply")
+        inner += response.values()
     return inner
 
 
 def refusal(reply: Mapping[str, Any], guards: Sequence[Guard]) -> tuple[Entry | None, list[Guard]]:
     """From a refused write: the key as it was at that moment, and the guards that did not hold."""
-    first, *rest = responses(reply)
+    inner = responses(reply)
+    if len(inner) != 1 + len(guards):
+        raise Malformed("etcd refused a write without saying how things stand")
+    first, *rest = inner
     found = entries(first)
     gone = []
     for guard, state in zip(guards, rest, strict=True):

@@ -27,7 +27,7 @@ from storage.errors import (
     StoreReset,
     Unavailable,
 )
-from storage.etcd_errors import LostReply
+from storage.etcd_errors import LostReply, Malformed
 from storage.etcd_wire import (
     Json,
     create_txn,
@@ -70,8 +70,8 @@ class Cluster(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class _Lost:
-    """An update or delete whose reply was lost."""
+class _Write:
+    """An update or delete, to be sent again as it is."""
 
     key: str
     own: Own
@@ -96,46 +96,36 @@ class Writer:
         before = await self._cluster.known_revision()
         try:
             reply = await self._cluster.send("/kv/txn", create_txn(key, value, lease, guards), self._timeout / 2)
-        except LostReply as lost:
-            event = await self._find_created(key, Own("create", value, lease), before, lost)
-            return event.entry
+            if reply.get("succeeded"):
+                revision = header_revision(reply)
+                return Entry(key, value, revision, revision, lease)
+            current, gone = refusal(reply, guards)
+        except (LostReply, Malformed) as lost:
+            return (await self._find_created(key, Own("create", value, lease), before, lost)).entry
         except LeaseNotFound:
             raise LeaseNotFound(lease) from None
-        if reply.get("succeeded"):
-            revision = header_revision(reply)
-            return Entry(key, value, revision, revision, lease)
-        current, gone = refusal(reply, guards)
-        if current is not None:
-            raise AlreadyExists(current)
-        raise _guard_error(key, gone)
+        raise AlreadyExists(current) if current else _guard_error(key, gone)
 
     async def update(self, key: str, value: bytes, expected: int, guards: tuple[Guard, ...]) -> Entry:
         """Replace a key at a revision."""
-        txn = update_txn(key, value, expected, guards)
+        write = _Write(key, Own("update", value), expected, guards, update_txn(key, value, expected, guards))
         try:
-            reply = await self._cluster.send("/kv/txn", txn, self._timeout / 2)
-        except LostReply as lost:
-            outcome = await self._settle(_Lost(key, Own("update", value), expected, guards, txn), lost)
-            if isinstance(outcome, Event):
-                return outcome.entry
-            reply = outcome
-        else:
-            if not reply.get("succeeded"):
-                raise _refusal(key, expected, guards, reply)
-        kept = entries(responses(reply)[1])[0]
-        return Entry(key, value, kept.revision, kept.create_revision, kept.lease)
+            reply = await self._cluster.send("/kv/txn", write.txn, self._timeout / 2)
+            return _updated(write, reply)
+        except (LostReply, Malformed) as lost:
+            outcome = await self._settle(write, lost)
+        return outcome.entry if isinstance(outcome, Event) else _updated(write, outcome)
 
     async def delete(self, key: str, expected: int, guards: tuple[Guard, ...]) -> int:
         """Delete a key at a revision; the deleting revision."""
-        txn = delete_txn(key, expected, guards)
+        write = _Write(key, Own("delete"), expected, guards, delete_txn(key, expected, guards))
         try:
-            reply = await self._cluster.send("/kv/txn", txn, self._timeout / 2)
-        except LostReply as lost:
-            outcome = await self._settle(_Lost(key, Own("delete"), expected, guards, txn), lost)
-            return outcome.entry.revision if isinstance(outcome, Event) else header_revision(outcome)
-        if not reply.get("succeeded"):
-            raise _refusal(key, expected, guards, reply)
-        return header_revision(reply)
+            reply = await self._cluster.send("/kv/txn", write.txn, self._timeout / 2)
+            _raise_if_refused(write, reply)
+            return header_revision(reply)
+        except (LostReply, Malformed) as lost:
+            outcome = await self._settle(write, lost)
+        return outcome.entry.revision if isinstance(outcome, Event) else header_revision(outcome)
 
     async def set(self, key: str, value: bytes) -> int:
         """Write unconditionally; the revision."""
@@ -144,7 +134,7 @@ class Writer:
         except LostReply as lost:
             raise OutcomeUnknown(f"key {key!r} may have been set: {lost}") from None
 
-    async def _settle(self, write: _Lost, lost: LostReply) -> Event | Json:
+    async def _settle(self, write: _Write, lost: Exception) -> Event | Json:
         """Send the transaction again until it is answered: its reply if it succeeds, the event if it had been made."""
         log.info("write_reply_lost", key=write.key, kind=write.own.kind, reason=str(lost))
         deadline = self._clock.monotonic() + self._timeout
@@ -155,7 +145,7 @@ class Writer:
                 outcome = await self._ask(write, left)
             except (Conflict, GuardFailed, StoreReset):
                 raise
-            except (LostReply, Unavailable) as again:
+            except (LostReply, Malformed, Unavailable) as again:
                 why = str(again)
             except StorageError as error:
                 raise OutcomeUnknown(f"{write}: {error}") from error
@@ -170,7 +160,7 @@ class Writer:
             backoff = min(backoff * 2, _BACKOFF_MAX)
         raise OutcomeUnknown(f"{write}: {why}")
 
-    async def _ask(self, write: _Lost, left: float) -> Event | Json | Unsettled:
+    async def _ask(self, write: _Write, left: float) -> Event | Json | Unsettled:
         """Once more: the reply of the transaction, or what the store shows."""
         deadline = self._clock.monotonic() + left
         try:
@@ -195,7 +185,7 @@ class Writer:
             raise GuardFailed(verdict.guard)
         return verdict.event if isinstance(verdict, Made) else verdict
 
-    async def _find_created(self, key: str, own: Own, before: int, lost: LostReply) -> Event:
+    async def _find_created(self, key: str, own: Own, before: int, lost: Exception) -> Event:
         """Look for a create in the key's history: it may still be under way, so look until the deadline."""
         log.info("write_reply_lost", key=key, kind=own.kind, reason=str(lost))
         why = str(lost)
@@ -204,7 +194,7 @@ class Writer:
             try:
                 history = await self._cluster.history(key, before, left, own.made)
                 found = entries(await self._cluster.read("/kv/range", one_key(key)))
-            except Unavailable as error:
+            except (Malformed, Unavailable) as error:
                 why = str(error)
                 await self._clock.sleep(min(_BACKOFF_MAX, left))
                 continue
@@ -222,15 +212,26 @@ class Writer:
         raise OutcomeUnknown(f"the create of key {key!r} could not be settled: {why}")
 
 
-def _refusal(key: str, expected: int, guards: Sequence[Guard], reply: Json) -> StorageError:
-    """Why a transaction with an expected revision was refused."""
-    current, gone = refusal(reply, guards)
-    if current is None or current.revision != expected:
-        return Conflict(key, current)
-    return _guard_error(key, gone)
+def _updated(write: _Write, reply: Json) -> Entry:
+    """The entry that an update has made. Raises its refusal."""
+    _raise_if_refused(write, reply)
+    inner = responses(reply)
+    kept = entries(inner[1]) if len(inner) == 2 else []
+    if not kept:
+        raise Malformed("etcd made an update without saying what it kept")
+    return Entry(write.key, write.own.value, kept[0].revision, kept[0].create_revision, kept[0].lease)
+
+
+def _raise_if_refused(write: _Write, reply: Json) -> None:
+    if reply.get("succeeded"):
+        return
+    current, gone = refusal(reply, write.guards)
+    if current is None or current.revision != write.expected:
+        raise Conflict(write.key, current)
+    raise _guard_error(write.key, gone)
 
 
 def _guard_error(key: str, gone: Sequence[Guard]) -> StorageError:
     if gone:
         return GuardFailed(gone[0])
-    return StorageError(f"etcd refused the write of key {key!r} although every compare holds")
+    return Malformed(f"etcd refused the write of key {key!r} although every compare holds")
