@@ -504,6 +504,8 @@ def test_every_option_has_its_flag() -> None:
     assert options.accounts == (Account("eve", "p"), Account("bob", "q", admin=True))
     with pytest.raises(ValueError, match="version"):
         parse(["--version", "latest"])
+    with pytest.raises(ValueError, match="node_boot"):
+        parse(["--node-boot", "-1"])
     with pytest.raises(ValueError, match="together"):
         parse(["--tls-cert", "x"])
     with pytest.raises(SystemExit):

@@ -46,6 +46,15 @@ def test_a_started_node_passes_every_state_in_time(at: float, expected: str, con
     assert lab.state == "STARTED"
 
 
+def test_since_210_a_node_is_starting_before_it_is_started() -> None:
+    lab = make_lab("iosv")
+    lab.start(0, Pace(queued=1, boot=10, stop=2, wipe=3, starting=True))
+    lab.advance(0.5)
+    assert (states(lab), lab.state) == (["STARTING"], "STARTED")
+    lab.advance(1)
+    assert states(lab) == ["STARTED"]
+
+
 def test_changes_bear_their_own_time_however_late_one_looks() -> None:
     lab = make_lab("iosv", "unmanaged_switch")
     lab.start(5, PACE)

@@ -2,7 +2,7 @@
 
     GET    /_sim/instances                        GET | PATCH | DELETE /_sim/instances/{name}
     POST   /_sim/instances/{name}/reboot          POST /_sim/instances/{name}/expire-tokens
-    GET    /_sim/instances/{name}/requests        (total, counts, the last 1,000)         DELETE resets them
+    GET    /_sim/instances/{name}/requests        (total, counts, the last 200)         DELETE resets them
     POST   /_sim/instances/{name}/labs            {title, count, nodes, running, owner, description, notes}
     PATCH | DELETE /_sim/instances/{name}/labs/{lab}       {title, description, notes, state}, past every rule
     GET    /_sim/counters                         GET | POST | DELETE /_sim/faults        DELETE /_sim/faults/{id}

@@ -16,7 +16,8 @@ from typing import Any, Literal
 from controllers.cml.simulator.catalog import Definition
 
 DEFINED, STOPPED, STARTED, QUEUED, BOOTED = "DEFINED_ON_CORE", "STOPPED", "STARTED", "QUEUED", "BOOTED"
-ACTIVE = frozenset({QUEUED, STARTED, BOOTED})
+STARTING = "STARTING"
+ACTIVE = frozenset({QUEUED, STARTING, STARTED, BOOTED})
 
 Verb = Literal["created", "modified", "deleted", "state"]
 Kind = Literal["lab", "node", "link", "interface"]
@@ -34,6 +35,8 @@ class Pace:
     boot: float
     stop: float
     wipe: float
+    starting: bool = False
+    """Whether nodes are STARTING for the second half of their wait, as they are since 2.10."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -238,7 +241,8 @@ class Lab:
         begin = node.plan[-1][0] if node.plan else now
         up = begin + pace.queued
         booted = up if node.definition.instant else up + pace.boot
-        node.plan += [(begin, QUEUED), (up, STARTED), (booted, BOOTED)]
+        waiting = [(begin, QUEUED), (begin + pace.queued / 2, STARTING)] if pace.starting else [(begin, QUEUED)]
+        node.plan += [*waiting, (up, STARTED), (booted, BOOTED)]
 
     def _plan_stop(self, node: Node, now: float, pace: Pace) -> None:
         if node.active and node.goal != STOPPED:

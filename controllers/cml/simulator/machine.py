@@ -26,9 +26,9 @@ from controllers.cml.simulator.licensing import Licensing
 from controllers.cml.simulator.options import Options
 from storage.clock import Clock
 
-KEPT_EVENTS = 2000
+KEPT_EVENTS = 1000
 """Events kept per lab, and telemetry per machine: CML keeps them all, a simulator of 500 machines cannot."""
-KEPT_REQUESTS = 1000
+KEPT_REQUESTS = 200
 PERMISSIONS = ("lab_admin", "lab_edit", "lab_exec", "lab_view")
 """Each includes those after it."""
 
@@ -97,7 +97,7 @@ class Machine:
         for account in o.accounts:
             self.directory.add(account.username, account.password, when, admin=account.admin)
         self.licensing = Licensing(o.registration, self.product_uuid, self.hostname)
-        self.pace = Pace(o.node_queued, o.node_boot, o.node_stop, o.node_wipe)
+        self.pace = Pace(o.node_queued, o.node_boot, o.node_stop, o.node_wipe, starting=o.release >= (2, 10))
         self.booted_at = now
         for n in range(o.seed_labs):
             self.add_lab(f"Seeded lab {n + 1}", nodes=o.seed_nodes, running=n % 2 == 0)

@@ -9,6 +9,11 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
+_AMOUNTS = (
+    *("boot_refused", "boot_bad_gateway", "boot_not_ready", "token_seconds", "registration", "ec2_state_ttl"),
+    *("node_queued", "node_boot", "node_stop", "node_wipe", "nodes_unlicensed", "nodes_licensed"),
+    *("seed_labs", "seed_nodes", "max_instances"),
+)
 _VERSION = re.compile(r"^\d{1,2}\.\d{1,2}\.\d{1,2}.{0,32}$")
 
 
@@ -68,6 +73,9 @@ class Options:
     def __post_init__(self) -> None:
         if not _VERSION.match(self.version):
             raise ValueError(f"version {self.version!r} does not look like 2.9.1+build.7")
+        below = [name for name in _AMOUNTS if not getattr(self, name) >= 0]
+        if below:
+            raise ValueError(f"{', '.join(below)}: not below zero")
         if bool(self.tls_cert) != bool(self.tls_key):
             raise ValueError("tls_cert and tls_key are given together or not at all")
 

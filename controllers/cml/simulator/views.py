@@ -13,10 +13,28 @@ from typing import Any
 import orjson
 
 from controllers.cml.simulator.accounts import Group, User
-from controllers.cml.simulator.labs import BOOTED, DEFINED, QUEUED, STARTED, STOPPED, Interface, Lab, Link, Node
+from controllers.cml.simulator.labs import (
+    BOOTED,
+    DEFINED,
+    QUEUED,
+    STARTED,
+    STARTING,
+    STOPPED,
+    Interface,
+    Lab,
+    Link,
+    Node,
+)
 from controllers.cml.simulator.machine import Happening, Machine
 
-PROGRESS = {DEFINED: "Not running", STOPPED: "Not running", QUEUED: "Booting", STARTED: "Booting", BOOTED: "Booted"}
+PROGRESS = {
+    DEFINED: "Not running",
+    STOPPED: "Not running",
+    QUEUED: "Booting",
+    STARTING: "Booting",
+    STARTED: "Booting",
+    BOOTED: "Booted",
+}
 
 
 def stamp(when: datetime) -> str:
