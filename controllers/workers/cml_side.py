@@ -30,6 +30,7 @@ from controllers.cml.errors import (
     CmlUnavailable,
 )
 from controllers.cml.models import Licensing, SystemHealth, SystemInformation, SystemStats
+from controllers.cml.session import normal_identity
 from controllers.cml.sessions import CmlNoAddress, CmlNoCredentials, CmlSessions, base_url
 from controllers.workers.decisions import over, problem, retry_of
 from controllers.workers.kind import (
@@ -37,7 +38,6 @@ from controllers.workers.kind import (
     Capacity,
     Identity,
     LabWorker,
-    LabWorkerSpec,
     Problem,
     Registration,
 )
@@ -111,6 +111,10 @@ class CmlSide:
             return None
         session = await client.proven_session()
         licensing = await client.licensing()
+        told = normal_identity(licensing.udi.product_uuid)
+        if told != session.identity:
+            # Under a session that was proved: a machine that came from a copy of ours takes its tokens too.
+            raise CmlIdentityMismatch(session.identity or "", told)
         health, stats = None, None
         try:
             health = await client.system_health()
@@ -137,7 +141,7 @@ class CmlSide:
                 cml.health = _health(report.health)
             if report.stats is not None:
                 cml.system_info = _system_info(report.information, report.stats)
-            worker.status.capacity = _capacity(worker.spec, worker.status.capacity, report)
+            worker.status.capacity = _capacity(worker.status.capacity, report.stats)
             if cml.wire() != before:
                 cml.last_sync_at = now
 
@@ -254,13 +258,12 @@ def _system_info(information: SystemInformation, stats: SystemStats) -> dict[str
     }
 
 
-def _capacity(spec: LabWorkerSpec, old: Capacity | None, report: Report) -> Capacity:
-    """Totals: what the machine has, what its licence allows, how many labs the spec allows."""
-    base = old or Capacity()
-    cpu, memory, disk = base.cpu, base.memory, base.disk
-    if report.stats is not None:
-        totals = report.stats.totals
-        cpu, memory, disk = totals.cpu.count or cpu, totals.memory.total or memory, totals.disk.total or disk
-    licensed = report.licensing.is_licensed
-    nodes = spec.cml.max_nodes_licensed if licensed else spec.cml.max_nodes_unlicensed
-    return Capacity(cpu=cpu, memory=memory, disk=disk, nodes=nodes, slots=spec.max_concurrent_labs)
+def _capacity(old: Capacity | None, stats: SystemStats | None) -> Capacity:
+    """What the machine has; nodes and slots follow from licence and spec, wherever the status is written."""
+    capacity = Capacity() if old is None else old.thaw()
+    if stats is not None:
+        totals = stats.totals
+        capacity.cpu = totals.cpu.count or capacity.cpu
+        capacity.memory = totals.memory.total or capacity.memory
+        capacity.disk = totals.disk.total or capacity.disk
+    return capacity

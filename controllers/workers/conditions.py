@@ -1,4 +1,4 @@
-"""The conditions of a LabWorker, derived from the rest of its status.
+"""The conditions of a LabWorker and the totals of its capacity, derived from the rest of it.
 
 One pure function, called before every write of the status: conditions can neither flap on their own nor be forgotten.
 Messages hold nothing that changes by itself, so that a worker at rest is written never.
@@ -19,7 +19,11 @@ _Verdict = tuple[bool | None, str, str]
 
 
 def refresh(worker: LabWorker, now: datetime) -> None:
-    """Set every condition anew; those that are as they were keep their transition times."""
+    """Set what follows from the rest: totals and conditions; those that are as they were keep their times."""
+    capacity, cml = worker.status.capacity, worker.spec.cml
+    if capacity is not None:
+        capacity.nodes = cml.max_nodes_licensed if worker.status.cml.licensed else cml.max_nodes_unlicensed
+        capacity.slots = worker.spec.max_concurrent_labs
     verdicts: dict[str, _Verdict] = {
         Conditions.EC2_PROVISIONED: _provisioned(worker),
         Conditions.CML_READY: _cml_ready(worker),

@@ -310,6 +310,7 @@ class WorkersController(Controller[LabWorker]):
         if ended := await self._ended(work, sighting):
             return ended
         if self._is_off(sighting):
+            self._cml.sessions.retire(work.worker.uid)
             return await work.enter(Phase.STOPPED, Reasons.INSTANCE_STOPPED)
         healthy = await self.check(work)
         if healthy and work.phase is Phase.READY_UNLICENSED:
