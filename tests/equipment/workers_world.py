@@ -60,6 +60,7 @@ FAST: dict[str, Any] = {
     "worker_gone_after": 1,
     "labs_refresh_interval": 3600,
     "labs_step_interval": 0.05,
+    "labs_drain_interval": 0.1,
 }
 
 
