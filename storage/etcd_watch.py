@@ -49,7 +49,7 @@ class Liveness:
 
     def patience(self) -> float:
         """The silence to bear this time: a little less, and not the same for every daemon."""
-        return self.silence * random.uniform(0.8, 0.95)  # noqa: S311 - spreads the writes of many daemons
+        return self.silence * random.uniform(0.75, 0.9)  # noqa: S311 - spreads the writes of many daemons
 
 
 @dataclass(frozen=True, slots=True)
