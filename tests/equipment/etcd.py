@@ -6,13 +6,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import json
 import os
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -107,6 +108,24 @@ class Gateway:
     async def put(self, key: str, value: bytes) -> int:
         answer = await self.call("kv/put", {"key": b64(key), "value": b64(value)})
         return int(answer["header"]["revision"])
+
+    async def put_many(self, keys: Iterable[str], value: bytes, *, at_once: int = 16) -> None:
+        """One write, and so one revision, per key; `at_once` of them under way."""
+        pending = iter(keys)
+        async with (
+            aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=60)) as session,
+            asyncio.TaskGroup() as group,
+        ):
+
+            async def write() -> None:
+                for key in pending:
+                    body = {"key": b64(key), "value": b64(value)}
+                    async with session.post(f"{self._endpoint}/v3/kv/put", json=body) as reply:
+                        if reply.status != 200:
+                            raise RuntimeError(await reply.text())
+
+            for _ in range(at_once):
+                group.create_task(write())
 
     async def delete(self, key: str) -> int:
         answer = await self.call("kv/deleterange", {"key": b64(key)})

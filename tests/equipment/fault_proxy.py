@@ -119,6 +119,7 @@ class FaultProxy:
         self._rules: list[Rule] = []
         self._open = asyncio.Event()
         self._open.set()
+        self._frozen_path = ""
         self.counts: Counter[str] = Counter()
         self.requests: deque[Request] = deque(maxlen=10_000)
 
@@ -167,16 +168,21 @@ class FaultProxy:
         self._rules.clear()
         self._open.set()
 
-    def freeze(self) -> None:
-        """Carry no byte in either direction from now on, as a network that went silent does."""
+    def freeze(self, path: str = "") -> None:
+        """Carry no byte in either direction from now on, as a network that went silent does; of one path or of all."""
+        self._frozen_path = path
         self._open.clear()
 
     def thaw(self) -> None:
         """Carry bytes again, also those that were kept back."""
         self._open.set()
 
+    def serving(self, path: str = "") -> int:
+        """How many requests of a path are under way now; a watch is as long as it lasts."""
+        return sum(current != "" and current.startswith(path) for current in self._connections.values())
+
     def abort(self, path: str = "") -> int:
-        """Reset every client connection whose latest request has this path; return how many there were."""
+        """Reset every client connection on which a request of this path is under way (or every one at all)."""
         victims = [w for w, current in self._connections.items() if current.startswith(path)]
         for writer in victims:
             _reset(writer)
@@ -218,7 +224,7 @@ class FaultProxy:
                 rule = next((r for r in self._rules if r.takes(request)), None)
                 if rule is not None and rule.when is When.BEFORE:
                     await self._before(rule, reader, writer)
-                await self._open.wait()
+                await self._until_open(request.path)
                 if upstream is None:
                     upstream = await asyncio.open_connection(*self._upstream, limit=_LIMIT)
                 upstream[1].write(request.head + request.body)
@@ -227,6 +233,7 @@ class FaultProxy:
                     await self._after(rule, reader, writer, upstream[0])
                 else:
                     await self._pass(reader, writer, upstream, follow=rule is None)
+                self._connections[writer] = ""
                 if rule is not None:
                     rule.over.set()
         except (_Ended, OSError, asyncio.IncompleteReadError):
@@ -297,10 +304,14 @@ class FaultProxy:
         follower = asyncio.get_running_loop().create_task(leave(), name="fault-proxy")
         try:
             async for piece in _reply(upstream[0]):
-                await self._open.wait()
+                await self._until_open(self._connections.get(writer, ""))
                 await self._write(writer, piece)
         finally:
             follower.cancel()
+
+    async def _until_open(self, path: str) -> None:
+        if path.startswith(self._frozen_path):
+            await self._open.wait()
 
     async def _write(self, writer: asyncio.StreamWriter, data: bytes) -> None:
         writer.write(data)
@@ -332,11 +343,15 @@ async def _body(reader: asyncio.StreamReader, head: bytes, *, at_end: bool) -> A
     headers = {name: value.strip() for name, _, value in (line.partition(":") for line in lines)}
     if "chunked" in headers.get("transfer-encoding", ""):
         while True:
-            size = await reader.readline()
+            size = await reader.readuntil(b"\n")
             length = int(size.split(b";")[0], 16)
-            yield size + await reader.readexactly(length + 2)
             if length == 0:
+                trailers = size
+                while (line := await reader.readuntil(b"\n")) != b"\r\n":
+                    trailers += line
+                yield trailers + line
                 return
+            yield size + await reader.readexactly(length + 2)
     elif "content-length" in headers:
         if length := int(headers["content-length"]):
             yield await reader.readexactly(length)
