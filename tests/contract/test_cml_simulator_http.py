@@ -142,6 +142,37 @@ async def test_what_a_session_may_not_do_is_refused_in_the_documented_way() -> N
         assert (await student.get("labs")).json() == [theirs["id"]], "own labs only without show_all"
 
 
+async def test_tiles_are_fresh_whatever_changes() -> None:
+    """They are remembered between changes; each thing that they show is changed here once, by each way there is."""
+    async with simulated() as simulator, session(simulator) as http:
+        lab = (await http.post("labs", json={"title": "one"})).json()["id"]
+        admin = (await http.get("users/admin/id")).json()
+
+        async def tile() -> dict[str, Any]:
+            found: dict[str, Any] = (await http.get("populate_lab_tiles")).json()["lab_tiles"][lab]
+            assert found == (await http.get(f"labs/{lab}/tile")).json()
+            assert {k: found[k] for k in found if k != "topology"} == (await http.get(f"labs/{lab}")).json()
+            return found
+
+        assert (await tile())["lab_title"] == "one"
+        await http.patch(f"labs/{lab}", json={"title": "two"})
+        assert (await tile())["lab_title"] == "two"
+        node = {"label": "a", "x": 0, "y": 0, "node_definition": "alpine"}
+        node_id = (await http.post(f"labs/{lab}/nodes", json=node)).json()["id"]
+        assert (await tile())["node_count"] == 1
+        await http.patch(f"labs/{lab}/nodes/{node_id}", json={"label": "b"})
+        assert (await tile())["topology"]["nodes"][0]["label"] == "b"
+        await http.put(f"labs/{lab}/start")
+        assert (await tile())["topology"]["nodes"][0]["state"] == "QUEUED"
+        rights = [{"id": lab, "permissions": ["lab_view"]}]
+        group = (await http.post("groups", json={"name": "g", "associations": rights})).json()["id"]
+        assert [g["id"] for g in (await tile())["groups"]] == [group]
+        await http.delete(f"groups/{group}")
+        assert (await tile())["groups"] == []
+        await http.patch(f"users/{admin}", json={"fullname": "Somebody Else"})
+        assert (await tile())["owner_fullname"] == "Somebody Else"
+
+
 async def test_the_extended_login_and_the_newer_check_tell_who_one_is() -> None:
     newer = Options(version="2.10.0", boot_bad_gateway=0, boot_not_ready=0)
     async with simulated(newer) as simulator, session(simulator) as http:

@@ -140,8 +140,20 @@ def test_a_stop_takes_back_a_start_that_still_waits_for_a_stop() -> None:
     lab.stop(20, PACE)
     lab.start(21, PACE)
     lab.stop(21.5, PACE)
-    lab.advance(1000)
-    assert states(lab) == ["STOPPED"]
+    lab.advance(22)
+    assert (states(lab), lab.converged) == (["STOPPED"], True), "and does not prolong it"
+
+
+def test_a_stop_takes_back_a_start_that_still_waits_for_a_wipe() -> None:
+    lab = make_lab("iosv")
+    lab.start(0, PACE)
+    lab.stop(0, PACE)
+    lab.advance(2)
+    lab.wipe(2, PACE)
+    lab.start(3, PACE)
+    lab.stop(4, PACE)
+    lab.advance(5)
+    assert (states(lab), lab.converged) == (["DEFINED_ON_CORE"], True)
 
 
 def test_a_start_during_a_wipe_waits_for_it() -> None:

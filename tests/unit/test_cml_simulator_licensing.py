@@ -70,6 +70,16 @@ def test_a_stuck_registration_never_ends_until_it_is_let_go() -> None:
     assert look(agent, 1e6)[0] == "COMPLETED"
 
 
+def test_an_authorization_can_hang_after_the_registration() -> None:
+    agent = make_agent()
+    agent.register("token", 0, START, again=False)
+    assert look(agent, 10) == ("COMPLETED", "INIT")
+    agent.stuck = True
+    assert look(agent, 1e6) == ("COMPLETED", "INIT")
+    agent.stuck = False
+    assert look(agent, 1e6) == ("COMPLETED", "IN_COMPLIANCE")
+
+
 def test_an_unreachable_service_is_retried_until_it_answers() -> None:
     agent = make_agent()
     agent.ssms_reachable = False

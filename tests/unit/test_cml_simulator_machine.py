@@ -115,6 +115,7 @@ async def test_the_licence_decides_how_many_nodes_may_run() -> None:
         machine.start(labs[1])
     assert labs[1].state == "DEFINED_ON_CORE", "all or nothing"
     machine.start(labs[1], next(iter(labs[1].nodes.values())))
+    machine.start(labs[0])  # A repeat starts nothing new, so it is not refused at the limit.
     machine.licensing.register("token", clock.monotonic(), clock.now(), again=False)
     await clock.advance(10)
     machine.look()

@@ -245,10 +245,11 @@ class Lab:
         node.plan += [*waiting, (up, STARTED), (booted, BOOTED)]
 
     def _plan_stop(self, node: Node, now: float, pace: Pace) -> None:
-        if node.active and node.goal != STOPPED:
-            node.plan = [(now + pace.stop, STOPPED)]
-        elif not node.active and node.goal in ACTIVE:
-            # It was stopping and then to be started again: only the stop remains.
+        if node.active:
+            # A stop that is under way is neither prolonged by another nor followed by the start that was to follow.
+            under_way = [step for step in node.plan if step[1] == STOPPED][:1]
+            node.plan = under_way or [(now + pace.stop, STOPPED)]
+        else:
             node.plan = [step for step in node.plan if step[1] not in ACTIVE]
 
     def _plan_wipe(self, node: Node, now: float, pace: Pace) -> None:
