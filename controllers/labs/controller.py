@@ -254,8 +254,9 @@ class LabsController(Controller[LabWorker]):
     async def _conclude(self, sync: _Sync, inventory: Inventory, found: Difference) -> LabWorker:
         """Write down how it went: one write per worker and sync."""
         worker, ctx = sync.worker, sync.ctx
+        sync.failures.by_lab.update(inventory.unread)
         if sync.failures:
-            await self._failed(worker, ctx, "RecordsNotWritten", sync.failures.sentence())
+            await self._failed(worker, ctx, "LabsNotMirrored", sync.failures.sentence())
         if not inventory.complete:
             self._sessions.client_for(worker).renew_session()  # perhaps the next one can be proven
             why = f"the list of labs proves nothing about those that it lacks: {inventory.why_incomplete}"

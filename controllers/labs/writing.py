@@ -29,7 +29,7 @@ _OF_ONE_RECORD = (Forbidden, Invalid, ResourceConflict, Undecodable, InvalidKey,
 
 @dataclass
 class Failures:
-    """What could not be written, by lab."""
+    """Labs whose records could not be brought up to date, and why."""
 
     by_lab: dict[str, str] = field(default_factory=dict)
 
@@ -40,7 +40,7 @@ class Failures:
         """One line for the worker's status: how many, and the first of them."""
         lab, why = min(self.by_lab.items())
         count = len(self.by_lab)
-        return f"{count} {'record' if count == 1 else 'records'} could not be written; lab {lab}: {why}"[:500]
+        return f"{count} {'lab' if count == 1 else 'labs'} could not be mirrored; {lab}: {why}"[:500]
 
 
 async def write_each(
