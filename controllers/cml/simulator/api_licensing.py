@@ -32,8 +32,8 @@ def product_license(call: Call) -> Reply:
 
 def transport(call: Call) -> Reply:
     given = call.body(Transport)
-    agent = call.machine.licensing
-    agent.ssms, agent.proxy_server, agent.proxy_port = given.ssms, given.proxy.server, given.proxy.port
+    licensing = call.machine.licensing
+    licensing.ssms, licensing.proxy_server, licensing.proxy_port = given.ssms, given.proxy.server, given.proxy.port
     return done()
 
 
@@ -63,7 +63,7 @@ def renew(call: Call) -> Reply:
     try:
         call.machine.licensing.renew(call.machine.clock.now())
     except NotRegisteredError:
-        raise RefusalError(400, "The agent is not registered.") from None
+        raise RefusalError(400, "The product is not registered.") from None
     except NotPossibleNowError as e:
         raise RefusalError(409, str(e)) from None
     return done()

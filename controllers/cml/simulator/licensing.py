@@ -23,7 +23,7 @@ _RENEW_AFTER = timedelta(days=182)
 
 
 class NotPossibleNowError(Exception):
-    """The agent is in a state in which this cannot be asked of it."""
+    """Licensing is in a state in which this cannot be asked of it."""
 
 
 class NotRegisteredError(Exception):
@@ -32,7 +32,7 @@ class NotRegisteredError(Exception):
 
 @dataclass(slots=True)
 class Licensing:
-    """The licence agent of one machine. Times given to it: `now` monotonic, `when` the wall's."""
+    """The licensing of one machine. Times given to it: `now` monotonic, `when` the wall's."""
 
     delay: float
     product_uuid: str
@@ -65,7 +65,7 @@ class Licensing:
         if self.status in (IN_PROGRESS, RETRY) and not again:
             raise NotPossibleNowError("A registration is in progress.")
         if self.status == COMPLETED and not again:
-            raise NotPossibleNowError("The agent is registered already; set reregister to do it again.")
+            raise NotPossibleNowError("The product is registered already; set reregister to do it again.")
         self.status, self.authorization = IN_PROGRESS, INIT
         self.token, self.attempted, self.registered, self.authorized = token, when, None, None
         self.due = now + self.delay
