@@ -81,7 +81,7 @@ class CmlClient:
         self._sessions = Sessions(self._transport, credentials, clock, login_timeout=timeouts.attempt)
         self._sessions.expect(expected_identity)
         self.last_complete: frozenset[str] | None = None
-        """Ids of the last complete inventory: what went away since makes the next one prove itself again."""
+        """Ids of the last complete inventory: what came or went since makes the next one prove itself again."""
         self._calls = Caller(self._transport, self._sessions, clock, timeouts, jitter)
 
     def __repr__(self) -> str:

@@ -5,7 +5,7 @@ which labs exist; it asks for single labs only where a tile lacks. `read_invento
 An inventory is complete when the ids came as one whole JSON array of well-formed ids, with 200, under a session that
 CML called an admin's and whose identity was the expected one before, and is so after, the list. A token is accepted
 only by the CML that signed it, so the same session before and after is that proof, without a request; after a
-re-login the new session proves itself anew; and when labs went away, CML is asked for its identity once more.
+re-login the new session proves itself anew; and when labs came or went, CML is asked for its identity once more.
 An error raises and never becomes an empty inventory. Called by the labs controller and by `find_labs_by_title`.
 """
 
@@ -76,10 +76,10 @@ async def read_inventory(client: CmlClient, expected_identity: str | None, known
     listing = await client.list_labs()
     missing = sorted(i for i in set(known) - listing.ids - listing.gone if is_lab_id(i))
     absent, present = await _probe(client, missing[:_MAX_PROBES])
-    # When labs went away, or nothing is known of earlier, the cached proof is not enough: another CML may have taken
-    # the address and believe the token, or the user may be no admin any more (CML then answers 403 here).
+    # When labs came or went, or nothing is known of earlier, the cached proof is not enough: a copy of our CML may have
+    # taken the address and believe the token, or the user may be no admin any more (CML then answers 403 here).
     earlier = client.last_complete
-    doubt = bool(missing or listing.gone) or (not fresh if earlier is None else not earlier <= listing.ids)
+    doubt = bool(missing or listing.gone) or (not fresh if earlier is None else listing.ids != earlier)
     after = await client.proven_session(again=doubt)
     if after.identity != before.identity:
         raise CmlIdentityMismatch(before.identity or "", after.identity or "")

@@ -247,6 +247,16 @@ async def test_a_cml_that_takes_the_address_and_believes_the_token_is_noticed_by
         await read_inventory(client, IDENTITY, {lab_id(n) for n in known})
 
 
+async def test_the_labs_of_a_copy_that_takes_the_address_of_an_empty_cml_are_not_taken_for_its_own(
+    cml: ScriptedCml, client: CmlClient
+) -> None:
+    await read_inventory(client, IDENTITY)
+    populate(cml, 1)
+    cml.identity = OTHER
+    with pytest.raises(CmlIdentityMismatch):
+        await read_inventory(client, IDENTITY)
+
+
 async def test_a_user_who_is_no_admin_any_more_is_noticed_by_what_the_list_lacks(
     cml: ScriptedCml, client: CmlClient
 ) -> None:
