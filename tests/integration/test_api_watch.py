@@ -207,8 +207,12 @@ async def test_a_slow_client_is_ended_and_neither_writer_nor_others_wait() -> No
         connection = socket.socket()
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 64 * 1024)
         connection.connect(("127.0.0.1", int(api.url.rpartition(":")[2])))
-        request = f"GET {path_of()}?watch=true&resourceVersion={version} HTTP/1.1\r\nHost: localhost\r\n\r\n"
-        connection.sendall(request.encode())
+        head = (
+            f"GET {path_of()}?watch=true&resourceVersion={version} HTTP/1.1",
+            "Host: localhost",
+            "Connection: close",
+        )
+        connection.sendall("\r\n".join([*head, "", ""]).encode())
         async with api.watch(path_of(), resourceVersion=version) as quick:
             await api.post(path_of(), telescope("big", annotations={"x": "y" * 100_000}))
             assert await quick.take(1) == [("ADDED", "big")]
