@@ -199,7 +199,7 @@ class LabsController(Controller[LabWorker]):
         await write_each(found.removals, lambda r: _lab_of(r.record), lambda r: self._remove(sync, r), failures)
 
     async def _create(self, sync: _Sync, lab: Lab) -> None:
-        worker, now = sync.worker, sync.ctx.clock.now()
+        worker = sync.worker
         record = LabRecord(
             metadata=ObjectMeta(
                 name=record_name(worker.name, lab.id),
@@ -208,7 +208,7 @@ class LabsController(Controller[LabWorker]):
                 owner_references=[worker.as_owner()],
             ),
             spec=LabRecordSpec(worker_ref=worker.name, lab_id=lab.id),
-            status=first_status(lab, instance_id=sync.instance_id, now=now),
+            status=first_status(lab, instance_id=sync.instance_id, now=sync.at),
         )
         try:
             await sync.ctx.client.create(record, guards=(sync.guard,), with_status=True)
@@ -221,10 +221,10 @@ class LabsController(Controller[LabWorker]):
         crash_point("labs.record-created")
 
     async def _update(self, sync: _Sync, record: LabRecord, lab: Lab) -> None:
-        now, keep = sync.ctx.clock.now(), self._settings.labs_history_length
+        keep = self._settings.labs_history_length
         try:
             after = await sync.ctx.client.update_status(
-                record, lambda r: observe(r.status, lab, instance_id=sync.instance_id, now=now, keep=keep)
+                record, lambda r: observe(r.status, lab, instance_id=sync.instance_id, now=sync.at, keep=keep)
             )
         except ResourceNotFound:
             return  # it was deleted while we looked
@@ -236,11 +236,10 @@ class LabsController(Controller[LabWorker]):
         crash_point("labs.record-updated")
 
     async def _mark(self, sync: _Sync, tombstone: Tombstone) -> None:
-        seen, now = sync.worker.status.labs_synced_at, sync.ctx.clock.now()
-        seen = seen or tombstone.record.status.first_seen_at
+        seen = sync.worker.status.labs_synced_at or tombstone.record.status.first_seen_at
         try:
             await sync.ctx.client.update_status(
-                tombstone.record, lambda r: mark_missing(r.status, tombstone.lists, seen=seen, now=now)
+                tombstone.record, lambda r: mark_missing(r.status, tombstone.lists, seen=seen, now=sync.at)
             )
         except ResourceNotFound:
             return  # it was deleted while we looked
