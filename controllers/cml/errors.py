@@ -59,7 +59,7 @@ class CmlNotReady(CmlUnavailable):
 
 
 class CmlUnreachable(CmlUnavailable):
-    """No connection could be made, or it was cut before the answer began."""
+    """No connection could be made, or it ended before an answer began; or who answers does not speak HTTP."""
 
 
 class CmlTimeout(CmlUnreachable):

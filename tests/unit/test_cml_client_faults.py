@@ -206,6 +206,47 @@ async def test_many_calls_that_meet_401_at_once_make_one_login(cml: ScriptedCml,
     assert cml.logins == 2
 
 
+async def test_a_late_401_of_an_old_session_does_not_end_the_new_one(cml: ScriptedCml, client: CmlClient) -> None:
+    await client.lab_ids()
+
+    async def late(_: web.Request) -> web.StreamResponse:
+        await until(lambda: cml.logins == 2)
+        return refusal(401, "expired")
+
+    cml.on("GET", "/system_health", late, web.json_response({}))
+    cml.on("GET", "/labs", refusal(401, "expired"), web.json_response([]))
+    await asyncio.gather(client.system_health(), client.lab_ids())
+    assert cml.logins == 2
+
+
+async def test_a_caller_who_only_needs_a_session_does_not_share_the_failure_of_one_who_needs_its_identity(
+    cml: ScriptedCml, client: CmlClient
+) -> None:
+    release = asyncio.Event()
+
+    async def forbid_late(_: web.Request) -> web.StreamResponse:
+        await release.wait()
+        return refusal(403, "admins only")
+
+    cml.on("GET", "/licensing", forbid_late)
+    good = cml._login
+
+    async def login(request: web.Request) -> web.StreamResponse:
+        await release.wait()
+        return good(await request.json())
+
+    cml.on("POST", "/auth_extended", login)
+    first = asyncio.create_task(client.identity())
+    await until(lambda: cml.logins == 1)
+    second = asyncio.create_task(client.lab_ids())
+    await asyncio.sleep(0)
+    release.set()
+    with pytest.raises(CmlForbidden):
+        await first
+    assert await second == ()
+    assert cml.logins == 1
+
+
 async def test_a_server_that_answers_401_for_ever_costs_one_login_per_call_and_is_an_auth_error(
     cml: ScriptedCml, client: CmlClient
 ) -> None:
