@@ -27,7 +27,7 @@ from etcd3.baseclient import BaseClient
 
 from storage.clock import Clock
 from storage.errors import PermissionDenied, StorageError, Unavailable
-from storage.etcd_errors import LostReply, NotDone, TokenRefused, classify_body
+from storage.etcd_errors import Closed, LostReply, NotDone, TokenRefused, classify_body
 from storage.etcd_wire import Json
 
 MAX_RESPONSE_BYTES: Final = 64 * 1024 * 1024
@@ -116,6 +116,7 @@ class Gateway:
             raise ValueError("request_timeout is a positive number of seconds")
         self.endpoints = tuple(dict.fromkeys(check_endpoint(url) for url in endpoints))
         self.request_timeout = request_timeout
+        self._connect_timeout = min(_CONNECT_SECONDS, request_timeout / 4)
         self._clock = clock
         self._tls = tls
         self._user = user
@@ -160,12 +161,12 @@ class Gateway:
                     self._leave(endpoint)
                     raise
             self._leave(endpoint)
-            if self._clock.monotonic() >= deadline:
-                raise Unavailable(f"no member of the store answered in time; the last one: {reason}")
             if tries % len(self.endpoints) == 0:
                 pause = min(backoff * random.uniform(0.5, 1.0), deadline - self._clock.monotonic())  # noqa: S311 - spreads retries
                 await self._clock.sleep(max(pause, 0.0))
                 backoff = min(backoff * 2, _BACKOFF_MAX)
+            if self._clock.monotonic() >= deadline:  # A try without time would only hide why the last one failed.
+                raise Unavailable(f"no member of the store answered in time; the last one: {reason}")
         raise AssertionError("unreachable")
 
     async def call_member(self, endpoint: str, path: str, body: Json, timeout: float) -> Json:
@@ -298,7 +299,7 @@ class Gateway:
             headers=headers,
             allow_redirects=False,
             trace_request_ctx=sent,
-            timeout=aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_SECONDS),
+            timeout=aiohttp.ClientTimeout(total=None, sock_connect=self._connect_timeout),
         )
         return cast("aiohttp.ClientResponse", await request)
 
@@ -314,7 +315,7 @@ class Gateway:
 
     def _client(self, endpoint: str, *, stream: bool) -> _Client:
         if self._closed:
-            raise Unavailable("the store's client was closed")
+            raise Closed("the store's client was closed")
         if not self._sessions:
             self._connect()
         return (self._streams if stream else self._unary)[endpoint]
