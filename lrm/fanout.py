@@ -103,9 +103,10 @@ class Fanout:
 
     def stop(self) -> None:
         """End every subscription: readers see the end of their iteration."""
-        self.stopped = True
-        self._unsubscribe()
-        self._wake(self._news)
+        if not self.stopped:
+            self.stopped = True
+            self._unsubscribe()
+            self._wake(self._news)
 
     @asynccontextmanager
     async def subscribe(

@@ -19,7 +19,7 @@ _LOOK_EVERY = 1.0
 
 
 def server_context(cert: Path | None, key: Path | None, clock: Clock) -> ssl.SSLContext | None:
-    """The context to serve with, None for plain HTTP. Raises OSError (ssl.SSLError too) for a bad pair."""
+    """The context to serve with, None for plain HTTP. Raises OSError for a bad pair."""
     if cert is None:
         return None
     served = _load(cert, key)
@@ -67,7 +67,10 @@ def _load(cert: Path, key: Path | None) -> ssl.SSLContext:
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     context.set_alpn_protocols(["http/1.1"])
-    context.load_cert_chain(cert, key)
+    try:
+        context.load_cert_chain(cert, key)
+    except OSError as error:  # OpenSSL does not say which file it means
+        raise OSError(f"certificate {cert} with key {key or cert}: {error.strerror or error}") from error
     return context
 
 

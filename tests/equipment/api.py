@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -157,7 +157,7 @@ class FixedStatus:
         return self.alive, "a worker has died"
 
     def ready(self) -> tuple[bool, str]:
-        return self.is_ready, "the caches are not filled"
+        return self.is_ready, "" if self.is_ready else "the caches are not filled"
 
     def leader(self) -> Mapping[str, Any]:
         return {"is_leader": False, "identity": "test", "locks": []}
@@ -167,6 +167,19 @@ class FixedStatus:
 
     async def status(self) -> Mapping[str, Any]:
         return {"identity": "test"}
+
+
+class JumpingClock(SystemClock):
+    """The machine's clock, whose monotonic time can be moved on at once: for what is looked at now and then."""
+
+    def __init__(self) -> None:
+        self._ahead = 0.0
+
+    def jump(self, seconds: float) -> None:
+        self._ahead += seconds
+
+    def monotonic(self) -> float:
+        return super().monotonic() + self._ahead
 
 
 @dataclass
@@ -307,16 +320,17 @@ async def served(
         status=status,
         routes=tuple(routes),
     )
-    async with asyncio.TaskGroup() as tasks:
-        caching = tasks.create_task(cache.run())
-        try:
-            if wait_synced:
-                async with asyncio.timeout(10):
-                    await cache.wait_synced()
-            async with serve(api) as site, aiohttp.ClientSession() as session:
-                yield Served(site.url, api, storage, registry, cache, client, fanout, session, status)
-        finally:
-            caching.cancel()
+    caching = asyncio.create_task(cache.run())
+    try:
+        if wait_synced:
+            async with asyncio.timeout(10):
+                await cache.wait_synced()
+        async with serve(api) as site, aiohttp.ClientSession() as session:
+            yield Served(site.url, api, storage, registry, cache, client, fanout, session, status)
+    finally:
+        caching.cancel()
+        with suppress(asyncio.CancelledError):
+            await caching
 
 
 def tokens_file(folder: Path, *entries: dict[str, Any]) -> Path:
