@@ -19,6 +19,7 @@ from storage.errors import (
     PermissionDenied,
     StorageError,
     TooLarge,
+    Unavailable,
 )
 
 
@@ -28,6 +29,10 @@ class LostReply(Exception):  # noqa: N818 - it is no error yet: it is to be sett
 
 class Malformed(StorageError):  # noqa: N818 - named as its siblings
     """An answer that has the form of JSON but not of etcd's. To a write it is a lost reply."""
+
+
+class Closed(Unavailable):
+    """The client was closed: nothing is sent any more, so nothing is settled any more."""
 
 
 class NotDone(Exception):  # noqa: N818 - another member may still do it

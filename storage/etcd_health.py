@@ -22,20 +22,11 @@ _FIXED = {(3, 4): 42, (3, 5): 28}
 
 
 async def health(gateway: Gateway, epoch_key: str, read: Callable[[str, Json], Awaitable[Json]]) -> Health:
-    """Ask the store for a linearizable read, and each member for its status."""
-    notes: list[str] = []
-    reply: Json = {}
-    for _ in range(2):
-        try:
-            reply = await read("/kv/range", one_key(epoch_key))
-            break
-        except StoreReset as reset:
-            notes.append(f"{reset}.")  # The watches have been told; the second read is of the new line.
-        except StorageError as error:
-            notes.append(f"The store does not answer a linearizable read: {error}.")
-            break
+    """Ask the store for a linearizable read and each member for its status, all at once."""
     async with asyncio.TaskGroup() as group:
+        head = group.create_task(_head(epoch_key, read))
         asked = [group.create_task(_member(gateway, endpoint)) for endpoint in gateway.endpoints]
+    reply, notes = head.result()
     members = tuple(task.result() for task in asked)
     for member in members:
         notes += _notes(member)
@@ -48,6 +39,20 @@ async def health(gateway: Gateway, epoch_key: str, read: Callable[[str, Json], A
         cluster_id=str((reply.get("header") or {}).get("cluster_id") or ""),
         epoch=found[0].value.decode("utf-8", "replace") if found else "",
     )
+
+
+async def _head(epoch_key: str, read: Callable[[str, Json], Awaitable[Json]]) -> tuple[Json, list[str]]:
+    """The epoch's reply, empty when there is none, and notes."""
+    notes: list[str] = []
+    for _ in range(2):
+        try:
+            return await read("/kv/range", one_key(epoch_key)), notes
+        except StoreReset as reset:
+            notes.append(f"{reset}.")  # The watches have been told; the second read is of the new line.
+        except StorageError as error:
+            notes.append(f"The store does not answer a linearizable read: {error}.")
+            break
+    return {}, notes
 
 
 async def _member(gateway: Gateway, endpoint: str) -> Member:

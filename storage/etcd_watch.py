@@ -162,12 +162,8 @@ class EtcdWatch:
                 position, began = self._position, self._clock.monotonic()
                 try:
                     await self._read(stream)
-                except (
-                    StreamLost,
-                    Malformed,
-                    TokenRefused,
-                    PermissionDenied,
-                ) as lost:  # Opening the next one tells if for good.
+                except (StreamLost, Malformed, TokenRefused, PermissionDenied) as lost:
+                    # A refusal too is only proved by opening another stream.
                     reason = str(lost)
                 finally:
                     stream.close()
@@ -266,7 +262,7 @@ class EtcdWatch:
     def _flush(self) -> None:
         revision = self._pending[0].entry.revision
         events = tuple(e for e in self._pending if not is_barrier_key(e.entry.key))
-        size = sum(len(e.entry.value) + (len(e.previous.value) if e.previous else 0) + 200 for e in events)
+        size = 200 + sum(len(e.entry.value) + (len(e.previous.value) if e.previous else 0) + 200 for e in events)
         self._pending.clear()
         self._position = revision
         while self._owed and self._owed[0][0] <= revision:

@@ -27,7 +27,7 @@ from storage.errors import (
     StoreReset,
     Unavailable,
 )
-from storage.etcd_errors import LostReply, Malformed
+from storage.etcd_errors import Closed, LostReply, Malformed
 from storage.etcd_wire import (
     Json,
     create_txn,
@@ -145,6 +145,8 @@ class Writer:
                 outcome = await self._ask(write, left)
             except (Conflict, GuardFailed, StoreReset):
                 raise
+            except Closed as closed:
+                raise OutcomeUnknown(f"{write}: {closed}") from None
             except (LostReply, Malformed, Unavailable) as again:
                 why = str(again)
             except StorageError as error:
@@ -194,6 +196,8 @@ class Writer:
             try:
                 history = await self._cluster.history(key, before, left, own.made)
                 found = entries(await self._cluster.read("/kv/range", one_key(key)))
+            except Closed as closed:
+                raise OutcomeUnknown(f"the create of key {key!r} could not be settled: {closed}") from None
             except (Malformed, Unavailable) as error:
                 why = str(error)
                 await self._clock.sleep(min(_BACKOFF_MAX, left))

@@ -274,3 +274,15 @@ async def test_a_cancelled_consumer_loses_no_event(backend: Backend, store: Stor
         taken += await take(watch, 20 - len(taken))
         assert [e.entry.key for e in taken] == [backend.key(f"k{i}") for i in range(20)]
         assert taken[-1].entry == entry
+
+
+async def test_old_barrier_keys_can_be_deleted_and_watchers_are_not_bothered(backend: Backend, store: Storage) -> None:
+    """The compactor removes those of daemons that are gone."""
+    start = await store.current_revision()
+    async with collecting(store, backend.prefix, start, live=True) as (watch, batches):
+        await watch.barrier()
+        (left,) = (await store.list(f"{backend.prefix}.barrier/")).entries
+        deleted = await store.delete(left.key, expected_revision=left.revision)
+        await watch.barrier()
+    assert deleted in [b.revision for b in batches]
+    assert events(batches) == []
