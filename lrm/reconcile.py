@@ -253,6 +253,8 @@ class Runner(Generic[R]):
             finally:
                 self._settle_echoes(key, written)
                 self.queue.done(key)
+            # A reconcile with nothing to do never waits: without this, thousands of them would hold the loop up.
+            await self._clock.sleep(0)
 
     def _settle_echoes(self, key: Key, written: Written) -> None:
         echoes = self._echoes[key]

@@ -28,6 +28,7 @@ from controllers.labs.kind import (
     RECORDS_FINALIZER,
     LabRecord,
     LabRecordSpec,
+    printable,
     record_name,
     records_of_worker,
 )
@@ -217,7 +218,7 @@ class LabsController(Controller[LabWorker]):
             sync.ctx.log.warning("labs.record_unreadable", lab=lab.id, record=record.name)
             return
         sync.created += 1
-        sync.ctx.log.info("labs.record_created", lab=lab.id, title=lab.title, state=lab.state)
+        sync.ctx.log.info("labs.record_created", lab=lab.id, title=printable(lab.title), state=lab.state)
         crash_point("labs.record-created")
 
     async def _update(self, sync: _Sync, record: LabRecord, lab: Lab) -> None:
@@ -231,7 +232,11 @@ class LabsController(Controller[LabWorker]):
         sync.updated += 1
         if after.status.state != record.status.state:
             sync.ctx.log.info(
-                "labs.state_changed", lab=lab.id, title=lab.title, before=record.status.state, state=after.status.state
+                "labs.state_changed",
+                lab=lab.id,
+                title=printable(lab.title),
+                before=record.status.state,
+                state=after.status.state,
             )
         crash_point("labs.record-updated")
 
@@ -286,11 +291,17 @@ class LabsController(Controller[LabWorker]):
         return worker
 
     async def _failed(self, worker: LabWorker, ctx: Context, reason: str, problem: str) -> None:
-        """Tell in the worker's status why its labs could not be synced, and try again. Always raises."""
+        """Tell in the worker's status why its labs could not be synced, and try again. Always raises.
+
+        The error is told at once; the condition turns when the labs are overdue, so that one bad answer flips nothing.
+        """
+        now, synced = ctx.clock.now(), worker.status.labs_synced_at
+        overdue = synced is None or (now - synced).total_seconds() > 2 * self._settings.labs_refresh_interval
 
         def note(w: LabWorker) -> None:
             w.status.labs_sync_error = problem
-            w.status.set_condition(LABS_SYNCED, status=False, reason=reason, message=problem, now=ctx.clock.now())
+            if overdue:
+                w.status.set_condition(LABS_SYNCED, status=False, reason=reason, message=problem, now=now)
 
         await ctx.client.update_status(worker, note)
         raise RetryLater(f"labs of {worker.name}: {problem}")
@@ -318,6 +329,7 @@ def _concerns(worker: AnyResource | None) -> object:
         tuple(worker.metadata.finalizers),
         asked_for(worker),
         can_be_asked(worker),
+        worker.status.phase == Phase.DRAINING,
         (ready.status, ready.last_transition_time) if ready else None,
     )
 

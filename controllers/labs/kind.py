@@ -127,6 +127,11 @@ def record_name(worker: str, lab_id: str) -> str:
     return f"{worker}-{lab_id}"
 
 
+def printable(title: str) -> str:
+    """A lab's title for a log: students choose them, and a terminal obeys what it is sent."""
+    return title if title.isprintable() else ascii(title)
+
+
 def forgets(record: LabRecord) -> bool:
     """Whether deleting this record leaves the lab alone."""
     return record.metadata.annotations.get(FORGET_ANNOTATION, "false") != "false"

@@ -27,6 +27,7 @@ from controllers.labs.kind import (
     Acting,
     LabRecord,
     forgets,
+    printable,
     records_of_worker,
 )
 from controllers.labs.settings import LabsSettings
@@ -130,7 +131,9 @@ class LabRecordsController(Controller[LabRecord]):
         try:
             if await self._delete(record, home, ctx):
                 crash_point("labs.lab-gone")
-                ctx.log.info("lab.deleted", lab=lab_id, worker=record.spec.worker_ref, title=record.status.title)
+                ctx.log.info(
+                    "lab.deleted", lab=lab_id, worker=record.spec.worker_ref, title=printable(record.status.title)
+                )
                 return Result.done()
         except CmlError as error:
             ctx.log.warning("lab.delete_failed", lab=lab_id, worker=record.spec.worker_ref, error=str(error))

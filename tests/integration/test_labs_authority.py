@@ -69,7 +69,7 @@ async def test_records_stay_when(what: str, fault: str, how: dict[str, Any], par
     assert synced_at is not None, "the last good sync is still told"
     condition = worker.status.condition("LabsSynced")
     assert condition is not None
-    assert condition.status == "False"
+    assert condition.status == "True", "one bad answer flips no condition"
     world.simulator.faults.clear()
     await world.client.update(await world.get_worker(), lambda w: w.metadata.labels.update({"a": "b"}))
     if fault == "identity":
@@ -79,6 +79,23 @@ async def test_records_stay_when(what: str, fault: str, how: dict[str, Any], par
     assert worker.status.labs_synced_at is not None
     assert worker.status.labs_synced_at > synced_at
     assert untouched(before, await world.records())
+
+
+async def test_the_condition_turns_when_the_labs_are_overdue_and_back_with_the_next_good_list(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async with labs_world(monkeypatch, labs_refresh_interval=0.2) as world:
+
+        async def condition(status: str) -> bool:
+            found = (await world.get_worker()).status.condition("LabsSynced")
+            return found is not None and found.status == status
+
+        await world.worker()
+        await until(lambda: condition("True"))
+        fault = world.fault("status", path="/labs", status=500)
+        await until(lambda: condition("False"), "the labs to be overdue")
+        world.simulator.faults.clear(fault)
+        await until(lambda: condition("True"))
 
 
 async def test_a_session_that_is_not_an_admins_adds_and_removes_nothing(
