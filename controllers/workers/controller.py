@@ -2,8 +2,8 @@
 
 Each reconcile looks at EC2, then at CML, and takes one step; what takes time is begun and looked at again. Outside
 effects happen only after leadership was checked and, where they create, after the intent is in the status. Here is
-the way up and the time of service; the way down is `departure`. A worker at rest is looked at every
-`worker_rest_interval` seconds, and written only if something changed.
+the time of service, and what happens in each phase by whom; the way up is `arrival`, the way down `departure`. A
+worker at rest is looked at every `worker_rest_interval` seconds, and written only if something changed.
 """
 
 from __future__ import annotations
@@ -11,24 +11,23 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from controllers.aws.errors import AwsError, Ec2NotFound
+from controllers.aws.errors import AwsError
 from controllers.cml.errors import CmlError
 from controllers.labs.kind import LabRecord, records_of_worker
+from controllers.workers.arrival import Arrival
 from controllers.workers.claims import Claims
-from controllers.workers.cml_side import CmlSide, LicenseStep, trouble_of
+from controllers.workers.cml_side import CmlSide, trouble_of
 from controllers.workers.conditions import FAILED_CHECKS
-from controllers.workers.decisions import KEEPABLE, LAUNCHES_MOST, Goal, goal_of, may_license, may_retry, over
+from controllers.workers.decisions import Goal, goal_of, may_license, may_retry
 from controllers.workers.departure import Departure
 from controllers.workers.kind import INSTANCE_FINALIZER, LABS, WORKERS, LabWorker
+from controllers.workers.pace import Pace
 from controllers.workers.phases import SERVING, Phase, Reasons
-from controllers.workers.provisioning import Held, Provisioner, Sighting, reason_of
+from controllers.workers.provisioning import Provisioner, Sighting, fail_if_ended, is_off, reason_of
 from controllers.workers.settings import WorkerSettings
-from controllers.workers.work import Work, forget_instance
+from controllers.workers.work import Work, forget_ended, fresh_registration
 from lrm.cache import Change
-from lrm.crashpoints import crash_point
 from lrm.reconcile import Context, Controller, Key, Result, Trigger
-
-CRASH_POINTS = ("workers.adopt.claimed", "workers.adopt.recorded")
 
 
 class WorkersController(Controller[LabWorker]):
@@ -43,9 +42,9 @@ class WorkersController(Controller[LabWorker]):
     def __init__(self, provisioner: Provisioner, cml: CmlSide, claims: Claims, settings: WorkerSettings) -> None:
         self._ec2 = provisioner
         self._cml = cml
-        self._claims = claims
-        self._settings = settings
-        self._departure = Departure(provisioner, cml, claims, settings, busy=is_busy, check=self.check)
+        self._pace = Pace(settings)
+        self._departure = Departure(provisioner, cml, claims, self._pace, busy=is_busy, check=self.check)
+        self._arrival = Arrival(provisioner, cml, claims, self._departure, self._pace)
 
     def triggers(self) -> Sequence[Trigger]:
         """A lab that starts makes a worker Active; the last one that stops lets it rest, or go on draining."""
@@ -72,7 +71,7 @@ class WorkersController(Controller[LabWorker]):
         if phase is Phase.FAILED:
             return await self._failed(work)
         if phase is Phase.PENDING:
-            return await self._pending(work)
+            return await self._arrival.pending(work)
         if phase in {Phase.UNLICENSING, Phase.STOPPING, Phase.TERMINATING_EC2}:
             return await self._departure.step(work)
         try:
@@ -90,16 +89,16 @@ class WorkersController(Controller[LabWorker]):
             await self._ec2.remove(work, ())
         return await self._by_phase(work, sighting)
 
-    async def _by_phase(self, work: Work, sighting: Sighting | None) -> Result:  # noqa: PLR0911 - a step of the life: each way out says what is next
+    async def _by_phase(self, work: Work, sighting: Sighting | None) -> Result:  # noqa: PLR0911 - one way out per phase
         match work.phase:
             case Phase.PROVISIONING_EC2:
-                return await self._provisioning(work, sighting)
+                return await self._arrival.provisioning(work, sighting)
             case Phase.EC2_READY:
-                return await self._ec2_ready(work, sighting)
+                return await self._arrival.ec2_ready(work, sighting)
             case Phase.STARTING:
-                return await self._starting(work, sighting)
+                return await self._arrival.starting(work, sighting)
             case Phase.LICENSING:
-                return await self._licensing(work, sighting)
+                return await self._arrival.licensing(work, sighting)
             case Phase.READY | Phase.READY_UNLICENSED | Phase.ACTIVE:
                 return await self._serving(work, sighting)
             case Phase.DRAINING:
@@ -107,199 +106,7 @@ class WorkersController(Controller[LabWorker]):
             case Phase.STOPPED:
                 return await self._stopped(work, sighting)
         work.log.error("worker.unknown_phase", phase=work.worker.status.phase)
-        return self._rest()  # a newer lrm's phase: that one is to act
-
-    # The way up
-
-    async def _pending(self, work: Work) -> Result:
-        goal, worker = goal_of(work.worker), work.worker
-        if goal is Goal.TERMINATED:
-            return await self._departure.leave(work, Reasons.TERMINATION_REQUESTED)
-        if worker.spec.adopts:
-            return await self._adopt(work)
-        if goal is not Goal.READY:
-            return self._rest()  # nothing is launched only to be stopped; a change of the spec wakes us
-        if work.ctx.observe_only:
-            await work.ec2_trouble(Reasons.OBSERVE_ONLY, "LRM_OBSERVE_ONLY is set: nothing is launched")
-            return self._rest()
-        return await self._launch(work, entering=True)
-
-    async def _launch(self, work: Work, *, entering: bool = False) -> Result:
-        try:
-            sighting = await self._ec2.look(work, by_tag=True)
-            if sighting.instance is not None:
-                await self._ec2.record(work, sighting.instance)
-                await self._ec2.remove(work, sighting.surplus)
-                if not entering:
-                    return Result.after(0)
-            if entering:
-                await self._ec2.check_brake(work)
-                return await work.enter(Phase.PROVISIONING_EC2, Reasons.LAUNCHING)
-            await self._ec2.launch(work)
-        except Held as held:
-            await work.ec2_trouble(held.reason, str(held))
-            return self._rest()  # room comes when another instance ends: nobody tells, so look again
-        except AwsError as error:
-            await work.ec2_trouble(reason_of(error), str(error))
-            if error.definite_refusal and not error.retryable:
-                return await work.fail(reason_of(error), str(error))
-            return self._backoff(work)
-        return self._soon()
-
-    async def _provisioning(self, work: Work, sighting: Sighting | None) -> Result:  # noqa: PLR0911 - a step of the life: each way out says what is next
-        goal, ec2 = goal_of(work.worker), work.worker.status.ec2
-        if goal is Goal.TERMINATED:
-            return await self._departure.leave(work, Reasons.TERMINATION_REQUESTED)
-        if goal is Goal.STOPPED and ec2.instance_id is not None:
-            return await work.enter(Phase.STOPPING, Reasons.STOP_REQUESTED)
-        instance = sighting.instance if sighting else None
-        if instance is not None and instance.state == "running":
-            return await work.enter(Phase.EC2_READY, Reasons.INSTANCE_RUNNING)
-        if instance is not None and instance.state in {"stopping", "stopped"}:
-            return await work.enter(Phase.EC2_READY, Reasons.INSTANCE_STOPPED)
-        if sighting is not None and (sighting.gone or (instance is not None and instance.state == "shutting-down")):
-            why = instance.state_reason if instance is not None else ""
-            return await self._launch_ended(work, why)
-        if self._is_over(
-            work, work.worker.status.timestamps.provisioning_started_at, self._settings.worker_ec2_deadline
-        ):
-            trouble = ec2.last_error
-            limit = f"the instance did not run within {self._settings.worker_ec2_deadline:g} s"
-            message = f"{limit}: {trouble.message}" if trouble else limit
-            return await work.fail(trouble.reason if trouble else Reasons.EC2_TIMEOUT, message)
-        if sighting is not None and ec2.instance_id is None:
-            return await self._launch(work)
-        return self._soon()
-
-    async def _launch_ended(self, work: Work, why: str) -> Result:
-        """EC2 ended the instance while it was being made: that attempt is spent, the next one follows."""
-        ended = work.worker.status.ec2.instance_id
-        message = f"EC2 ended {ended} while launching it{': ' + why if why else ''}"
-        launches = work.worker.status.ec2.launches + 1
-
-        def spent(worker: LabWorker) -> None:
-            forget_instance(worker)
-            worker.status.ec2.launch = worker.status.ec2.sent_at = None
-            worker.status.ec2.launches = launches
-
-        if launches >= LAUNCHES_MOST:
-            return await work.fail(Reasons.LAUNCH_FAILED, message, spent)
-        work.log.warning("worker.launch_ended", instance=ended, why=why)
-        await work.write(spent)
-        await work.ec2_trouble(Reasons.LAUNCH_FAILED, message)
-        return self._backoff(work)
-
-    async def _adopt(self, work: Work) -> Result:  # noqa: PLR0911 - a step of the life: each way out says what is next
-        instance_id = work.worker.spec.aws.instance_id or ""
-        try:
-            instance = await self._ec2.describe(work, instance_id)
-        except Ec2NotFound as error:
-            return await work.fail(Reasons.INSTANCE_NOT_FOUND, str(error))
-        except AwsError as error:
-            await work.ec2_trouble(reason_of(error), str(error))
-            return self._soon()
-        if instance.state not in KEEPABLE:
-            return await work.fail(Reasons.INSTANCE_TERMINATED, f"{instance_id} is {instance.state}")
-        refusal = self._ec2.belongs_elsewhere(work, instance)
-        if refusal:
-            return await work.fail(Reasons.ADOPTION_REFUSED, f"{instance_id} is not adopted: {refusal}")
-        holder = await self._claims.take(instance_id, work.worker, work.ctx)
-        if holder:
-            return await work.fail(Reasons.CLAIMED_BY_ANOTHER, f"{instance_id} is claimed by {holder}")
-        crash_point("workers.adopt.claimed")
-        await self._ec2.record(work, instance, lambda w: setattr(w.status.ec2, "adopted", True))
-        crash_point("workers.adopt.recorded")
-        if instance.state == "stopped":
-            return await work.enter(Phase.STOPPED, Reasons.ADOPTED)
-        if instance.state == "stopping":
-            return self._soon()
-        return await work.enter(Phase.STARTING, Reasons.ADOPTED)
-
-    async def _ec2_ready(self, work: Work, sighting: Sighting | None) -> Result:
-        del sighting  # Starting looks for itself
-        goal = goal_of(work.worker)
-        if goal is Goal.TERMINATED:
-            return await self._departure.leave(work, Reasons.TERMINATION_REQUESTED)
-        if goal is Goal.STOPPED:
-            return await work.enter(Phase.STOPPING, Reasons.STOP_REQUESTED)
-        return await work.enter(Phase.STARTING, Reasons.BOOTING)
-
-    async def _starting(self, work: Work, sighting: Sighting | None) -> Result:
-        goal, times = goal_of(work.worker), work.worker.status.timestamps
-        if goal is Goal.TERMINATED:
-            return await self._departure.leave(work, Reasons.TERMINATION_REQUESTED)
-        if goal is Goal.STOPPED:
-            return await work.enter(Phase.STOPPING, Reasons.STOP_REQUESTED)
-        if ended := await self._ended(work, sighting):
-            return ended
-        instance = sighting.instance if sighting else None
-        if instance is None or instance.state != "running":
-            if times.boot_started_at is not None and instance is not None:
-                await work.write(lambda w: setattr(w.status.timestamps, "boot_started_at", None))
-            if self._is_over(work, times.ec2_started_at, self._settings.worker_ec2_deadline):
-                limit = f"the instance did not run within {self._settings.worker_ec2_deadline:g} s"
-                return await work.fail(Reasons.EC2_TIMEOUT, limit)
-            if instance is not None and instance.state == "stopped" and not work.ctx.observe_only:
-                try:
-                    await self._ec2.start(work, instance.id)
-                except AwsError as error:
-                    await work.ec2_trouble(reason_of(error), str(error))
-            return self._soon()
-        if times.boot_started_at is None:
-            now = work.now
-            await work.write(lambda w: setattr(w.status.timestamps, "boot_started_at", now))
-        return await self._booting(work)
-
-    async def _booting(self, work: Work) -> Result:
-        try:
-            report = await self._cml.ask(work, full=True)
-        except CmlError as error:
-            reason, message = trouble_of(error) or (None, "")
-        else:
-            if report is not None:
-                await self._cml.note(work, report)
-                return await self._booted(work, licensed=report.licensing.is_licensed)
-            reason, message = Reasons.BOOTING, "CML answers and is not ready yet"
-        if reason is not None:
-            await self._cml.note_trouble(work, reason, message, counts=False, most=FAILED_CHECKS)
-        if self._is_over(work, work.worker.status.timestamps.boot_started_at, self._settings.worker_boot_deadline):
-            trouble = work.worker.status.cml.last_error
-            limit = f"CML was not ready within {self._settings.worker_boot_deadline:g} s"
-            return await work.fail(Reasons.BOOT_TIMEOUT, f"{limit}: {trouble.message}" if trouble else limit)
-        return self._soon()
-
-    async def _booted(self, work: Work, *, licensed: bool) -> Result:
-        if licensed:
-            await work.enter(Phase.LICENSING, Reasons.LICENSED)
-            return await work.enter(Phase.READY, Reasons.LICENSED)
-        if may_license(work.worker) and not work.ctx.observe_only:
-            return await work.enter(Phase.LICENSING, Reasons.LICENSE_REGISTERING, _fresh_registration)
-        reason = Reasons.LICENSE_FAILED if work.worker.spec.wants_license else Reasons.NO_LICENSE_WANTED
-        return await work.enter(Phase.READY_UNLICENSED, reason)
-
-    async def _licensing(self, work: Work, sighting: Sighting | None) -> Result:
-        if goal_of(work.worker) is not Goal.READY:
-            return await work.enter(Phase.DRAINING, Reasons.DRAINING)
-        if ended := await self._ended(work, sighting):
-            return ended
-        if self._is_off(sighting):
-            return await work.enter(Phase.READY_UNLICENSED, Reasons.INSTANCE_STOPPED)
-        try:
-            step = await self._cml.license(work)
-        except CmlError as error:
-            step = LicenseStep.WAITING
-            if trouble := trouble_of(error):
-                await self._cml.note_trouble(work, *trouble, counts=False, most=FAILED_CHECKS)
-            if self._is_over(
-                work, work.worker.status.timestamps.licensing_started_at, self._settings.worker_license_deadline
-            ):
-                await self._cml.license_failed(work, Reasons.LICENSE_TIMEOUT, f"CML could not be asked: {error}")
-                step = LicenseStep.FAILED
-        if step is LicenseStep.DONE:
-            return await work.enter(Phase.READY, Reasons.LICENSED, _licensed)
-        if step is LicenseStep.FAILED:
-            return await work.enter(Phase.READY_UNLICENSED, Reasons.LICENSE_FAILED)
-        return self._soon()
+        return self._pace.rest()  # a newer lrm's phase: that one is to act
 
     # At work
 
@@ -307,9 +114,9 @@ class WorkersController(Controller[LabWorker]):
         goal = goal_of(work.worker)
         if goal is not Goal.READY:
             return await work.enter(Phase.DRAINING, Reasons.DRAINING)
-        if ended := await self._ended(work, sighting):
+        if ended := await fail_if_ended(work, sighting):
             return ended
-        if self._is_off(sighting):
+        if is_off(sighting):
             self._cml.sessions.retire(work.worker.uid)
             return await work.enter(Phase.STOPPED, Reasons.INSTANCE_STOPPED)
         healthy = await self.check(work)
@@ -317,14 +124,14 @@ class WorkersController(Controller[LabWorker]):
             if work.worker.status.cml.licensed:
                 return await work.enter(Phase.READY, Reasons.LICENSED)
             if may_license(work.worker) and not work.ctx.observe_only:
-                return await work.enter(Phase.LICENSING, Reasons.LICENSE_REGISTERING, _fresh_registration)
+                return await work.enter(Phase.LICENSING, Reasons.LICENSE_REGISTERING, fresh_registration)
         busy = is_busy(work)
         if busy and work.phase is not Phase.ACTIVE:
             await work.enter(Phase.ACTIVE, Reasons.SERVING)
         elif not busy and work.phase is Phase.ACTIVE:
             back = Phase.READY if work.worker.status.cml.licensed else Phase.READY_UNLICENSED
             await work.enter(back, Reasons.SERVING)
-        return self._rest() if healthy and sighting is not None else self._uneasy()
+        return self._pace.rest() if healthy and sighting is not None else self._pace.uneasy()
 
     async def check(self, work: Work) -> bool:
         """The health check: ask CML, and count the failures in a row."""
@@ -345,7 +152,7 @@ class WorkersController(Controller[LabWorker]):
         goal = goal_of(work.worker)
         if goal is Goal.TERMINATED:
             return await self._departure.leave(work, Reasons.TERMINATION_REQUESTED)
-        if ended := await self._ended(work, sighting):
+        if ended := await fail_if_ended(work, sighting):
             return ended
         if goal is Goal.READY and not work.ctx.observe_only:
             return await work.enter(Phase.STARTING, Reasons.START_REQUESTED)
@@ -354,7 +161,7 @@ class WorkersController(Controller[LabWorker]):
             # Started behind our back. The only way from Stopped is through Starting.
             await work.enter(Phase.STARTING, Reasons.INSTANCE_RUNNING)
             return await work.enter(Phase.STOPPING, Reasons.STOP_REQUESTED)
-        return self._rest()
+        return self._pace.rest()
 
     async def _failed(self, work: Work) -> Result:
         goal, ec2 = goal_of(work.worker), work.worker.status.ec2
@@ -370,49 +177,14 @@ class WorkersController(Controller[LabWorker]):
                     await self._ec2.record(work, sighting.instance)
         except AwsError as error:
             await work.ec2_trouble(reason_of(error), str(error))
-            return self._rest()
+            return self._pace.rest()
         if not may_retry(work.worker):
-            return self._rest()  # a change of spec or annotation wakes us
-        if ec2.instance_id is None or gone:
+            return self._pace.rest()  # a change of spec or annotation wakes us
+        if work.worker.status.ec2.instance_id is None or gone:
             return await work.enter(Phase.PENDING, Reasons.RETRY, forget_ended if gone else None)
         if goal is Goal.STOPPED:
             return await work.enter(Phase.STOPPING, Reasons.STOP_REQUESTED)
         return await work.enter(Phase.STARTING, Reasons.RETRY)
-
-    async def _ended(self, work: Work, sighting: Sighting | None) -> Result | None:
-        """Fail if the instance is proved to have ended; everything on it is lost, which only a person may accept."""
-        if sighting is None:
-            return None
-        instance = sighting.instance
-        if not sighting.gone and (instance is None or instance.state != "shutting-down"):
-            return None
-        known = work.worker.status.ec2.instance_id
-        why = f": {instance.state_reason}" if instance is not None and instance.state_reason else ""
-        message = f"{known} was terminated outside of lrm{why}"
-        return await work.fail(Reasons.INSTANCE_TERMINATED, message, _note_ended)
-
-    def _is_off(self, sighting: Sighting | None) -> bool:
-        return sighting is not None and sighting.instance is not None and sighting.instance.state == "stopped"
-
-    def _is_over(self, work: Work, since: Any, seconds: float) -> bool:
-        """Whether a deadline has passed; observing only, nothing can have moved, so none does."""
-        return not work.ctx.observe_only and over(since, seconds, work.now)
-
-    def _soon(self) -> Result:
-        return Result.after(self._settings.worker_poll_interval)
-
-    def _rest(self) -> Result:
-        return Result.after(self._settings.worker_rest_interval)
-
-    def _uneasy(self) -> Result:
-        """After a failed look: sooner than at rest, and not so soon that three of them are one outage of seconds."""
-        return Result.after(max(self._settings.worker_poll_interval, self._settings.worker_rest_interval / 4))
-
-    def _backoff(self, work: Work) -> Result:
-        """Longer between tries the longer it has been tried, so that a full account is not asked every 5 s."""
-        began = work.worker.status.timestamps.provisioning_started_at
-        tried = (work.now - began).total_seconds() if began is not None else 0.0
-        return Result.after(max(self._settings.worker_poll_interval, min(60.0, tried / 5)))
 
 
 def is_busy(work: Work) -> bool:
@@ -444,22 +216,3 @@ def _concerning(resource: Any) -> dict[str, Any]:
     status = {k: v for k, v in wire["status"].items() if not k.startswith(LABS)}
     status["conditions"] = [c for c in status.get("conditions", ()) if c["type"] != "LabsSynced"]
     return {**wire, "status": status}
-
-
-def _fresh_registration(worker: LabWorker) -> None:
-    worker.status.cml.registration = None
-
-
-def _licensed(worker: LabWorker) -> None:
-    worker.status.cml.licensed, worker.status.cml.registration = True, None
-
-
-def _note_ended(worker: LabWorker) -> None:
-    worker.status.ec2.state = "terminated"
-    worker.status.ec2.public_ip = worker.status.ec2.private_ip = None
-
-
-def forget_ended(worker: LabWorker) -> None:
-    """Let the ended instance go, so that the next launch is a new attempt."""
-    forget_instance(worker)
-    worker.status.ec2.launch = worker.status.ec2.sent_at = None

@@ -18,9 +18,9 @@ from controllers.workers.cml_side import CmlSide, trouble_of
 from controllers.workers.conditions import FAILED_CHECKS
 from controllers.workers.decisions import Goal, drains_before_delete, goal_of, in_doubt, over
 from controllers.workers.kind import LabWorker
+from controllers.workers.pace import Pace
 from controllers.workers.phases import SERVING, Phase, Reasons
-from controllers.workers.provisioning import Provisioner, Sighting, reason_of
-from controllers.workers.settings import WorkerSettings
+from controllers.workers.provisioning import Provisioner, Sighting, fail_if_ended, is_off, reason_of
 from controllers.workers.work import Work
 from lrm.crashpoints import crash_point
 from lrm.reconcile import Result
@@ -47,7 +47,7 @@ class Departure:
         provisioner: Provisioner,
         cml: CmlSide,
         claims: Claims,
-        settings: WorkerSettings,
+        pace: Pace,
         *,
         busy: Callable[[Work], bool],
         check: Callable[[Work], Awaitable[bool]],
@@ -55,7 +55,8 @@ class Departure:
         self._ec2 = provisioner
         self._cml = cml
         self._claims = claims
-        self._settings = settings
+        self._pace = pace
+        self._settings = pace.settings
         self._busy = busy
         self._check = check
 
@@ -71,7 +72,7 @@ class Departure:
         if drains and work.phase in SERVING:
             return await work.enter(Phase.DRAINING, Reasons.DELETING)
         if drains and work.phase is Phase.DRAINING and not self._is_drained(work):
-            return self._soon()
+            return self._pace.rest()
         if work.phase in {Phase.UNLICENSING, Phase.TERMINATING_EC2}:
             return await self.step(work)
         return await self.leave(work, Reasons.DELETING)
@@ -95,24 +96,22 @@ class Departure:
             return await self._stopping(work)
         return await self._terminating(work)
 
-    async def draining(self, work: Work, sighting: Sighting | None) -> Result:  # noqa: PLR0911 - a step of the life: each way out says what is next
+    async def draining(self, work: Work, sighting: Sighting | None) -> Result:  # noqa: PLR0911 - each way out says what is next
         """Wait until no lab runs, or the time for it is over; a wish to be Ready again cancels."""
         goal, worker = goal_of(work.worker), work.worker
         licensed = worker.status.cml.licensed
-        instance = sighting.instance if sighting else None
-        if sighting is not None and (sighting.gone or (instance is not None and instance.state == "shutting-down")):
-            message = f"{worker.status.ec2.instance_id} was terminated outside of lrm"
-            return await work.fail(Reasons.INSTANCE_TERMINATED, message)
-        if instance is not None and instance.state == "stopped":
+        if ended := await fail_if_ended(work, sighting):
+            return ended
+        if is_off(sighting):
             # No lab runs there any more; what comes next, the phase after Stopping decides.
             return await work.enter(Phase.STOPPING, Reasons.INSTANCE_STOPPED)
         if goal is Goal.READY:
             return await work.enter(Phase.READY if licensed else Phase.READY_UNLICENSED, Reasons.DRAIN_CANCELLED)
         await self._check(work)
         if not self._is_drained(work):
-            return self._soon()
+            return self._pace.rest()  # the last lab that stops wakes us
         if goal is Goal.DRAINING:
-            return Result.after(self._settings.worker_rest_interval)  # drained: a change of the spec wakes us
+            return self._pace.rest()  # drained: a change of the spec wakes us
         reason = Reasons.DRAIN_TIMEOUT if self._busy(work) else Reasons.DRAINED
         if goal is Goal.TERMINATED:
             return await self.leave(work, reason)
@@ -133,7 +132,7 @@ class Departure:
         if not worker.status.cml.licensed:
             return await work.enter(onward, Reasons.DEREGISTERED)
         if work.ctx.observe_only:
-            return self._soon()
+            return self._pace.soon()
         try:
             outcome = await self._cml.deregister(work)
         except CmlError as error:
@@ -142,7 +141,7 @@ class Departure:
             if not foreign and not over(began, self._settings.worker_license_deadline, work.now):
                 if trouble := trouble_of(error):
                     await self._cml.note_trouble(work, *trouble, counts=False, most=FAILED_CHECKS)
-                return self._soon()
+                return self._pace.soon()
             await work.leaked_seat(Reasons.DEREGISTRATION_FAILED, str(error))
         else:
             crash_point("workers.unlicense.sent")
@@ -160,10 +159,9 @@ class Departure:
                 await self._ec2.record(work, sighting.instance)
             await self._ec2.remove(work, sighting.surplus)
             instance = sighting.instance
-            if sighting.gone or (instance is not None and instance.state == "shutting-down"):
-                message = f"{worker.status.ec2.instance_id} was terminated outside of lrm"
-                return await work.fail(Reasons.INSTANCE_TERMINATED, message)
-            if instance is not None and instance.state == "stopped":
+            if ended := await fail_if_ended(work, sighting):
+                return ended
+            if is_off(sighting):
                 self._cml.sessions.retire(worker.uid)
                 return await work.enter(Phase.STOPPED, Reasons.INSTANCE_STOPPED)
             if instance is not None and instance.state == "running" and not work.ctx.observe_only:
@@ -174,7 +172,7 @@ class Departure:
         if not work.ctx.observe_only and over(began, self._settings.worker_ec2_deadline, work.now):
             message = f"the instance did not stop within {self._settings.worker_ec2_deadline:g} s"
             return await work.fail(Reasons.STOP_TIMEOUT, message)
-        return self._soon()
+        return self._pace.soon()
 
     async def _terminating(self, work: Work) -> Result:
         ec2 = work.worker.status.ec2
@@ -191,11 +189,11 @@ class Departure:
         except AwsError as error:
             # An error is no proof of anything, and a host that runs is billed: this goes on until EC2 says "ended".
             await work.ec2_trouble(reason_of(error), str(error))
-            return self._soon()
+            return self._pace.soon()
         if live or in_doubt(ec2, work.now, self._settings.worker_trace_timeout):
             state = next((i.state for i in live if i.id == ec2.instance_id), ec2.state)
             await work.write(lambda w: setattr(w.status.ec2, "state", state))
-            return self._soon()
+            return self._pace.soon()
         crash_point("workers.terminate.ended")
         self._cml.sessions.retire(work.worker.uid)
         result = await work.enter(Phase.TERMINATED, Reasons.INSTANCE_TERMINATED, _ended)
@@ -205,18 +203,18 @@ class Departure:
     async def _retain(self, work: Work) -> Result:
         """Let the object go and the instance be: only what marks it as ours is taken away."""
         worker = work.worker
-        instance_id = worker.status.ec2.instance_id
-        if instance_id is not None and not work.ctx.observe_only:
+        ec2 = worker.status.ec2
+        if (ec2.instance_id is not None or ec2.attempt) and not work.ctx.observe_only:
             try:
-                await self._ec2.unmark(work, instance_id)
+                await self._ec2.unmark(work)
             except AwsError as error:
                 await work.ec2_trouble(reason_of(error), str(error))
                 if not over(worker.metadata.deletion_timestamp, self._settings.worker_ec2_deadline, work.now):
-                    return self._soon()
+                    return self._pace.soon()
                 # Tags are no reason to hold an object for ever; the log is what is left of it.
-                work.log.warning("worker.retained_with_tags", instance=instance_id, error=str(error))
+                work.log.warning("worker.retained_with_tags", instance=ec2.instance_id, error=str(error))
             crash_point("workers.retain.unmarked")
-        work.log.info("worker.retained", instance=instance_id)
+        work.log.info("worker.retained", instance=ec2.instance_id)
         return await self._let_go(work)
 
     async def _let_go(self, work: Work) -> Result:
@@ -233,9 +231,6 @@ class Departure:
             return True
         limit = worker.spec.drain_timeout_minutes * 60
         return over(worker.status.timestamps.draining_started_at, limit, work.now)
-
-    def _soon(self) -> Result:
-        return Result.after(self._settings.worker_poll_interval)
 
 
 def _unlicensed(worker: LabWorker) -> None:

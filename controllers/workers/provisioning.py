@@ -19,6 +19,7 @@ from controllers.aws.errors import (
     AwsCapacity,
     AwsError,
     AwsIdempotentMismatch,
+    AwsNotFound,
     AwsOutcomeUnknown,
     AwsQuota,
     AwsThrottled,
@@ -40,6 +41,7 @@ from controllers.workers.phases import Conditions, Reasons
 from controllers.workers.settings import WorkerSettings
 from controllers.workers.work import Change, Work, forget_instance
 from lrm.crashpoints import crash_point
+from lrm.reconcile import Result
 
 CRASH_POINTS = (
     "workers.launch.looked",
@@ -59,6 +61,7 @@ _REASONS: tuple[tuple[type[AwsError], str], ...] = (
     (AwsThrottled, "Throttled"),
     (AwsAuthError, "AWSAuthFailed"),
     (AwsBadInput, Reasons.LAUNCH_REFUSED),
+    (AwsNotFound, Reasons.LAUNCH_REFUSED),
     (AwsWrongState, "WrongState"),
     (AwsUnavailable, "AWSUnavailable"),
     (AwsOutcomeUnknown, "OutcomeUnknown"),
@@ -211,13 +214,16 @@ class Provisioner:
             work.ctx.check_leading()
             await self._ec2.create_tags(work.worker.spec.region, instance.id, wanted)
 
-    async def unmark(self, work: Work, instance_id: str) -> None:
-        """Take the tags away by which an instance counts as this installation's."""
-        work.ctx.check_leading()
-        try:
-            await self._ec2.delete_tags(work.worker.spec.region, instance_id, tags_of(work.worker, self._installation))
-        except Ec2NotFound:
-            return
+    async def unmark(self, work: Work) -> None:
+        """Take the tags by which they count as this installation's from all instances of the worker."""
+        marked = {work.worker.status.ec2.instance_id, *(i.id for i in await self._carriers(work))} - {None}
+        for instance_id in sorted(str(m) for m in marked):
+            work.ctx.check_leading()
+            try:
+                tags = tags_of(work.worker, self._installation)
+                await self._ec2.delete_tags(work.worker.spec.region, instance_id, tags)
+            except Ec2NotFound:
+                continue
 
     async def live(self, work: Work) -> list[Ec2Instance]:
         """Every instance of this worker that may still cost something: by tag, and the recorded one."""
@@ -334,3 +340,25 @@ def note_instance(worker: LabWorker, instance: Ec2Instance) -> None:
     ec2.public_ip = None if off else instance.public_ip or None
     ec2.private_ip = None if off else instance.private_ip or None
     ec2.last_error = None
+
+
+async def fail_if_ended(work: Work, sighting: Sighting | None) -> Result | None:
+    """Fail if the instance is proved to have ended: what was on it is lost, and only a person may accept that."""
+    if sighting is None:
+        return None
+    instance = sighting.instance
+    if not sighting.gone and (instance is None or instance.state != "shutting-down"):
+        return None
+    known = work.worker.status.ec2.instance_id
+    why = f": {instance.state_reason}" if instance is not None and instance.state_reason else ""
+    return await work.fail(Reasons.INSTANCE_TERMINATED, f"{known} was terminated outside of lrm{why}", _note_ended)
+
+
+def is_off(sighting: Sighting | None) -> bool:
+    """Whether EC2 was heard to say that the instance is stopped."""
+    return sighting is not None and sighting.instance is not None and sighting.instance.state == "stopped"
+
+
+def _note_ended(worker: LabWorker) -> None:
+    worker.status.ec2.state = "terminated"
+    worker.status.ec2.public_ip = worker.status.ec2.private_ip = None

@@ -166,3 +166,19 @@ def forget_instance(worker: LabWorker) -> None:
     cml.identity = cml.version = cml.registration = None
     cml.licensed = False
     worker.status.capacity = None
+
+
+def forget_ended(worker: LabWorker) -> None:
+    """Let an instance that has ended go, so that the next launch is a new attempt."""
+    forget_instance(worker)
+    worker.status.ec2.launch = worker.status.ec2.sent_at = None
+
+
+def fresh_registration(worker: LabWorker) -> None:
+    """Begin a registration that owes nothing to an earlier one."""
+    worker.status.cml.registration = None
+
+
+def licensed_now(worker: LabWorker) -> None:
+    """Note that CML said so, before the next report does."""
+    worker.status.cml.licensed, worker.status.cml.registration = True, None

@@ -45,9 +45,9 @@ async def test_a_bad_ami_fails_at_once_and_a_changed_spec_tries_anew(world: Work
     [
         ("throttle", "Throttled"),
         ("quota", "QuotaExceeded"),
-        ("vcpu", "QuotaExceeded"),
-        ("capacity", "InsufficientCapacity"),
-        ("auth", "AWSAuthFailed"),
+        pytest.param("vcpu", "QuotaExceeded", marks=pytest.mark.soak),
+        pytest.param("capacity", "InsufficientCapacity", marks=pytest.mark.soak),
+        pytest.param("auth", "AWSAuthFailed", marks=pytest.mark.soak),
         ("server-error", "AWSError"),
     ],
 )

@@ -59,8 +59,8 @@ async def test_a_cml_that_never_boots_ends_in_failed_and_retry_goes_on_with_the_
     ("fault", "how", "reason"),
     [
         ("status", {"status": 500, "path": "/licensing"}, "BadAnswer"),
-        ("status", {"status": 404, "path": "/system_information"}, "BadAnswer"),
-        ("truncate", {"path": "/system_information"}, "BadAnswer"),
+        pytest.param("status", {"status": 404, "path": "/system_information"}, "BadAnswer", marks=pytest.mark.soak),
+        pytest.param("truncate", {"path": "/system_information"}, "BadAnswer", marks=pytest.mark.soak),
         ("status", {"status": 403, "path": "/licensing"}, "NotAdmin"),
         ("drop", {"path": "/system_information"}, "Unreachable"),
         ("status", {"status": 403, "path": "/auth_extended"}, "CredentialsRefused"),
@@ -165,9 +165,9 @@ async def test_a_registration_that_never_completes_ends_by_its_deadline(
     [
         ("drop-answer", {"times": 1}),
         ("drop", {"times": 1}),
-        ("html", {"status": 502, "times": 2}),
-        ("status", {"status": 500, "times": 1}),
-        ("status", {"status": 409, "times": 1}),
+        pytest.param("html", {"status": 502, "times": 2}, marks=pytest.mark.soak),
+        pytest.param("status", {"status": 500, "times": 1}, marks=pytest.mark.soak),
+        pytest.param("status", {"status": 409, "times": 1}, marks=pytest.mark.soak),
     ],
 )
 async def test_a_lost_answer_to_the_registration_ends_licensed_all_the_same(

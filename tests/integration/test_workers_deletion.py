@@ -44,9 +44,12 @@ async def claims(world: WorkersWorld) -> dict[str, str]:
     return {e.key.rpartition("/")[2]: orjson.loads(e.value)["uid"] for e in page.entries}
 
 
+SOAK = ("EC2Ready", "Starting", "Draining", "Stopping", "Stopped")
+
+
 @pytest.mark.parametrize(
     "when",
-    ["Pending", "ProvisioningEC2", "EC2Ready", "Starting", "Licensing", "Ready", "Draining", "Stopping", "Stopped"],
+    ["Pending", "ProvisioningEC2", "Licensing", "Ready", *(pytest.param(p, marks=pytest.mark.soak) for p in SOAK)],
 )
 async def test_a_deletion_in_any_phase_leaves_no_instance_and_no_object(
     monkeypatch: pytest.MonkeyPatch, moto_url: str, when: str

@@ -19,7 +19,7 @@ from controllers.aws.ec2 import Ec2
 from controllers.aws.simulator import DEMO_AMI, DEMO_KEY, AwsShim, ShimOptions
 from controllers.cml.simulator import Simulator
 from controllers.plugin import plugin
-from controllers.workers import cml_side, controller, departure, provisioning
+from controllers.workers import arrival, cml_side, departure, provisioning
 from controllers.workers.decisions import launch_parameters
 from controllers.workers.kind import LabWorker
 from equipment.daemons import DaemonProcess
@@ -36,7 +36,7 @@ WORKERS = "/apis/lab.neuroglia.io/v1/namespaces/default/labworkers"
 ALL = (
     *provisioning.CRASH_POINTS,
     *cml_side.CRASH_POINTS,
-    *controller.CRASH_POINTS,
+    *arrival.CRASH_POINTS,
     *departure.CRASH_POINTS,
 )
 SAMPLE = {"workers.launch.recorded", "workers.launch.sent", "workers.license.sent", "workers.terminate.sent"}
