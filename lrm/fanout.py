@@ -99,6 +99,8 @@ class Fanout:
         self.broken = 0
         """Counts relists; a subscription does not outlive one."""
         self.stopped = False
+        self.readers = 0
+        """Open subscriptions."""
         self._unsubscribe = cache.subscribe(self._on_update)
 
     def stop(self) -> None:
@@ -129,7 +131,11 @@ class Fanout:
         async with AsyncExitStack() as stack:
             subscription = Subscription(self, _View(kind, namespace, selector), after_revision, repeat=repeat)
             await subscription.open(stack)
-            yield subscription
+            self.readers += 1
+            try:
+                yield subscription
+            finally:
+                self.readers -= 1
 
     def news(self, plural: str) -> asyncio.Event:
         """Set when something happens to a kind after this call."""

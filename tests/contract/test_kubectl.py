@@ -1,0 +1,296 @@
+"""kubectl, a program of another project, does its daily work against the API."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+import os
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from equipment import certificates, fetch_kubectl
+from equipment.api import Served, path_of, served, telescope, tokens_file
+from equipment.debian import NotHere
+from equipment.waiting import until
+from storage.memory import MemoryStorage
+
+
+@dataclass
+class Ran:
+    code: int
+    out: str
+    err: str
+
+
+class Kubectl:
+    """The program, with a home of its own: no configuration of the machine's user plays a part."""
+
+    def __init__(self, program: Path, url: str, home: Path, *options: str) -> None:
+        self._argv = [str(program), "--server", url, "--cache-dir", str(home / "cache"), *options]
+        self._env = {"HOME": str(home), "KUBECONFIG": os.devnull, "PATH": os.environ["PATH"]}
+
+    async def start(self, *args: str, stdin: bool = False, **env: str) -> asyncio.subprocess.Process:
+        pipe = asyncio.subprocess.PIPE
+        return await asyncio.create_subprocess_exec(
+            *self._argv,
+            *args,
+            stdin=pipe if stdin else asyncio.subprocess.DEVNULL,
+            stdout=pipe,
+            stderr=pipe,
+            env={**self._env, **env},
+        )
+
+    async def run(self, *args: str, given: Any = None, **env: str) -> Ran:
+        """Run it to its end; documents in `given` go to its standard input as YAML."""
+        process = await self.start(*args, stdin=given is not None, **env)
+        text: bytes | None = None
+        if given is not None:
+            text = (given if isinstance(given, str) else yaml.safe_dump_all(_many(given))).encode()
+        try:
+            async with asyncio.timeout(40):
+                out, err = await process.communicate(text)
+        except BaseException:
+            process.kill()
+            await process.wait()
+            raise
+        return Ran(process.returncode or 0, out.decode(), err.decode())
+
+    async def __call__(self, *args: str, given: Any = None, **env: str) -> str:
+        """Run it; it must succeed."""
+        ran = await self.run(*args, given=given, **env)
+        assert ran.code == 0, ran
+        return ran.out
+
+
+def _many(given: Any) -> list[Any]:
+    return given if isinstance(given, list) else [given]
+
+
+@pytest.fixture(scope="session")
+def program() -> Path:
+    try:
+        return fetch_kubectl.bring()
+    except NotHere as error:
+        pytest.skip(f"no kubectl of 1.27 or later: {error}")
+
+
+@pytest.fixture
+async def api() -> AsyncIterator[Served]:
+    async with served(MemoryStorage()) as it:
+        yield it
+
+
+@pytest.fixture
+def kubectl(program: Path, api: Served, tmp_path: Path) -> Kubectl:
+    return Kubectl(program, api.url, tmp_path)
+
+
+async def test_it_finds_the_server_and_its_kinds(kubectl: Kubectl) -> None:
+    assert "Server Version: v1.32.0-lrm" in await kubectl("version")
+    listed = await kubectl("api-resources")
+    for line in ("telescopes   tel", "sightings", "namespaces   ns", "events       ev"):
+        assert line in listed
+    verbs = await kubectl("api-resources", "-o", "wide")
+    [sightings] = [line for line in verbs.splitlines() if line.startswith("sightings")]
+    assert "create" not in sightings
+    assert "default" in await kubectl("get", "namespaces")
+
+
+async def test_apply_creates_then_changes_nothing_then_what_changed_and_removes_what_went(
+    kubectl: Kubectl, api: Served
+) -> None:
+    document = telescope(labels={"track": "ccna", "old": "x"})
+    document["spec"]["note"] = "a note"
+    assert "created" in await kubectl("apply", "-f", "-", given=document)
+    first = (await api.get(path_of("hubble"))).body
+    assert "unchanged" in await kubectl("apply", "-f", "-", given=document)
+    assert (await api.get(path_of("hubble"))).body == first
+    del document["spec"]["note"], document["metadata"]["labels"]["old"]
+    document["spec"]["mirror"]["diameterCm"] = 300
+    assert "configured" in await kubectl("apply", "-f", "-", given=document)
+    changed = (await api.get(path_of("hubble"))).body
+    assert "note" not in changed["spec"]
+    assert changed["spec"]["mirror"]["diameterCm"] == 300
+    assert changed["metadata"]["labels"] == {"track": "ccna"}
+    assert changed["metadata"]["generation"] == 2
+
+
+async def test_apply_of_several_documents_and_of_the_seeds_spelling(kubectl: Kubectl) -> None:
+    documents = [telescope(f"t{i}") for i in range(3)]
+    documents[0]["spec"]["mirror"] = {"diameter_cm": 5}
+    out = await kubectl("apply", "-f", "-", given=documents)
+    assert out.count("created") == 3
+    assert await kubectl("get", "tel", "t0", "-o", "jsonpath={.spec.mirror.diameterCm}") == "5"
+
+
+async def test_apply_tells_every_wrong_field_and_stores_nothing(kubectl: Kubectl, api: Served) -> None:
+    document = telescope()
+    document["spec"] = {"site": 5, "mirror": {"diameterCm": 0, "shape": "odd"}}
+    ran = await kubectl.run("apply", "-f", "-", given=document)
+    assert ran.code != 0
+    for field in ("spec.site", "spec.mirror.diameterCm", "spec.mirror.shape"):
+        assert field in ran.err
+    assert (await api.storage.list("/")).entries == ()
+
+
+async def test_get_prints_tables_and_documents_and_selects(kubectl: Kubectl, api: Served) -> None:
+    await api.make("a", labels={"track": "ccna"})
+    await api.make("b", "elsewhere", labels={"track": "ccnp"})
+    assert (await kubectl("get", "telescopes")).split()[:4] == ["NAME", "SITE", "PHASE", "AGE"]
+    assert "DIAMETER" in await kubectl("get", "tel", "-o", "wide")
+    everywhere = await kubectl("get", "tel", "-A", "--show-labels")
+    assert "NAMESPACE" in everywhere
+    assert "track=ccnp" in everywhere
+    assert (await kubectl("get", "tel", "-A", "-l", "track=ccnp", "-o", "name")).split() == [
+        "telescope.astro.example.io/b"
+    ]
+    assert "a" in await kubectl("get", "tel", "--field-selector", "status.phase=pending,metadata.name=a", "-o", "name")
+    assert yaml.safe_load(await kubectl("get", "tel", "a", "-o", "yaml"))["spec"]["site"] == "orbit"
+    assert json.loads(await kubectl("get", "tel,sightings", "-A", "-o", "json"))["kind"] == "List"
+    assert "No resources found" in (await kubectl.run("get", "sightings")).err
+    assert await kubectl("get", "--raw", "/readyz") == "ok\n"
+    missing = await kubectl.run("get", "tel", "nothing")
+    assert missing.err.strip() == 'Error from server (NotFound): telescopes.astro.example.io "nothing" not found'
+
+
+async def test_get_reads_long_lists_in_chunks(kubectl: Kubectl, api: Served) -> None:
+    for i in range(23):
+        await api.make(f"t{i:02}")
+    out = await kubectl("get", "tel", "--chunk-size=5", "-o", "name")
+    assert out.split() == [f"telescope.astro.example.io/t{i:02}" for i in range(23)]
+
+
+async def test_describe_and_explain(kubectl: Kubectl, api: Served) -> None:
+    await api.make("a", labels={"track": "ccna"})
+    described = await kubectl("describe", "telescope", "a")
+    for part in ("Name:", "track=ccna", "Diameter Cm:  240", "Events:  <none>"):
+        assert part in described
+    assert "What collects the light" in await kubectl("explain", "tel.spec.mirror")
+    tree = await kubectl("explain", "telescopes", "--recursive")
+    for part in ("diameterCm\t<integer> -required-", "enum: Silver, Gold", "phaseHistory\t<[]PhaseChange>"):
+        assert part in tree
+
+
+async def test_label_annotate_patch_replace_and_edit(kubectl: Kubectl, api: Served, tmp_path: Path) -> None:
+    await api.make("a", labels={"old": "x"})
+    await kubectl("label", "tel", "a", "new=y", "old-")
+    await kubectl("annotate", "tel", "a", "example.io/note=some text")
+    await kubectl("patch", "tel", "a", "--type=merge", "-p", '{"spec":{"tracking":true}}')
+    await kubectl("patch", "tel", "a", "--type=json", "-p", '[{"op":"add","path":"/spec/tags/x","value":"y"}]')
+    metadata = (await api.get(path_of("a"))).body["metadata"]
+    assert (metadata["labels"], metadata["annotations"]) == ({"new": "y"}, {"example.io/note": "some text"})
+    await kubectl("edit", "tel", "a", KUBE_EDITOR="sed -i s/diameterCm:.240/diameterCm:\\ 77/")
+    edited = await kubectl("get", "tel", "a", "-o", "yaml")
+    assert yaml.safe_load(edited)["spec"]["mirror"]["diameterCm"] == 77
+    assert "replaced" in await kubectl("replace", "-f", "-", given=edited.replace("77", "78"))
+    late = await kubectl.run("replace", "-f", "-", given=edited)
+    assert "Conflict" in late.err
+    spec = (await api.get(path_of("a"))).body["spec"]
+    assert (spec["tracking"], spec["tags"], spec["mirror"]["diameterCm"]) == (True, {"x": "y"}, 78)
+
+
+async def test_create_refuses_what_is_there_and_what_users_may_not_make(kubectl: Kubectl) -> None:
+    await kubectl("create", "-f", "-", given=telescope())
+    assert "AlreadyExists" in (await kubectl.run("create", "-f", "-", given=telescope())).err
+    sighting = {"apiVersion": "astro.example.io/v1", "kind": "Sighting", "metadata": {"name": "s"}}
+    refused = await kubectl.run("create", "-f", "-", given={**sighting, "spec": {"telescope": "t"}})
+    assert "they appear when something is seen" in refused.err
+
+
+async def test_a_server_side_dry_run_changes_nothing(kubectl: Kubectl, api: Served) -> None:
+    assert "created (server dry run)" in await kubectl("apply", "--dry-run=server", "-f", "-", given=telescope())
+    assert (await api.get(path_of("hubble"))).status == 404
+    await api.make("a")
+    assert "deleted (server dry run)" in await kubectl("delete", "tel", "a", "--dry-run=server")
+    assert (await api.get(path_of("a"))).status == 200
+
+
+async def test_delete_waits_until_it_is_gone(kubectl: Kubectl, api: Served) -> None:
+    await api.make("a", finalizers=["example.io/hold"])
+    deleting = await kubectl.start("delete", "tel", "a")
+
+    async def marked() -> bool:
+        return "deletionTimestamp" in (await api.get(path_of("a"))).body["metadata"]
+
+    await until(marked, "the deletion")
+    waiting = await kubectl.start("wait", "--for=delete", "tel/a", "--timeout=30s")
+    assert deleting.returncode is None
+    await api.merge(path_of("a"), {"metadata": {"finalizers": []}})
+    for process in (deleting, waiting):
+        out, err = await process.communicate()
+        assert process.returncode == 0, (out, err)
+
+
+async def test_delete_by_label_and_all(kubectl: Kubectl, api: Served) -> None:
+    for i in range(4):
+        await api.make(f"t{i}", labels={"odd": str(i % 2)})
+    assert (await kubectl("delete", "tel", "-l", "odd=1")).count("deleted") == 2
+    assert (await kubectl("delete", "tel", "--all")).count("deleted") == 2
+    assert (await api.get(path_of())).body["items"] == []
+
+
+async def test_wait_sees_conditions_and_fields_as_they_come(kubectl: Kubectl, api: Served) -> None:
+    await api.make("a")
+    ready = await kubectl.start("wait", "--for=condition=Ready", "tel/a", "--timeout=30s")
+    azimuth = await kubectl.start("wait", "--for=jsonpath={.status.azimuth}=42", "tel/a", "--timeout=30s")
+
+    await until(lambda: api.fanout.readers >= 2, "two watches", timeout=20)
+    condition = {"type": "Ready", "status": "True", "reason": "Aimed", "lastTransitionTime": "2026-01-01T00:00:00Z"}
+    status = {"status": {"observedGeneration": 1, "azimuth": 42, "conditions": [condition]}}
+    answer = await api.merge(path_of("a", sub="status"), status, params={"fieldManager": "telescopes"})
+    assert answer.status == 200
+    for process in (ready, azimuth):
+        out, err = await process.communicate()
+        assert (process.returncode, b"condition met" in out) == (0, True), (out, err)
+
+
+async def test_the_status_is_shown_and_refused_to_who_does_not_own_it(kubectl: Kubectl, api: Served) -> None:
+    await api.make("a")
+    assert "Pending" in await kubectl("get", "tel", "a", "--subresource=status", "-o", "yaml")
+    patch = ("patch", "tel", "a", "--subresource=status", "--type=merge", "-p", '{"status":{"azimuth":5}}')
+    refused = await kubectl.run(*patch)
+    assert "status.azimuth (owned by telescopes)" in refused.err
+    await kubectl(*patch, "--field-manager=telescopes")
+    assert await kubectl("get", "tel", "a", "-o", "jsonpath={.status.azimuth}") == "5"
+
+
+async def test_get_w_prints_what_happens(kubectl: Kubectl, api: Served) -> None:
+    await api.make("a")
+    watching = await kubectl.start("get", "tel", "-w", "--output-watch-events")
+    assert watching.stdout is not None
+    async with asyncio.timeout(20):
+        assert (await watching.stdout.readline()).split()[:2] == [b"EVENT", b"NAME"]
+        assert (await watching.stdout.readline()).split()[:2] == [b"ADDED", b"a"]
+        await api.make("b")
+        assert (await watching.stdout.readline()).split()[:2] == [b"ADDED", b"b"]
+        await api.merge(path_of("b"), {"metadata": {"labels": {"x": "y"}}})
+        assert (await watching.stdout.readline()).split()[:2] == [b"MODIFIED", b"b"]
+        await api.call("DELETE", path_of("b"))
+        assert (await watching.stdout.readline()).split()[:2] == [b"DELETED", b"b"]
+    watching.kill()
+    await watching.wait()
+
+
+async def test_tokens_decide_over_tls(program: Path, tmp_path: Path) -> None:
+    made = certificates.make(tmp_path / "tls")
+    entries = [
+        {"name": name, "sha256": hashlib.sha256(name.encode()).hexdigest(), "role": name}
+        for name in ("viewer", "manager")
+    ]
+    secured = {"tls_cert": made.server.cert, "tls_key": made.server.key, "tokens_file": tokens_file(tmp_path, *entries)}
+    async with served(MemoryStorage(), **secured) as api:
+        trusting = ("--certificate-authority", str(made.ca))
+        manager = Kubectl(program, api.url, tmp_path / "m", *trusting, "--token", "manager")
+        viewer = Kubectl(program, api.url, tmp_path / "v", *trusting, "--token", "viewer")
+        assert "created" in await manager("apply", "-f", "-", given=telescope())
+        assert "hubble" in await viewer("get", "tel")
+        assert "Forbidden" in (await viewer.run("delete", "tel", "hubble")).err
+        nobody = Kubectl(program, api.url, tmp_path / "n", *trusting, "--token", "nobody")
+        assert (await nobody.run("get", "tel")).code != 0
+        assert "deleted" in await manager("delete", "tel", "hubble")
