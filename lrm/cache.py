@@ -111,6 +111,8 @@ class Cache:
         self._subscribers: list[Subscriber] = []
         self._waiters: list[tuple[int, asyncio.Future[None]]] = []
         self._watch: Watch | None = None
+        self._watching = asyncio.Event()
+        """Set while `_watch` is there."""
         self._synced = asyncio.Event()
         self._undecodable: set[str] = set()
         """Keys whose values were reported, so that each is logged once."""
@@ -211,13 +213,21 @@ class Cache:
 
         Raises `CacheBehind`, `Unavailable`, `StoreReset`.
         """
-        watch = self._watch
-        if watch is None:
-            raise CacheBehind(f"the cache is not following the store: {self.error}")
         started = self._clock.monotonic()
-        revision = await watch.barrier(timeout)
+        watch = await self._following(timeout)
+        revision = await watch.barrier(max(0.05, timeout - (self._clock.monotonic() - started)))
         await self.wait_for(revision, max(0.05, timeout - (self._clock.monotonic() - started)))
         return revision
+
+    async def _following(self, timeout: float) -> Watch:
+        """The open watch: while it is being opened anew, callers wait for it. Raises `CacheBehind`."""
+        try:
+            async with self._clock.timeout(timeout):
+                while self._watch is None:
+                    await self._watching.wait()
+        except TimeoutError as error:
+            raise CacheBehind(f"the cache is not following the store: {self.error}") from error
+        return self._watch
 
     async def run(self) -> None:
         """List, watch, and begin again after any failure; ends only by cancellation."""
@@ -229,6 +239,7 @@ class Cache:
                         await self._relist()
                     async with self._storage.watch(self._registry.prefix, self.revision, live=True) as watch:
                         self._watch, self.error, delay = watch, "", _RETRY_FIRST
+                        self._watching.set()
                         async for batch in watch:
                             self._apply(batch)
                 except (Compacted, FutureRevision, StoreReset) as error:
@@ -240,6 +251,7 @@ class Cache:
                     delay = min(delay * 2, _RETRY_MOST)
                 finally:
                     self._watch = None
+                    self._watching.clear()
         finally:
             self.error = "stopped"
             self._fail_waiters(CacheBehind("the cache has stopped"))
