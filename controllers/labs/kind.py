@@ -16,7 +16,7 @@ from pydantic import BeforeValidator, Field
 from lrm.cache import Cache
 from lrm.errors import Cause
 from lrm.kind import Column, Kind
-from lrm.model import Model, Timestamp, rfc3339
+from lrm.model import Model, Timestamp
 from lrm.resource import AnyResource, ObjectMeta, Resource, Status
 
 LABS = "labs"
@@ -172,11 +172,6 @@ def _present(record: LabRecord, lookup: Callable[[str, str, str], AnyResource | 
     return served
 
 
-def _age(record: LabRecord) -> str | None:
-    created = record.metadata.creation_timestamp
-    return rfc3339(created) if created else None
-
-
 LAB_RECORD = Kind(
     model=LabRecord,
     plural="labrecords",
@@ -189,7 +184,6 @@ LAB_RECORD = Kind(
         Column("State", lambda r: r.status.state),
         Column("Nodes", lambda r: r.status.node_count, type="integer"),
         Column("Owner", lambda r: r.status.owner_username or r.status.owner),
-        Column("Age", _age, type="date"),
         Column("Lab", lambda r: r.spec.lab_id, priority=1, description="CML's id of the lab"),
         Column("Links", lambda r: r.status.link_count, type="integer", priority=1),
         Column("Phase", lambda r: r.status.phase, priority=1),

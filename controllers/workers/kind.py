@@ -16,7 +16,7 @@ from pydantic import Field, field_validator, model_validator
 from controllers.workers.phases import TRANSITIONS, Phase
 from lrm.errors import Cause
 from lrm.kind import Column, Kind
-from lrm.model import Model, Timestamp, rfc3339
+from lrm.model import Model, Timestamp
 from lrm.resource import Resource, Status
 from lrm.secrets import SecretRef
 
@@ -350,11 +350,6 @@ def _condition(kind: str) -> Any:
     return value
 
 
-def _created(worker: LabWorker) -> str | None:
-    at = worker.metadata.creation_timestamp
-    return rfc3339(at) if at else None
-
-
 COLUMNS = (
     Column("Phase", lambda w: w.status.phase, description="Where the worker stands in its life."),
     Column("Ready", _condition("Ready"), description="Whether labs can run on it now."),
@@ -363,7 +358,6 @@ COLUMNS = (
     Column("Instance", lambda w: w.status.ec2.instance_id, description="Its EC2 instance."),
     Column("CML", lambda w: w.status.cml.version, description="The version of CML on it."),
     Column("Labs", lambda w: w.status.labs_count, type="integer", description="Labs on it at the last sync."),
-    Column("Age", _created, type="date", description="Since when the object exists."),
     Column("State", lambda w: w.status.ec2.state, description="What EC2 says of the instance.", priority=1),
     Column("Type", lambda w: w.spec.aws.instance_type, description="The instance type.", priority=1),
     Column("Address", lambda w: w.status.cml.api_url, description="Where its CML answers.", priority=1),
