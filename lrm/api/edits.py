@@ -154,7 +154,8 @@ async def delete(request: web.Request) -> web.Response:
         if wanted and wanted != found:
             raise ResourceConflict(kind.plural, target.name, f"the precondition {field} {wanted} is not {found}")
     dependants = edit.api.cache.dependants(current.uid)
-    if dependants and options.propagation != "Orphan":
+    # An object with finalizers has controllers that clean up after it; one without is gone at once.
+    if dependants and options.propagation != "Orphan" and not current.metadata.finalizers:
         edit.call.warn(f"{dependants} objects that belong to this one are not removed with it: delete them as well")
     if options.dry_run:
         left = _outcome(writes.for_delete(kind, current, now=edit.api.clock.now()), current)
