@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from dataclasses import replace
 
@@ -14,6 +15,7 @@ from controllers.workers.kind import LabWorker
 from equipment.aws import boto
 from equipment.waiting import until
 from equipment.workers_world import FAST_CML, INSTALLATION, REGION, WorkersWorld, condition, history, workers_world
+from lrm.election import StaticElection
 from lrm.resource import RETRY_ANNOTATION
 from storage.clock import SystemClock
 
@@ -285,3 +287,27 @@ async def test_the_tags_of_a_worker_name_it_and_its_installation(world: WorkersW
     [instance] = world.instances()
     wanted = {**tags_of(worker, INSTALLATION), "course": "ccna", "Name": "exam-host"}
     assert instance.tags == wanted
+
+
+async def test_a_launch_in_flight_when_leadership_is_lost_is_found_by_the_next_leader(world: WorkersWorld) -> None:
+    slow = world.aws_fault("RunInstances", "slow-reply", seconds=0.5)
+    await world.create()
+    await until(lambda: slow.hits, "the launch sent")
+    world.term.lost()
+    election = StaticElection(world.storage, world.clock, root="/lrm", lock_name="workers", identity="next")
+    async with asyncio.TaskGroup() as tasks:
+        term = await election.acquire()
+        running = tasks.create_task(world.runners[0].run(term))
+        worker = await world.phase("ReadyUnlicensed")
+        assert [i.id for i in world.instances()] == [worker.status.ec2.instance_id]
+        assert worker.status.ec2.attempt == 1
+        running.cancel()
+
+
+async def test_a_deposed_leader_changes_nothing_in_the_store_and_launches_nothing(world: WorkersWorld) -> None:
+    await world.storage.delete("/lrm/leader/workers", expected_revision=world.term.number)
+    await world.create()
+    async with world.clock.timeout(10):
+        await world.term.wait_lost()
+    assert world.instances() == []
+    assert (await world.status()).phase == "Pending"
