@@ -260,7 +260,10 @@ class CmlClient:
 
     async def find_labs_by_title(self, title: str) -> tuple[Lab, ...]:
         """The visible labs of exactly this title, judged by the authoritative ids, not by tiles alone."""
-        return tuple(lab for lab in (await self.list_labs()).labs.values() if lab.title == title)
+        listing = await self.list_labs()
+        if listing.unread:
+            raise CmlBadAnswer(200, f"{len(listing.unread)} labs whose titles CML does not tell")
+        return tuple(lab for lab in listing.labs.values() if lab.title == title)
 
     # Labs: changes
 

@@ -35,7 +35,7 @@ _MAX_PROBES = 32
 
 @dataclass(frozen=True, slots=True)
 class Listing:
-    """What a session sees. `ids` are the authority; each has its data in `labs`."""
+    """What a session sees. `ids` are the authority; each has its data in `labs`, or a reason in `unread`."""
 
     ids: frozenset[str]
     labs: dict[str, Lab]
@@ -43,6 +43,8 @@ class Listing:
     """Ids that were listed, and for which CML answered 404 a moment later; in neither of the others."""
     malformed: int
     """How many items of the list were not ids of labs."""
+    unread: dict[str, str]
+    """Listed labs for which CML had no usable answer, with what it said: there, but nothing is known of them."""
     why_no_tiles: str = ""
     """Why every lab had to be asked for alone, if so."""
 
@@ -57,6 +59,8 @@ class Inventory:
     why_incomplete: str = ""
     absent: frozenset[str] = field(default_factory=frozenset)
     """Ids for which CML itself answered 404 under the proven session; empty unless complete."""
+    unread: dict[str, str] = field(default_factory=dict)
+    """Listed labs whose data CML could not give, with its reason; they exist."""
     identity: str = ""
     why_no_tiles: str = ""
 
@@ -99,6 +103,7 @@ async def read_inventory(client: CmlClient, expected_identity: str | None, known
         complete=not why,
         why_incomplete=why,
         absent=frozenset() if why else listing.gone | absent,
+        unread=listing.unread,
         identity=after.identity or "",
         why_no_tiles=listing.why_no_tiles,
     )
@@ -115,35 +120,52 @@ async def list_labs(client: CmlClient) -> Listing:
     answer = await client.lab_ids_answer(show_all=True)
     listed = answer.array()
     ids = frozenset(i for i in listed if is_lab_id(i))
-    lone, gone = await _fetch(client, sorted(ids - tiles.keys()))
-    labs = {i: tiles[i] for i in ids if i in tiles} | lone
+    lone = await _fetch(client, sorted(ids - tiles.keys()))
+    labs = {i: tiles[i] for i in ids if i in tiles} | lone.labs
     return Listing(
-        ids=ids - gone,
+        ids=ids - lone.gone,
         labs=labs,
-        gone=gone,
+        gone=frozenset(lone.gone),
         malformed=sum(1 for i in listed if not is_lab_id(i)),
+        unread={i: str(error) for i, error in lone.unread.items()},
         why_no_tiles=why_no_tiles,
     )
 
 
+@dataclass(slots=True)
+class _Lone:
+    """Labs asked for alone: their data, the ids that CML answered with 404, and the labs it could not tell of."""
+
+    labs: dict[str, Lab] = field(default_factory=dict)
+    gone: set[str] = field(default_factory=set)
+    unread: dict[str, CmlError] = field(default_factory=dict)
+
+
 async def _probe(client: CmlClient, ids: Iterable[str]) -> tuple[frozenset[str], frozenset[str]]:
-    """Ask for labs that should not exist: those that do not, and those that do."""
-    present, absent = await _fetch(client, ids)
-    return absent, frozenset(present)
+    """Ask for labs that should not exist: those that do not, and those that do. No usable answer raises: of a lab
+    that is to be forgotten, doubt is worse than delay.
+    """
+    asked = await _fetch(client, ids)
+    for error in asked.unread.values():
+        raise error
+    return frozenset(asked.gone), frozenset(asked.labs)
 
 
-async def _fetch(client: CmlClient, ids: Iterable[str]) -> tuple[dict[str, Lab], frozenset[str]]:
-    """Labs asked for alone, a few at a time, and the ids that CML answered with 404. The first error ends it."""
-    labs: dict[str, Lab] = {}
-    gone: set[str] = set()
+async def _fetch(client: CmlClient, ids: Iterable[str]) -> _Lone:
+    """Ask for labs alone, a few at a time. One lab that CML stumbles over does not hide the others; the first error
+    that is not of one lab ends it.
+    """
+    lone = _Lone()
     left = iter(ids)
 
     async def fetch_some() -> None:
         for lab_id in left:
             try:
-                labs[lab_id] = await client.lab(lab_id)
+                lone.labs[lab_id] = await client.lab(lab_id)
             except CmlNotFound:
-                gone.add(lab_id)
+                lone.gone.add(lab_id)
+            except (CmlBadAnswer, CmlRefused) as error:
+                lone.unread[lab_id] = error
 
     failed: CmlError | None = None
     try:
@@ -154,7 +176,7 @@ async def _fetch(client: CmlClient, ids: Iterable[str]) -> tuple[dict[str, Lab],
         failed = next(iter(_leaves(errors)))
     if failed is not None:
         raise failed
-    return labs, frozenset(gone)
+    return lone
 
 
 def _leaves(group: BaseExceptionGroup[CmlError]) -> Iterable[CmlError]:

@@ -16,6 +16,7 @@ from controllers.cml.errors import (
     CmlForbidden,
     CmlIdentityMismatch,
     CmlNotReady,
+    CmlUnavailable,
     CmlUnreachable,
 )
 from controllers.cml.inventory import read_inventory
@@ -320,11 +321,39 @@ async def test_two_logins_in_the_middle_leave_a_session_unproven_and_the_invento
 async def test_an_error_anywhere_raises_and_never_becomes_an_inventory(
     cml: ScriptedCml, client: CmlClient, path: str, fault: Any, error: type[CmlError]
 ) -> None:
+    """Even of a single lab: the list lacks one that is known, and nothing can be learned about it."""
     populate(cml, 1)
-    cml.on("GET", "/labs", web.json_response([lab_id(1), lab_id(2)]))
-    have(cml, 2)
     cml.on("GET", path, fault)
     with pytest.raises(error):
+        await read_inventory(client, IDENTITY, {lab_id(1), lab_id(2)})
+
+
+@pytest.mark.parametrize(
+    "fault", [refusal(500, "broken"), refusal(400, "no"), page(200), cut_off], ids=["500", "400", "HTML", "cut off"]
+)
+async def test_a_listed_lab_that_cml_stumbles_over_does_not_hide_the_others(
+    cml: ScriptedCml, client: CmlClient, fault: Any
+) -> None:
+    """Its tile is lacking and its details too: it exists, which is all that is known, and the list is complete."""
+    populate(cml, 1)
+    cml.on("GET", "/labs", web.json_response([lab_id(1), lab_id(2)]))
+    cml.on("GET", f"/labs/{lab_id(2)}", fault)
+    inventory = await read_inventory(client, IDENTITY, {lab_id(1), lab_id(2)})
+    assert inventory.complete
+    assert inventory.ids == {lab_id(1), lab_id(2)}
+    assert (set(inventory.labs), set(inventory.unread)) == ({lab_id(1)}, {lab_id(2)})
+    with pytest.raises(CmlBadAnswer):
+        await client.find_labs_by_title("whatever: it could be that one's")
+
+
+@pytest.mark.parametrize("fault", [page(502), hang_up], ids=["502", "hang up"])
+async def test_a_cml_that_goes_away_while_single_labs_are_asked_for_raises(
+    cml: ScriptedCml, client: CmlClient, fault: Any
+) -> None:
+    populate(cml, 1)
+    cml.on("GET", "/labs", web.json_response([lab_id(1), lab_id(2)]))
+    cml.on("GET", f"/labs/{lab_id(2)}", fault)
+    with pytest.raises(CmlUnavailable):
         await read_inventory(client, IDENTITY)
 
 
