@@ -102,12 +102,13 @@ class Settings(LrmSettings):
     instance_id: str = Field(
         default_factory=socket.gethostname, min_length=1, description="Name of this daemon; unique in the installation."
     )
-    leader: Literal["static", "lease"] = Field(
-        "static", description="static: one daemon, takes over at once. lease: several, elected by an etcd lease."
+    leader: Literal["static"] = Field(
+        "static", description="static: one daemon an installation; it takes the locks from whoever had them."
     )
-    lease_duration: Seconds = Field(15.0, description="Seconds after which a dead leader's locks are free.")
-    renew_deadline: Seconds = Field(10.0, description="Seconds without an answered renewal before a leader gives up.")
-    retry_period: Seconds = Field(2.0, description="Seconds between renewals.")
+    renew_deadline: Seconds = Field(
+        10.0,
+        description="Seconds that leadership is trusted; a call that creates something outside takes half at most.",
+    )
     observe_only: bool = Field(False, description="Change nothing outside; status is still written.")
     stop_timeout: Seconds = Field(30.0, description="Seconds for a graceful stop before the process ends anyway.")
 
@@ -120,11 +121,6 @@ class Settings(LrmSettings):
 
     @model_validator(mode="after")
     def _possible(self) -> Self:
-        if self.leader == "lease":
-            if self.lease_duration < 3:
-                raise ValueError("lease_duration must be at least 3 s: etcd counts leases in whole seconds")
-            if self.renew_deadline + self.retry_period >= self.lease_duration - 1:
-                raise ValueError("renew_deadline + retry_period must be less than lease_duration - 1 s")
         if (self.tls_cert is None) != (self.tls_key is None):
             raise ValueError("tls_cert and tls_key go together")
         if not self.etcd_endpoints:

@@ -232,9 +232,15 @@ async def keys_below(server: EtcdServer, prefix: str) -> list[str]:
         await storage.aclose()
 
 
+UNSET = ""
+NO_SETTINGS = dict.fromkeys(
+    [name for name in DaemonProcess(Path(), endpoint="", root="").environment if name.startswith("LRM_")], UNSET
+)
+
+
 def run_cli(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     daemon = DaemonProcess(Path(), endpoint="http://127.0.0.1:1", root="/lrm")
-    env = {**daemon.environment, **environment}
+    env = {name: value for name, value in {**daemon.environment, **environment}.items() if value != UNSET}
     return subprocess.run(
         [sys.executable, "-m", "lrm", *arguments], env=env, capture_output=True, text=True, timeout=60, check=False
     )
@@ -246,7 +252,8 @@ def run_cli(*arguments: str, **environment: str) -> subprocess.CompletedProcess[
         ("LRM_API_HOST", "0.0.0.0", "LRM_AUTH_TOKENS_FILE"),
         ("LRM_ETCD_TIMEOUT", "soon", "not a duration"),
         ("LRM_ETCD_ENDPOINTS", " , ", "no endpoint"),
-        ("LRM_LEASE_DURATION", "0", "greater than 0"),
+        ("LRM_STOP_TIMEOUT", "0", "greater than 0"),
+        ("LRM_LEADER", "lease", "'static'"),
         ("LRM_CONFIG", "/nowhere/lrm.yaml", "not a file"),
         ("LRM_TLS_CERT", "/some/cert.pem", "go together"),
     ],
@@ -258,12 +265,6 @@ def test_impossible_settings_are_exit_code_2_and_a_sentence(name: str, value: st
     assert "Traceback" not in done.stderr
 
 
-def test_lease_settings_that_cannot_work_are_refused() -> None:
-    done = run_cli("config", "check", LRM_LEADER="lease", LRM_LEASE_DURATION="10", LRM_RENEW_DEADLINE="8")
-    assert done.returncode == 2
-    assert "less than lease_duration" in done.stderr
-
-
 def test_config_show_masks_secrets_and_check_names_strangers() -> None:
     shown = run_cli("config", "show", LRM_REDIS_URL="redis://user:hunter2@127.0.0.1:6379/0")
     assert shown.returncode == 0, shown.stderr
@@ -273,6 +274,19 @@ def test_config_show_masks_secrets_and_check_names_strangers() -> None:
     done = run_cli("config", "check", LRM_ETCD_ENDPOINT="http://typo")
     assert done.returncode == 2
     assert "LRM_ETCD_ENDPOINT " in done.stderr
+
+
+def test_the_example_file_is_the_defaults_with_their_reasons(tmp_path: Path) -> None:
+    example = Path(__file__).parents[2] / "lrm.example.yaml"
+    shown = run_cli("config", "show", LRM_CONFIG=str(example), **NO_SETTINGS)
+    assert shown.returncode == 0, shown.stderr
+    assert shown.stdout == example.read_text(), (
+        "write it anew: LRM_INSTANCE_ID=lrm-1 lrm config show > lrm.example.yaml"
+    )
+    changed = tmp_path / "lrm.yaml"
+    changed.write_text("labs_refresh_interval: 10m\nlog_level: loud\n")
+    refused = run_cli("config", "check", LRM_CONFIG=str(changed))
+    assert (refused.returncode, refused.stderr.split(":")[0]) == (2, "LRM_LOG_LEVEL")
 
 
 def test_a_plugin_that_is_not_there_is_exit_code_1() -> None:
