@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, aclosing
 from pathlib import Path
 
 import pytest
@@ -89,9 +89,7 @@ def _disturb(proxy: FaultProxy, draw: random.Random) -> None:
 
 async def test_two_daemons_at_one_key_both_get_through(etcd: EtcdServer, etcd_root: str) -> None:
     """Read, change, compare and write again on a conflict: fifty increments by each of two, and none is lost."""
-    storages = [EtcdStorage([etcd.endpoint], root=etcd_root, instance=name) for name in ("one", "two")]
     key = f"{etcd_root}/r/count"
-    await storages[0].create(key, b"0")
 
     async def increment(storage: EtcdStorage) -> None:
         done = 0
@@ -99,12 +97,15 @@ async def test_two_daemons_at_one_key_both_get_through(etcd: EtcdServer, etcd_ro
             current = await storage.get(key)
             done += await _swapped(storage, key, current.value)
 
-    async with asyncio.TaskGroup() as group:
-        for storage in storages:
-            group.create_task(increment(storage))
-    assert (await storages[0].get(key)).value == b"100"
-    for storage in storages:
-        await storage.aclose()
+    async with (
+        aclosing(EtcdStorage([etcd.endpoint], root=etcd_root, instance="one")) as one,
+        aclosing(EtcdStorage([etcd.endpoint], root=etcd_root, instance="two")) as two,
+    ):
+        await one.create(key, b"0")
+        async with asyncio.TaskGroup() as group:
+            group.create_task(increment(one))
+            group.create_task(increment(two))
+        assert (await one.get(key)).value == b"100"
 
 
 async def _swapped(storage: EtcdStorage, key: str, value: bytes) -> bool:

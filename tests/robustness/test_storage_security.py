@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import aclosing, asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -54,8 +54,11 @@ async def _tokens_end(etcd: EtcdServer) -> None:
 )
 async def test_a_token_that_ends_under_a_live_watch_is_replaced(server_dir: Path, version: str) -> None:
     """The stream is reset after the token has ended: it resumes with another one, and misses nothing."""
-    async with _guarded(server_dir, version) as (etcd, direct), FaultProxy(etcd.endpoint) as proxy:
-        storage = _storage(proxy.endpoint)
+    async with (
+        _guarded(server_dir, version) as (etcd, direct),
+        FaultProxy(etcd.endpoint) as proxy,
+        aclosing(_storage(proxy.endpoint)) as storage,
+    ):
         entry = await storage.create(f"{PREFIX}a", b"1")
         async with listening(storage, PREFIX, entry.revision - 1) as listener:
             await listener.reach(entry.revision)
@@ -64,36 +67,34 @@ async def test_a_token_that_ends_under_a_live_watch_is_replaced(server_dir: Path
             put = {"key": b64(f"{PREFIX}a"), "value": b64("2")}
             reply = await direct.call("kv/put", put, token=await _token(direct))
             await listener.reach(int(reply["header"]["revision"]))
-            assert [changes for _, changes in listener.deliveries] == [((f"{PREFIX}a", b"1"),), ((f"{PREFIX}a", b"2"),)]
+            assert [changes for _, changes in listener.deliveries] == [
+                ((f"{PREFIX}a", b"1"),),
+                ((f"{PREFIX}a", b"2"),),
+            ]
             await _tokens_end(etcd)
             updated = await storage.update(entry.key, b"3", expected_revision=listener.revision)
             await listener.reach(updated.revision)
             assert await listener.watch.barrier() > updated.revision
         assert proxy.counts["/v3/auth/authenticate"] <= 4, "a token is fetched when one was refused, and once"
-        await storage.aclose()
 
 
 async def test_a_change_of_users_makes_tokens_stale_and_is_not_noticed(server_dir: Path) -> None:
-    async with _guarded(server_dir, WHEEL) as (etcd, direct):
-        storage = _storage(etcd.endpoint)
+    async with _guarded(server_dir, WHEEL) as (etcd, direct), aclosing(_storage(etcd.endpoint)) as storage:
         entry = await storage.create(f"{PREFIX}a", b"1")
         async with listening(storage, PREFIX, entry.revision) as listener:
             await direct.call("auth/user/add", {"name": "new", "password": "x"}, token=await _token(direct))
             assert (await storage.get(entry.key)).value == b"1"
             updated = await storage.update(entry.key, b"2", expected_revision=entry.revision)
             await listener.reach(updated.revision)
-        await storage.aclose()
 
 
 async def test_authentication_switched_on_under_a_running_client_with_a_user_is_not_noticed(server_dir: Path) -> None:
-    async with EtcdServer(server_dir / "etcd") as etcd:
-        storage = _storage(etcd.endpoint)
+    async with EtcdServer(server_dir / "etcd") as etcd, aclosing(_storage(etcd.endpoint)) as storage:
         entry = await storage.create(f"{PREFIX}a", b"1")
         async with listening(storage, PREFIX, entry.revision) as listener:
             await Gateway(etcd.endpoint).enable_auth(USER, PASSWORD)
             updated = await storage.update(entry.key, b"2", expected_revision=entry.revision)
             await listener.reach(updated.revision)
-        await storage.aclose()
 
 
 @pytest.mark.parametrize("version", VERSIONS)
@@ -101,22 +102,21 @@ async def test_bad_credentials_are_denied_and_not_shown(server_dir: Path, versio
     """A wrong password, an unknown user, no user where one is asked for: denied, at once, and nothing is written."""
     async with _guarded(server_dir, version) as (etcd, direct):
         for credentials in ({"password": "wrong"}, {"user": "nobody"}, {"user": "", "password": ""}):
-            storage = _storage(etcd.endpoint, **credentials)
-            for call in (
-                storage.get("/t/r/a"),
-                storage.create("/t/r/a", b"1"),
-                storage.list("/t/r/"),
-                storage.set("/t/r/a", b"1"),
-            ):
-                with pytest.raises(PermissionDenied) as denied:
-                    await call
-                assert "wrong" not in str(denied.value)
-                assert PASSWORD not in str(denied.value)
-            with pytest.raises(PermissionDenied):
-                async with listening(storage, PREFIX, 1):
-                    pass
-            assert not (await storage.health()).ok
-            await storage.aclose()
+            async with aclosing(_storage(etcd.endpoint, **credentials)) as storage:
+                for call in (
+                    storage.get("/t/r/a"),
+                    storage.create("/t/r/a", b"1"),
+                    storage.list("/t/r/"),
+                    storage.set("/t/r/a", b"1"),
+                ):
+                    with pytest.raises(PermissionDenied) as denied:
+                        await call
+                    assert "wrong" not in str(denied.value)
+                    assert PASSWORD not in str(denied.value)
+                with pytest.raises(PermissionDenied):
+                    async with listening(storage, PREFIX, 1):
+                        pass
+                assert not (await storage.health()).ok
         found = await direct.call("kv/range", {"key": b64("/t/r/a")}, token=await _token(direct))
         assert "kvs" not in found
 
@@ -132,16 +132,15 @@ async def test_a_user_who_may_only_read_is_denied_a_write(server_dir: Path) -> N
         ):
             await direct.call(path, body, token=await _token(direct))
         await direct.call("kv/put", {"key": b64("/t/r/a"), "value": b64("1")}, token=await _token(direct))
-        storage = _storage(etcd.endpoint, user="eve", password="x")
-        entry = await storage.get("/t/r/a")
-        with pytest.raises(PermissionDenied):
-            await storage.update("/t/r/a", b"2", expected_revision=entry.revision)
-        with pytest.raises(PermissionDenied):
-            await storage.delete("/t/r/a", expected_revision=entry.revision)
-        with pytest.raises(PermissionDenied):
-            await storage.get("/elsewhere")
-        assert (await storage.get("/t/r/a")) == entry
-        await storage.aclose()
+        async with aclosing(_storage(etcd.endpoint, user="eve", password="x")) as storage:
+            entry = await storage.get("/t/r/a")
+            with pytest.raises(PermissionDenied):
+                await storage.update("/t/r/a", b"2", expected_revision=entry.revision)
+            with pytest.raises(PermissionDenied):
+                await storage.delete("/t/r/a", expected_revision=entry.revision)
+            with pytest.raises(PermissionDenied):
+                await storage.get("/elsewhere")
+            assert (await storage.get("/t/r/a")) == entry
 
 
 @pytest.fixture(scope="module")
@@ -152,9 +151,10 @@ def papers(tmp_path_factory: pytest.TempPathFactory) -> Certificates:
 @pytest.mark.parametrize("version", VERSIONS)
 async def test_mutual_tls_carries_everything(server_dir: Path, papers: Certificates, version: str) -> None:
     tls = TlsConfig(ca=papers.ca, cert=papers.client.cert, key=papers.client.key)
-    args = papers.etcd_args()
-    async with EtcdServer(server_dir / "etcd", binary=binary(version), args=args, scheme="https") as etcd:
-        storage = EtcdStorage([etcd.endpoint], root="/t", tls=tls, liveness_silence=1.0, liveness_deadline=1.0)
+    async with (
+        EtcdServer(server_dir / "etcd", binary=binary(version), args=papers.etcd_args(), scheme="https") as etcd,
+        aclosing(EtcdStorage([etcd.endpoint], root="/t", tls=tls)) as storage,
+    ):
         entry = await storage.create(f"{PREFIX}a", b"1")
         async with listening(storage, PREFIX, entry.revision - 1) as listener:
             updated = await storage.update(entry.key, b"2", expected_revision=entry.revision)
@@ -163,7 +163,6 @@ async def test_mutual_tls_carries_everything(server_dir: Path, papers: Certifica
             assert await listener.watch.barrier() > deleted
         assert [revision for revision, _ in listener.deliveries] == [entry.revision, updated.revision, deleted]
         assert (await storage.health()).ok
-        await storage.aclose()
 
 
 async def test_tls_that_does_not_verify_is_unavailable_and_says_why(
@@ -182,18 +181,16 @@ async def test_tls_that_does_not_verify_is_unavailable_and_says_why(
             (etcd.endpoint, None, "certificate verify failed"),
             (plain, None, ""),
         ):
-            storage = EtcdStorage([endpoint], root="/t", tls=tls, request_timeout=1.0)
-            with pytest.raises(Unavailable) as refused:
-                await storage.get("/t/r/a")
-            assert why in str(refused.value).lower(), refused.value
-            with pytest.raises(Unavailable):
-                async with listening(storage, PREFIX, 0):
-                    pass
-            await storage.aclose()
+            async with aclosing(EtcdStorage([endpoint], root="/t", tls=tls, request_timeout=1.0)) as storage:
+                with pytest.raises(Unavailable) as refused:
+                    await storage.get("/t/r/a")
+                assert why in str(refused.value).lower(), refused.value
+                with pytest.raises(Unavailable):
+                    async with listening(storage, PREFIX, 0):
+                        pass
 
 
 async def test_a_tls_file_that_is_missing_is_named(papers: Certificates, tmp_path: Path) -> None:
-    storage = EtcdStorage(["https://127.0.0.1:1"], tls=TlsConfig(ca=tmp_path / "no-such-file"))
-    with pytest.raises(Unavailable, match="TLS file"):
-        await storage.get("/t/r/a")
-    await storage.aclose()
+    async with aclosing(EtcdStorage(["https://127.0.0.1:1"], tls=TlsConfig(ca=tmp_path / "no-such-file"))) as storage:
+        with pytest.raises(Unavailable, match="TLS file"):
+            await storage.get("/t/r/a")
