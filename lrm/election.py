@@ -15,7 +15,7 @@ import structlog
 
 from lrm.errors import NotLeading
 from lrm.model import rfc3339
-from storage.base import Entry, Guard, Storage
+from storage.base import Entry, Event, Guard, Storage
 from storage.clock import Clock
 from storage.errors import AlreadyExists, Conflict, NotFound, OutcomeUnknown, StorageError, Unavailable
 
@@ -138,15 +138,26 @@ class StaticElection:
                 async with self._storage.watch(self._key, after) as watch:
                     async for batch in watch:
                         after = batch.revision
-                        if any(e.kind == "delete" or e.entry.create_revision != term.number for e in batch.events):
+                        if any(self._ends(term, event) for event in batch.events):
                             term.lost()
                             return
             except StorageError as error:
-                log.warning("election.observe_failed", lock=self.lock_name, error=str(error))
+                log.info("election.observe_again", lock=self.lock_name, reason=str(error))
                 await self._clock.sleep(_RETRY)
+            try:
+                # History may be gone: the key itself tells, as of a revision that is not later than the read.
+                after = await self._storage.current_revision()
                 if await self._replaced(term):
                     term.lost()
                     return
+            except StorageError as error:
+                log.warning("election.observe_failed", lock=self.lock_name, error=str(error))
+
+    def _ends(self, term: Term, event: Event) -> bool:
+        """Whether this event is the end of the term; a watch also brings locks whose names begin alike."""
+        if event.entry.key != self._key:
+            return False
+        return event.kind == "delete" or event.entry.create_revision != term.number
 
     async def _clear(self) -> None:
         try:
@@ -160,5 +171,3 @@ class StaticElection:
             return (await self._storage.get(self._key)).create_revision != term.number
         except NotFound:
             return True
-        except StorageError:
-            return False

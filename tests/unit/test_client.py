@@ -232,6 +232,29 @@ async def test_a_static_leader_notices_its_successor_without_writing(storage: Me
         await observer
 
 
+async def test_a_leader_whose_history_was_compacted_still_notices_its_successor_and_no_namesake(
+    storage: MemoryStorage,
+) -> None:
+    clock = VirtualClock()
+    one, two, namesake = (
+        StaticElection(storage, clock, root="/lrm", lock_name=lock, identity=who)
+        for lock, who in (("labs", "one"), ("labs", "two"), ("labs2", "three"))
+    )
+    first = await one.acquire()
+    await storage.set("/lrm/x", b"1")
+    await storage.compact(await storage.set("/lrm/x", b"2"))
+    observer = asyncio.create_task(one.observe(first))
+    await clock.advance(5)
+    await namesake.acquire()
+    await clock.advance(5)
+    first.check()
+    await two.acquire()
+    await clock.advance(5)
+    await observer
+    with pytest.raises(NotLeading):
+        first.check()
+
+
 async def test_a_child_is_not_created_when_its_owner_has_gone(client: Client, storage: MemoryStorage) -> None:
     owner = await client.create(widget("owner"))
     entry = await storage.get(registry().key_of(owner))
