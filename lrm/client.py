@@ -17,7 +17,7 @@ from typing import Protocol
 
 from lrm import writes
 from lrm.errors import Fenced, ResourceConflict, ResourceExists, ResourceNotFound, Undecodable
-from lrm.kind import Kind, R
+from lrm.kind import GENERATED_LENGTH, Kind, R
 from lrm.registry import Registry
 from lrm.resource import AnyResource
 from storage.base import Entry, Guard, Storage
@@ -114,7 +114,7 @@ class Client:
         kind = self._registry.of_object(resource)
         new = writes.for_create(kind, resource, uid=self._new_uid(), now=self._clock.now(), with_status=with_status)
         if not new.metadata.name:
-            new.metadata.name = f"{new.metadata.generate_name}{uuid.UUID(new.uid).hex[:8]}"
+            new.metadata.name = f"{new.metadata.generate_name}{uuid.UUID(new.uid).hex[:GENERATED_LENGTH]}"
             new.metadata.generate_name = None
         key = self._registry.key_of(new)
         with self._noting():

@@ -31,6 +31,8 @@ _SCAN_SLICE = 500
 """Revisions that a reader looks at before it lets others run."""
 _PRUNE_STEP = 64
 _REPLAYS = 4
+_REPLAY_MOST = 8
+"""A replay may take so many times the wait for one revision: a slow reader must not hold one of the few for long."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,6 +210,7 @@ class Subscription:
         self._first: list[Delivery] = []
         self._replay: AsyncIterator[Batch] | None = None
         self._replay_stack: AsyncExitStack | None = None
+        self._replay_until = 0.0
         self._bookmark_at = fanout.clock.monotonic() + fanout.bookmark_seconds
 
     async def open(self, stack: AsyncExitStack) -> None:
@@ -290,9 +293,12 @@ class Subscription:
         except TimeoutError as error:
             raise HistoryGone("the history was not replayed in time: too many watches ask for old revisions") from error
         self._replay = aiter(watch)
+        self._replay_until = fanout.clock.monotonic() + _REPLAY_MOST * fanout.replay_seconds
 
     async def _next_replayed(self, replay: AsyncIterator[Batch]) -> Delivery | None:
         fanout = self._fanout
+        if fanout.clock.monotonic() > self._replay_until:
+            raise HistoryGone("this watch was too slow to read the old history that it asked for")
         try:
             async with fanout.clock.timeout(fanout.replay_seconds):
                 batch = await anext(replay)

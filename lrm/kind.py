@@ -17,7 +17,7 @@ from pydantic_core import ErrorDetails
 
 from lrm.errors import Cause, Invalid, Undecodable
 from lrm.model import Model, unknown_fields
-from lrm.resource import AnyResource, Resource, Status
+from lrm.resource import AnyResource, ObjectMeta, Resource, Status
 from storage.base import Entry
 
 R = TypeVar("R", bound=Resource[Any, Any])
@@ -29,6 +29,8 @@ _QUALIFIED = re.compile(r"([A-Za-z0-9][-A-Za-z0-9_.]*)?[A-Za-z0-9]")
 _IGNORED_METADATA = frozenset({"managedFields", "selfLink"})
 """Metadata that Kubernetes clients send and that has no meaning here."""
 _ANNOTATION_BYTES = 256 * 1024
+GENERATED_LENGTH = 8
+"""Characters that are put after a generateName."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,13 +205,7 @@ def causes_of(error: ValidationError, root: str = "") -> list[Cause]:
 
 def metadata_causes(resource: AnyResource, max_name: int) -> list[Cause]:
     """What Kubernetes' rules for names, labels and annotations say against the metadata."""
-    meta, found = resource.metadata, []
-    if meta.name:
-        if not _SUBDOMAIN.fullmatch(meta.name) or len(meta.name) > max_name:
-            rule = f"a lowercase DNS-1123 subdomain of at most {max_name} characters"
-            found.append(Cause("metadata.name", "FieldValueInvalid", f"must be {rule}, not {meta.name[:80]!r}"))
-    elif not meta.generate_name:
-        found.append(Cause("metadata.name", "FieldValueRequired", "name or generateName is required"))
+    meta, found = resource.metadata, list(_name_causes(resource.metadata, max_name))
     if not _LABEL.fullmatch(meta.namespace) or len(meta.namespace) > 63:
         found.append(
             Cause("metadata.namespace", "FieldValueInvalid", f"must be a DNS-1123 label, not {meta.namespace!r}")
@@ -227,6 +223,19 @@ def metadata_causes(resource: AnyResource, max_name: int) -> list[Cause]:
     for i, name in enumerate(meta.finalizers):
         found += _qualified(f"metadata.finalizers[{i}]", name)
     return found
+
+
+def _name_causes(meta: ObjectMeta, max_name: int) -> Iterable[Cause]:
+    rule = "a lowercase DNS-1123 subdomain of at most {} characters, not {!r}"
+    longest = max_name - GENERATED_LENGTH
+    if meta.name:
+        if not _SUBDOMAIN.fullmatch(meta.name) or len(meta.name) > max_name:
+            yield Cause("metadata.name", "FieldValueInvalid", "must be " + rule.format(max_name, meta.name[:80]))
+    elif not meta.generate_name:
+        yield Cause("metadata.name", "FieldValueRequired", "name or generateName is required")
+    elif not _SUBDOMAIN.fullmatch(meta.generate_name + "0") or len(meta.generate_name) > longest:
+        told = "must begin " + rule.format(longest, meta.generate_name[:80])
+        yield Cause("metadata.generateName", "FieldValueInvalid", told)
 
 
 def _qualified(path: str, key: str) -> list[Cause]:

@@ -90,6 +90,8 @@ async def serve(api: Api) -> AsyncIterator[Site]:
         tls = server_context(settings.tls_cert, settings.tls_key, api.clock)
     except (LrmError, OSError) as error:
         raise ApiError(f"the API cannot be served: {error}") from error
+    if tls is None and not is_loopback(settings.host):
+        log.warning("api.tokens_in_clear", host=settings.host, advice="set a TLS certificate and key")
     runner = web.AppRunner(app, access_log=None, shutdown_timeout=_SHUTDOWN_SECONDS)
     await runner.setup()
     try:
@@ -122,6 +124,8 @@ async def _each_request(request: web.Request, handler: _Handler) -> web.StreamRe
         call.warn("this request could not be recorded")
     if not response.prepared:
         response.headers["X-Request-Id"] = call.request_id
+        response.headers["X-Content-Type-Options"] = "nosniff"
+        response.headers.setdefault("Cache-Control", "no-cache, private")
         for warning in call.warnings:
             response.headers.add("Warning", warning_header(warning))
     return response

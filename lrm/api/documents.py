@@ -108,7 +108,10 @@ def _parsed(post: _Post, index: int, document: Any) -> _Wanted:
     metadata = document.get("metadata")
     namespace = (metadata.get("namespace") if isinstance(metadata, dict) else None) or "default"
     post.call.principal.require("write", str(namespace), f"create or update {kind.plural}")
-    return _Wanted(index, kind, parse(kind, to_wire(kind, document), post.options, post.call))
+    resource = parse(kind, to_wire(kind, document), post.options, post.call)
+    # What was authorised is what was said; what is stored is what was understood. They must be the same.
+    post.call.principal.require("write", resource.namespace, f"create or update {kind.plural}")
+    return _Wanted(index, kind, resource)
 
 
 def _unknown_kind(api: Api, api_version: str, document: dict[str, Any]) -> Iterator[Cause]:

@@ -27,7 +27,7 @@ from lrm.api.status import bad_request, success_document
 from lrm.api.wirenames import to_wire
 from lrm.client import Client
 from lrm.errors import Cause, Forbidden, Invalid, ResourceConflict, ResourceExists
-from lrm.kind import Kind
+from lrm.kind import GENERATED_LENGTH, Kind
 from lrm.model import unknown_fields
 from lrm.resource import AnyResource
 
@@ -230,7 +230,10 @@ async def store_new(api: Api, kind: Kind[Any], wanted: AnyResource, options: Wri
         return created
     new: AnyResource = writes.for_create(kind, wanted, uid=str(uuid.uuid4()), now=api.clock.now())
     if not new.name:
-        new.metadata.name, new.metadata.generate_name = f"{new.metadata.generate_name}{uuid.uuid4().hex[:8]}", None
+        new.metadata.name, new.metadata.generate_name = (
+            f"{new.metadata.generate_name}{uuid.uuid4().hex[:GENERATED_LENGTH]}",
+            None,
+        )
     if await api.storage.exists(api.registry.key_of(new)):
         raise ResourceExists(kind.plural, new.name)
     return new

@@ -184,7 +184,7 @@ def boolean(request: web.Request, name: str) -> bool:
 
 def wants_watch(request: web.Request) -> bool:
     """Whether this request will stay open."""
-    return request.method == "GET" and request.query.get("watch", "0").lower() not in ("0", "false")
+    return request.method in ("GET", "HEAD") and request.query.get("watch", "0").lower() not in ("0", "false")
 
 
 def _revision(text: str) -> int | None:

@@ -70,6 +70,8 @@ async def list_or_watch(request: web.Request) -> web.StreamResponse:
     query = list_query(request, target.kind)
     verb = "watch" if query.watch else "list"
     call.principal.require("read", target.namespace, f"{verb} {target.kind.plural}")
+    if query.watch and request.method == "HEAD":
+        raise RequestError(405, "MethodNotAllowed", "a watch has no end that a HEAD could be answered for")
     if query.watch:
         return await serve_watch(request, target, query)
     accepted = negotiate(request, OBJECT_FORMS)

@@ -94,9 +94,13 @@ class _Stream:
         self._form = accepted.form
         self._presenter = Presenter(api.cache)
         self._columns_sent = False
-        self._response = web.StreamResponse(
-            headers={"Content-Type": "application/json", "Cache-Control": "no-cache, private"}
-        )
+        headers = {
+            "Content-Type": "application/json",
+            "Cache-Control": "no-cache, private",
+            "X-Content-Type-Options": "nosniff",
+            "X-Request-Id": call_of(request).request_id,
+        }
+        self._response = web.StreamResponse(headers=headers)
 
     async def start(self) -> None:
         await self._response.prepare(self._request)

@@ -325,7 +325,7 @@ async def served(
         if wait_synced:
             async with asyncio.timeout(10):
                 await cache.wait_synced()
-        async with serve(api) as site, aiohttp.ClientSession() as session:
+        async with serve(api) as site, aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
             yield Served(site.url, api, storage, registry, cache, client, fanout, session, status)
     finally:
         caching.cancel()

@@ -269,10 +269,9 @@ async def test_a_port_in_use_is_one_sentence(tmp_path: Path) -> None:
     async with served(MemoryStorage()) as api:
         port = int(api.url.rpartition(":")[2])
         taken = Api(**{**vars(api.api), "settings": api.api.settings.model_copy(update={"port": port})})
-        with pytest.raises(ApiError, match=rf"^cannot serve on 127.0.0.1 port {port}: .*in use") as refused:
+        with pytest.raises(ApiError, match=rf"^cannot serve on 127.0.0.1 port {port}: .*in use$"):
             async with serve(taken):
                 pytest.fail("it is served twice")
-        assert "\n" not in str(refused.value)
 
 
 async def test_every_write_and_every_refusal_is_recorded_before_the_answer(api: Served, tmp_path: Path) -> None:

@@ -374,6 +374,20 @@ BAD_BODIES: list[tuple[str, Any, str, int, set[str]]] = [
     ("too long a name", telescope("a" * 64), "application/json", 422, {"metadata.name"}),
     ("a path for a name", telescope("../../leader/x"), "application/json", 422, {"metadata.name"}),
     (
+        "a path for a generated name",
+        {**telescope(), "metadata": {"generateName": "../x/"}},
+        "application/json",
+        422,
+        {"metadata.generateName"},
+    ),
+    (
+        "too long a generated name",
+        {**telescope(), "metadata": {"generateName": "a" * 56}},
+        "application/json",
+        422,
+        {"metadata.generateName"},
+    ),
+    (
         "resourceVersion on create",
         telescope(resourceVersion="5"),
         "application/json",

@@ -131,6 +131,13 @@ async def test_a_watch_ends_in_order_when_its_time_is_over(api: Served) -> None:
         assert await watch.ended() == b""
 
 
+async def test_a_watch_cannot_be_asked_for_by_head(api: Served) -> None:
+    async with api.session.head(api.url + path_of(), params={"watch": "true"}) as reply:
+        assert reply.status == 405
+    async with api.session.head(api.url + path_of()) as reply:
+        assert reply.status == 200
+
+
 async def test_history_before_this_daemon_is_replayed_and_joined(api: Served) -> None:
     """A second daemon on the same store: its ring begins later than what its client asks for."""
     made = [await api.make(f"t{i}", labels={"n": str(i)}) for i in range(4)]

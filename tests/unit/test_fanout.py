@@ -385,6 +385,19 @@ async def test_a_cancelled_reader_leaves_nothing_behind_and_loses_nothing() -> N
         assert told(await soon(w.clock, changes)) == [("ADDED", "a", made)]
 
 
+async def test_a_reader_that_takes_a_replay_too_slowly_gives_its_place_up() -> None:
+    storage = MemoryStorage()
+    async with a_world(storage=storage) as w:
+        start = await w.make("a")
+        await w.make("b")
+        await w.make("c")
+    async with a_world(storage=storage) as w, w.fanout.subscribe(TELESCOPE, after_revision=start) as changes:
+        assert len((await soon(w.clock, changes)).events) == 1
+        await w.clock.advance(241)
+        with pytest.raises(HistoryGone, match="too slow"):
+            await soon(w.clock, changes)
+
+
 async def test_four_replays_at_once_and_the_fifth_is_told_in_time() -> None:
     storage = MemoryStorage()
     async with a_world(storage=storage) as w:
