@@ -262,6 +262,7 @@ async def _state_of(client: CmlClient, lab_id: str) -> str | None:
     except CmlNotFound as error:
         session = client.session
         if session is None or session.admin is not True:
+            client.renew_session()  # the next login may tell
             raise CmlForbidden(404, "the session is not proven to be an admin's, so a 404 proves nothing") from error
         return None
 
