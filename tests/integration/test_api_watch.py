@@ -232,6 +232,26 @@ async def test_a_slow_client_is_ended_and_neither_writer_nor_others_wait() -> No
         assert rest.count(b'"MODIFIED"') < 300, "what it did not take in time was not kept for it"
 
 
+async def test_a_client_that_takes_nothing_is_cut_off_and_one_that_has_gone_is_noticed() -> None:
+    async with served(MemoryStorage(), write_seconds=0.5, bookmark_seconds=0.2) as api:
+        version = (await api.make("a"))["metadata"]["resourceVersion"]
+        head = f"GET {path_of()}?watch=true&resourceVersion={version} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode()
+        for reads in (False, True):
+            connection = socket.socket()
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 64 * 1024)
+            connection.connect(("127.0.0.1", int(api.url.rpartition(":")[2])))
+            connection.sendall(head)
+            await until(lambda: api.fanout.readers == 1, "the watch")
+            if reads:
+                connection.close()
+            else:
+                await api.post(path_of(), telescope("big", annotations={"x": "y" * 100_000}))
+                for i in range(100):
+                    await api.merge(path_of("big"), {"metadata": {"labels": {"i": str(i)}}})
+            await until(lambda: api.fanout.readers == 0, "the end of the watch")
+            connection.close()
+
+
 def _drain(connection: socket.socket) -> bytes:
     """Everything until the server closes, or resets."""
     connection.settimeout(15)  # the server must end it: a connection left open fails the test

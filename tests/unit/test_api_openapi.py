@@ -10,6 +10,7 @@ import orjson
 import pytest
 from openapi_spec_validator import OpenAPIV30SpecValidator
 
+from controllers.plugin import plugin
 from equipment.api import SIGHTING, TELESCOPE
 from lrm.api.openapi import OpenApi
 from lrm.registry import Registry
@@ -40,6 +41,15 @@ def test_it_is_valid_openapi_3_0(document: dict[str, Any]) -> None:
     assert [e.message for e in OpenAPIV30SpecValidator(document).iter_errors()] == []
 
 
+def test_so_is_that_of_the_products_own_kinds_in_the_wires_names() -> None:
+    openapi = OpenApi(Registry(plugin.kinds), "1")
+    assert openapi.index()["paths"]
+    for path in openapi.index()["paths"]:
+        own = orjson.loads(openapi.document(path) or b"")
+        assert [e.message for e in OpenAPIV30SpecValidator(own).iter_errors()] == []
+        _assert_wire_names(own)
+
+
 def test_nothing_of_json_schemas_newer_language_is_left(document: dict[str, Any]) -> None:
     """The parser of kubectl fails on a number where OpenAPI 3.0 has a boolean, and on null as a type."""
     for schema in _schemas(document["components"]["schemas"]):
@@ -50,6 +60,10 @@ def test_nothing_of_json_schemas_newer_language_is_left(document: dict[str, Any]
 
 
 def test_names_are_the_wires_alone(document: dict[str, Any]) -> None:
+    _assert_wire_names(document)
+
+
+def _assert_wire_names(document: dict[str, Any]) -> None:
     for schema in _schemas(document["components"]["schemas"]):
         for name in schema.get("properties", ()):
             assert re.fullmatch(r"[a-z][a-zA-Z0-9]*", name), name
