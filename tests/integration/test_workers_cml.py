@@ -116,7 +116,6 @@ async def test_another_cml_at_the_address_gets_nothing_and_the_worker_says_so(wo
     identity = worker.status.cml.identity
     other = "99999999-8888-4777-8666-555555555555"
     world.cml_fault("identity", instance=instance, product_uuid=other)
-    world.machine(worker).directory.close_sessions()  # as when another machine took the address
     sick = await world.until(lambda w: condition(w, "CMLIdentityMismatch")[0] == "True", "the mismatch")
     assert condition(sick, "Ready") == ("False", "IdentityMismatch")
     assert sick.status.cml.identity == identity, "what is known of the right one stays"
