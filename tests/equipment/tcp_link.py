@@ -7,7 +7,6 @@ to stop what comes from it alone. The kernel's own tables say which process hold
 from __future__ import annotations
 
 import asyncio
-from collections import defaultdict
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -16,6 +15,16 @@ from typing import Self
 
 def _nobody(_port: int) -> str:
     return ""
+
+
+class _Connection:
+    """One carried connection; its gate is shut while it is cut."""
+
+    def __init__(self, port: int) -> None:
+        self.port = port
+        self.gate = asyncio.Event()
+        self.gate.set()
+        self.origin: str | None = None
 
 
 class TcpLink:
@@ -27,7 +36,7 @@ class TcpLink:
         self.port = port
         self._server: asyncio.Server | None = None
         self._tasks: set[asyncio.Task[None]] = set()
-        self._gates: defaultdict[str, asyncio.Event] = defaultdict(asyncio.Event)
+        self._connections: set[_Connection] = set()
         self._cut: set[str] = set()
         self._cut_all = False
 
@@ -49,20 +58,24 @@ class TcpLink:
             self._cut.add(origin)
         else:
             self._cut_all = True
-        self._set_gates()
+        for connection in self._connections:
+            self._set_gate(connection)
 
     def heal(self) -> None:
         """Carry everything, also what was kept back."""
         self._cut.clear()
         self._cut_all = False
-        self._set_gates()
+        for connection in self._connections:
+            self._set_gate(connection)
 
-    def _set_gates(self) -> None:
-        for origin, gate in self._gates.items():
-            if self._cut_all or origin in self._cut:
-                gate.clear()
-            else:
-                gate.set()
+    def _set_gate(self, connection: _Connection) -> None:
+        if self._cut and connection.origin is None:
+            # Asked only when it matters: peers of a dead member connect many times a second, and asking is slow.
+            connection.origin = self._origin_of(connection.port)
+        if self._cut_all or connection.origin in self._cut:
+            connection.gate.clear()
+        else:
+            connection.gate.set()
 
     def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         task = asyncio.get_running_loop().create_task(self._serve(reader, writer), name="tcp-link")
@@ -70,20 +83,22 @@ class TcpLink:
         task.add_done_callback(self._tasks.discard)
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        connection = _Connection(writer.get_extra_info("peername")[1])
+        self._connections.add(connection)
         try:
-            gate = self._gates[self._origin_of(writer.get_extra_info("peername")[1])]
-            self._set_gates()
-            await gate.wait()
+            self._set_gate(connection)
+            await connection.gate.wait()
             far_reader, far_writer = await asyncio.open_connection("127.0.0.1", self._target_port)
             try:
                 async with asyncio.TaskGroup() as group:
-                    group.create_task(_carry(reader, far_writer, gate), name="tcp-link")
-                    group.create_task(_carry(far_reader, writer, gate), name="tcp-link")
+                    group.create_task(_carry(reader, far_writer, connection.gate), name="tcp-link")
+                    group.create_task(_carry(far_reader, writer, connection.gate), name="tcp-link")
             finally:
                 far_writer.close()
         except* OSError:
             pass  # either end has gone: the other one sees its connection end
         finally:
+            self._connections.discard(connection)
             writer.close()
             with suppress(OSError):
                 await writer.wait_closed()
