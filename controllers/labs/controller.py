@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 
-from controllers.cml.errors import CmlCircuitOpen, CmlError, CmlForbidden, CmlLoginThrottled
+from controllers.cml.errors import CmlCircuitOpen, CmlError, CmlLoginThrottled
 from controllers.cml.inventory import Inventory, read_inventory
 from controllers.cml.models import Lab
 from controllers.cml.sessions import CmlSessions
@@ -25,7 +25,6 @@ from controllers.labs.kind import (
     LAB_FINALIZER,
     LABS,
     READY,
-    RECORDS_FINALIZER,
     LabRecord,
     LabRecordSpec,
     printable,
@@ -35,7 +34,7 @@ from controllers.labs.kind import (
 from controllers.labs.settings import LabsSettings
 from controllers.labs.sync import Difference, Removal, Tombstone, difference
 from controllers.labs.writing import Failures, write_each
-from controllers.workers.kind import INSTANCE_FINALIZER, LabWorker
+from controllers.workers.kind import INSTANCE_FINALIZER, RECORDS_FINALIZER, LabWorker
 from controllers.workers.phases import Phase
 from lrm.cache import Cache, Change
 from lrm.crashpoints import crash_point
@@ -137,9 +136,6 @@ class LabsController(Controller[LabWorker]):
         try:
             worker = await self._sync(worker, ctx)
         except CmlError as error:
-            if isinstance(error, CmlForbidden):
-                # The user may have been made an admin since: a session of before would never know.
-                self._sessions.client_for(worker).renew_session()
             await self._failed(worker, ctx, type(error).__name__, _problem(error, worker))
         except GuardFailed:
             return Result.done()  # the worker went or was made anew meanwhile; its deletion wakes us
@@ -262,7 +258,7 @@ class LabsController(Controller[LabWorker]):
         if sync.failures:
             await self._failed(worker, ctx, "LabsNotMirrored", sync.failures.sentence())
         if not inventory.complete:
-            self._sessions.client_for(worker).renew_session()  # perhaps the next one can be proven
+            self._sessions.client_for(worker).renew_session()  # the user may be an admin by now
             why = f"the list of labs proves nothing about those that it lacks: {inventory.why_incomplete}"
             await self._failed(worker, ctx, "ListIncomplete", why)
 

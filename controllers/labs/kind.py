@@ -26,8 +26,6 @@ LAB_RECORDS = "lab-records"
 
 LAB_FINALIZER = "lab.neuroglia.io/lab"
 """On every record from its creation: the lab in CML goes before the record does."""
-RECORDS_FINALIZER = "lab.neuroglia.io/records"
-"""On every worker: its records go before it does."""
 FORGET_ANNOTATION = "lab.neuroglia.io/forget"
 """On a record that is being deleted: drop the record and leave the lab alone. Anything but "false" counts."""
 
