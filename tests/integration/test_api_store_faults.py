@@ -108,6 +108,27 @@ async def test_a_lost_reply_is_settled_and_the_client_hears_the_truth(own_etcd: 
         assert [i["metadata"]["name"] for i in (await api.get(path_of())).body["items"]] == ["b"]
 
 
+async def test_a_list_waits_for_a_cache_that_lags_behind_the_store(own_etcd: EtcdServer) -> None:
+    """Another daemon has written; this one's watch is stuck. Stale data is served only to who asked for it."""
+    async with FaultProxy(own_etcd.endpoint) as proxy, api_on(proxy.endpoint) as api:
+        await api.make("a")
+        assert (await api.get(path_of())).status == 200
+        proxy.freeze("/v3/watch")
+        gateway = Gateway(own_etcd.endpoint)
+        value, _ = await gateway.get("/lrm/r/telescopes/default/a") or (b"", 0)
+        await gateway.put("/lrm/r/telescopes/default/b", value.replace(b'"name":"a"', b'"name":"b"'))
+        stale = await api.get(path_of(), params={"resourceVersion": "0"})
+        assert [i["metadata"]["name"] for i in stale.body["items"]] == ["a"]
+        asks_the_store = proxy.inject(When.BEFORE, How.PASS, path="/v3/kv", held=True)
+        listing = asyncio.create_task(api.get(path_of()))
+        await asks_the_store.hit()
+        assert not listing.done()
+        proxy.thaw()
+        asks_the_store.release.set()
+        listed = await listing
+        assert [i["metadata"]["name"] for i in listed.body["items"]] == ["a", "b"]
+
+
 async def test_a_full_store_still_answers_consistent_lists_and_takes_deletions(own_etcd: EtcdServer) -> None:
     async with api_on(own_etcd.endpoint) as api:
         for name in ("a", "b", "c"):
