@@ -51,7 +51,9 @@ CRASH_POINTS = ("workers.license.recorded", "workers.license.sent")
 
 _UNHEARD = 15.0
 """Seconds after which a registration of which CML shows no sign is sent again; a second one takes no second seat."""
-_NOT_REGISTERED = frozenset({"", "NOT_REGISTERED", "UNREGISTERED"})
+_UNDER_WAY = frozenset({"IN_PROGRESS", "RETRY", "PENDING", "REGISTERING", "COMPLETED"})
+"""Registration statuses to wait on. They are free strings: an unknown one is asked to register, which CML may refuse
+with 409 where it is not possible now."""
 _FAILED = "FAILED"
 
 _REASONS: tuple[tuple[type[CmlError], str], ...] = (
@@ -180,9 +182,8 @@ class CmlSide:
             return await self.license_failed(work, Reasons.LICENSE_TIMEOUT, f"not licensed within {limit}: {seen}")
         if work.ctx.observe_only:
             return LicenseStep.WAITING
-        if sent_at is None and status in _NOT_REGISTERED | {_FAILED}:
-            return await self._register(work, licensing)
-        if status in _NOT_REGISTERED and over(sent_at, _UNHEARD, work.now):
+        due = sent_at is None or (status != _FAILED and over(sent_at, _UNHEARD, work.now))
+        if due and status not in _UNDER_WAY:
             return await self._register(work, licensing)
         return LicenseStep.WAITING
 

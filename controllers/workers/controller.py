@@ -18,7 +18,7 @@ from controllers.workers.arrival import Arrival
 from controllers.workers.claims import Claims
 from controllers.workers.cml_side import CmlSide, trouble_of
 from controllers.workers.conditions import FAILED_CHECKS
-from controllers.workers.decisions import Goal, goal_of, may_license, may_retry
+from controllers.workers.decisions import Goal, goal_of, may_license, may_retry, retry_of
 from controllers.workers.departure import Departure
 from controllers.workers.kind import INSTANCE_FINALIZER, LABS, WORKERS, LabWorker
 from controllers.workers.pace import Pace
@@ -180,11 +180,14 @@ class WorkersController(Controller[LabWorker]):
             return self._pace.rest()
         if not may_retry(work.worker):
             return self._pace.rest()  # a change of spec or annotation wakes us
+        failure = work.worker.status.failure
+        asked = failure is not None and failure.retry != retry_of(work.worker)
+        why = Reasons.RETRY if asked else Reasons.SPEC_CHANGED
         if work.worker.status.ec2.instance_id is None or gone:
-            return await work.enter(Phase.PENDING, Reasons.RETRY, forget_ended if gone else None)
+            return await work.enter(Phase.PENDING, why, forget_ended if gone else None)
         if goal is Goal.STOPPED:
             return await work.enter(Phase.STOPPING, Reasons.STOP_REQUESTED)
-        return await work.enter(Phase.STARTING, Reasons.RETRY)
+        return await work.enter(Phase.STARTING, why)
 
 
 def is_busy(work: Work) -> bool:

@@ -19,7 +19,6 @@ NAME_TAG, NAMESPACE_TAG = "lrm/name", "lrm/namespace"
 
 KEEPABLE = frozenset({"pending", "running", "stopping", "stopped"})
 """States of an instance that can still serve."""
-ENDED = frozenset({"terminated"})
 
 LAUNCHES_MOST = 3
 """Launches in one provisioning whose instances EC2 itself ended, before that is taken for an answer."""

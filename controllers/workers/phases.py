@@ -36,9 +36,6 @@ SERVING = frozenset({Phase.READY, Phase.READY_UNLICENSED, Phase.ACTIVE})
 CML_RUNNING = SERVING | {Phase.LICENSING, Phase.DRAINING, Phase.UNLICENSING}
 """The worker's CML has answered and is expected to go on doing so."""
 
-MOVING = frozenset(Phase) - SERVING - {Phase.STOPPED, Phase.TERMINATED, Phase.FAILED}
-"""On the way to somewhere: looked at often."""
-
 _STEPS: dict[Phase, tuple[Phase, ...]] = {
     # A worker that adopts starts from what it finds; to Draining or Stopped nothing is created first.
     Phase.PENDING: (Phase.PROVISIONING_EC2, Phase.STARTING, Phase.STOPPED),
@@ -112,7 +109,6 @@ class Reasons:
     SPEC_CHANGED = "SpecChanged"
     # EC2
     LAUNCHING = "Launching"
-    LAUNCH_RECORDED = "LaunchRecorded"
     LAUNCH_REFUSED = "LaunchRefused"
     LAUNCH_FAILED = "LaunchFailed"
     NO_INSTANCE = "NoInstance"
