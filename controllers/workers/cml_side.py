@@ -163,7 +163,7 @@ class CmlSide:
 
         await work.write(change)
 
-    async def license(self, work: Work) -> LicenseStep:  # noqa: PLR0911 - each way out says what is next
+    async def license(self, work: Work) -> LicenseStep:
         """One step towards a licence: look, register if nothing is under way, look again later. Raises `CmlError`."""
         work.ctx.check_leading()
         client = self.sessions.client_for(work.worker)
