@@ -18,6 +18,7 @@ from lrm.registry import Registry
 
 _NAME = re.compile(r"[a-z0-9]([-a-z0-9]*[a-z0-9])?(\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*")
 _NAMESPACE = re.compile(r"[a-z0-9]([-a-z0-9]*[a-z0-9])?")
+_COUNT = re.compile(r"[0-9]{1,9}")
 _REVISION = re.compile(r"0|[1-9][0-9]{0,18}")
 _PROPAGATION = ("", "Background", "Foreground", "Orphan")
 _VALIDATION = ("Strict", "Warn", "Ignore")
@@ -198,7 +199,7 @@ def _revision(text: str) -> int | None:
 def _number(text: str, name: str) -> int | None:
     if not text:
         return None
-    if not text.isdecimal() or len(text) > 9:
+    if not _COUNT.fullmatch(text):
         raise bad_request(f"{name} must be a whole number from 0, not {text[:40]!r}")
     return int(text)
 

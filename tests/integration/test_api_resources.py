@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from yarl import URL
 
 from equipment.api import GROUP, Served, Sighting, Telescope, path_of, served, telescope
+from storage.base import Guard
 from storage.memory import MemoryStorage
 
 
@@ -223,6 +224,29 @@ async def test_delete_keeps_to_its_preconditions(api: Served) -> None:
         assert (refused.status, refused.body["reason"]) == (409, "Conflict")
     right = {"uid": made["uid"], "resourceVersion": made["resourceVersion"]}
     assert (await api.call("DELETE", path_of("hubble"), {"preconditions": right})).status == 200
+
+
+class ChangesFirst(MemoryStorage):
+    """A store in which somebody else is always a little faster than the first deletion."""
+
+    overtaken = False
+
+    async def delete(self, key: str, *, expected_revision: int, guards: tuple[Guard, ...] = ()) -> int:
+        if not self.overtaken:
+            self.overtaken = True
+            await self.set(key, (await self.get(key)).value.replace(b'"tracking":false', b'"tracking":true'))
+        return await super().delete(key, expected_revision=expected_revision, guards=guards)
+
+
+async def test_a_deletion_of_one_state_does_not_delete_another_that_came_meanwhile() -> None:
+    async with served(ChangesFirst()) as api:
+        version = (await api.make())["metadata"]["resourceVersion"]
+        late = await api.call("DELETE", path_of("hubble"), {"preconditions": {"resourceVersion": version}})
+        assert (late.status, late.body["reason"]) == (409, "Conflict")
+        assert (await api.get(path_of("hubble"))).body["spec"]["tracking"] is True
+    async with served(ChangesFirst()) as api:
+        await api.make()
+        assert (await api.call("DELETE", path_of("hubble"))).status == 200, "whatever its state"
 
 
 @pytest.mark.parametrize(
@@ -500,6 +524,7 @@ async def test_a_body_that_does_not_come_is_given_up() -> None:
         (path_of("Hubble"), 404),
         (path_of() + "?limit=-1", 400),
         (path_of() + "?limit=1e3", 400),
+        (path_of() + "?limit=%D9%A3", 400),
         (path_of() + "?resourceVersion=abc", 400),
         (path_of() + "?resourceVersion=-1", 400),
         (path_of() + "?resourceVersion=99999999999999999999", 400),
@@ -519,6 +544,18 @@ async def test_a_bad_path_or_query_is_a_status(api: Served, path: str, code: int
     async with api.session.get(URL(api.url + path, encoded=True)) as reply:
         body = await reply.json()
         assert (reply.status, body["kind"], body["code"]) == (code, "Status", code)
+
+
+async def test_a_name_in_a_path_cannot_reach_other_keys(api: Served) -> None:
+    await api.make()
+    value = (await api.storage.get("/lrm/r/telescopes/default/hubble")).value
+    for key in ("default/a/b", "default/../x", "default/UP"):
+        await api.storage.set(f"/lrm/r/telescopes/{key}", value)
+    for name in ("a%2Fb", "..%2Fx", "UP"):
+        for method in ("GET", "DELETE"):
+            async with api.session.request(method, URL(api.url + path_of(name), encoded=True)) as reply:
+                assert reply.status == 404
+    assert len(await stored(api)) == 4
 
 
 async def test_verbs_that_are_not_served_are_405_with_those_that_are(api: Served) -> None:

@@ -249,7 +249,9 @@ async def test_a_client_that_takes_nothing_is_cut_off_and_one_that_has_gone_is_n
                 for i in range(100):
                     await api.merge(path_of("big"), {"metadata": {"labels": {"i": str(i)}}})
             await until(lambda: api.fanout.readers == 0, "the end of the watch")
-            connection.close()
+            if not reads:
+                rest = await asyncio.to_thread(_drain, connection)
+                assert not rest.endswith(b"0\r\n\r\n"), "cut off, not ended as if all had been told"
 
 
 def _drain(connection: socket.socket) -> bytes:
