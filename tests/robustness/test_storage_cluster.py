@@ -76,7 +76,7 @@ async def test_without_a_majority_calls_fail_in_time_and_recover_by_themselves(s
         a, b, c = cluster.members.values()
         revision = await Gateway(a.endpoint).put(f"{PREFIX}a", b"1")
         async with (
-            aclosing(_storage(cluster, request_timeout=1.0)) as storage,
+            aclosing(_storage(cluster, request_timeout=0.6)) as storage,
             listening(storage, PREFIX, revision) as listener,
         ):
             b.kill()

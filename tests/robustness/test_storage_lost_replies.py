@@ -54,11 +54,16 @@ FAULTS = [
 
 
 def _matrix() -> list[object]:
+    """The sample: every fault on creates and updates, the plainest on all writes, two of them on every version."""
     rows = []
     for version in VERSIONS:
         for name in WRITES:
             for fault in FAULTS:
-                sample = version == WHEEL or (fault.name == "reply-closed" and name in {"update", "create"})
+                plain = fault.name in {"request-closed", "reply-closed"}
+                if version == WHEEL:
+                    sample = plain or name in {"create", "update"}
+                else:
+                    sample = fault.name == "reply-closed" and name in {"create", "update"}
                 marks = () if sample else (pytest.mark.soak,)
                 rows.append(pytest.param(version, name, fault, marks=marks, id=f"{version}-{name}-{fault.name}"))
     return rows
@@ -101,6 +106,20 @@ async def test_one_lost_exchange_is_settled_or_unknown(
 async def scene(shared_etcds: SharedEtcds, etcd_root: str) -> AsyncIterator[Scene]:
     async with scene_at(await shared_etcds.get(WHEEL), etcd_root) as made:
         yield made
+
+
+@pytest.mark.parametrize("when", When)
+async def test_an_answer_that_is_only_slow_is_waited_for(scene: Scene, when: When) -> None:
+    """Held back on its way there or back, well within the timeout: one request, one write, its own revision."""
+    await scene.prepare(exists=True)
+    slow = scene.proxy.inject(when, How.PASS, held=True, times=0, matches=is_write)
+    writing = asyncio.create_task(outcome_of(WRITES["update"](scene)))
+    await slow.hit()
+    assert not (await asyncio.wait({writing}, timeout=0.5))[0]
+    slow.release.set()
+    outcome = await writing
+    assert [change.revision for change in await scene.written()] == [outcome]
+    assert slow.seen == 1, "it was not sent twice"
 
 
 async def test_a_lease_bound_create_is_recognised_by_its_lease(scene: Scene) -> None:
@@ -150,7 +169,7 @@ async def test_a_create_that_arrives_late_was_called_unknown(etcd: EtcdServer, e
 @pytest.mark.parametrize("name", WRITES)
 async def test_a_network_that_swallows_everything_is_told_in_time(etcd: EtcdServer, etcd_root: str, name: str) -> None:
     """Requests are accepted and nothing comes back: unknown for a write that was sent, unavailable for a read."""
-    async with scene_at(etcd, etcd_root, request_timeout=0.5) as scene:
+    async with scene_at(etcd, etcd_root, request_timeout=0.3) as scene:
         await scene.prepare(exists=name != "create")
         await scene.storage.exists(scene.key)
         scene.proxy.freeze()
@@ -161,13 +180,13 @@ async def test_a_network_that_swallows_everything_is_told_in_time(etcd: EtcdServ
         assert type(outcome) is (Unavailable if name == "swap" else OutcomeUnknown)
         with pytest.raises(Unavailable):
             await scene.storage.get(scene.key)
-        assert took < 2.5, f"took {took:.1f} s with a request timeout of 0.5 s"
+        assert took < 2, f"took {took:.1f} s with a request timeout of 0.3 s"
 
 
 @pytest.mark.parametrize("name", WRITES)
 async def test_an_etcd_that_refuses_connections_is_unavailable(etcd: EtcdServer, etcd_root: str, name: str) -> None:
     """Certainly not written, so it may be retried; and it is not."""
-    async with scene_at(etcd, etcd_root, request_timeout=0.5) as scene:
+    async with scene_at(etcd, etcd_root, request_timeout=0.2) as scene:
         await scene.prepare(exists=name != "create")
         await scene.proxy.refuse()
         with pytest.raises(Unavailable):
@@ -193,7 +212,7 @@ async def test_an_etcd_that_dies_and_comes_back_within_the_timeout_is_not_notice
 async def test_an_error_is_never_an_empty_answer(scene: Scene) -> None:
     """Promise 4: each read fails loudly while every exchange is lost, and answers truly when it is over."""
     await scene.prepare(exists=True)
-    patient, scene.storage = scene.storage, EtcdStorage([scene.proxy.endpoint], root=scene.root, request_timeout=0.3)
+    patient, scene.storage = scene.storage, EtcdStorage([scene.proxy.endpoint], root=scene.root, request_timeout=0.15)
     reads: dict[str, Callable[[], Awaitable[object]]] = {
         "get": lambda: scene.storage.get(scene.key),
         "exists": lambda: scene.storage.exists(scene.key),
