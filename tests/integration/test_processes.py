@@ -175,6 +175,30 @@ os.kill(os.getpid(), 9)
         await until(lambda pid=pid: not _alive(pid), "the orphan has ended")
 
 
+async def test_all_of_it_works_on_uvloop_too(tmp_path: Path) -> None:
+    """The daemon's loop is another one than the tests': start, wait, an early death, stop."""
+    code = f"""
+import pathlib, sys, uvloop
+from lrm.processes import ChildProcess, ProcessError
+log = pathlib.Path({str(tmp_path / "log")!r})
+async def never():
+    return False
+async def main():
+    start = lambda code: ChildProcess.start([sys.executable, "-c", code], name="child", log_path=log)
+    print(await start("import os; os._exit(7)").wait())
+    try:
+        await start("import sys; sys.exit('gone')").wait_ready(never, 10)
+    except ProcessError as error:
+        print("gone" in str(error))
+    print(await start("import time; time.sleep(60)").stop(grace=5))
+uvloop.run(main())
+"""
+    done = await asyncio.to_thread(
+        subprocess.run, [sys.executable, "-c", code], capture_output=True, text=True, timeout=30, check=False
+    )
+    assert done.stdout.split() == ["7", "True", "-15"], done.stderr
+
+
 def test_free_ports_differ_and_can_be_bound() -> None:
     ports = [free_port() for _ in range(200)]
     assert len(set(ports)) == 200
