@@ -11,14 +11,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from datetime import datetime
+from datetime import datetime, timedelta
 
-from controllers.cml.errors import CmlCircuitOpen, CmlError, CmlLoginThrottled
+from controllers.cml.errors import CmlCircuitOpen, CmlClosed, CmlError, CmlLoginThrottled
 from controllers.cml.inventory import Inventory, read_inventory
 from controllers.cml.models import Lab
 from controllers.cml.sessions import CmlSessions
-from controllers.labs.due import asked_for, due_in
-from controllers.labs.history import first_status, is_news, mark_missing, observe
+from controllers.labs.due import apart, asked_for, due_in
+from controllers.labs.history import first_status, is_news, mark_listed, mark_missing, observe
 from controllers.labs.homes import can_be_asked
 from controllers.labs.kind import (
     DESIRED_STATE,
@@ -140,17 +140,19 @@ class LabsController(Controller[LabWorker]):
         except GuardFailed:
             return Result.done()  # the worker went or was made anew meanwhile; its deletion wakes us
         self._synced.add(worker.uid)
-        return Result.after(max(self._due_in(worker, ctx), 0.01))
+        return Result.after(max(self._due_in(worker, ctx), apart(self._interval(worker))))
+
+    def _interval(self, worker: LabWorker) -> float:
+        interval = self._settings.labs_refresh_interval
+        if worker.status.phase == Phase.DRAINING:
+            interval = min(interval, self._settings.labs_drain_interval)
+        return interval
 
     def _due_in(self, worker: LabWorker, ctx: Context) -> float:
-        settings = self._settings
-        interval = settings.labs_refresh_interval
-        if worker.status.phase == Phase.DRAINING:
-            interval = min(interval, settings.labs_drain_interval)
         return due_in(
             worker,
             records_of_worker(self._cache, worker.namespace, worker.name),
-            interval=interval,
+            interval=self._interval(worker),
             now=ctx.clock.now(),
             first=worker.uid not in self._synced,
         )
@@ -170,7 +172,10 @@ class LabsController(Controller[LabWorker]):
         )
         crash_point("labs.listed")
         records = records_of_worker(self._cache, worker.namespace, worker.name)
-        found = difference(records, before, inventory)
+        # After a step of wall time, times prove nothing: the list of a moment ago may seem to be an hour old.
+        held = getattr(ctx, "wall_jumped", False)
+        least = timedelta(seconds=apart(self._interval(worker)))
+        found = difference(records, before, inventory, at=sync.at, apart=least, held=held)
         await self._write(sync, found)
         crash_point("labs.records-written")
         return await self._conclude(sync, inventory, found)
@@ -182,6 +187,7 @@ class LabsController(Controller[LabWorker]):
         if not sync.worker.deleting:  # a worker on its way out gets no more records to take along
             await write_each(found.create, lambda lab: lab.id, lambda lab: self._create(sync, lab), failures)
         await write_each(changed, lambda pair: pair[0].spec.lab_id, lambda pair: self._update(sync, *pair), failures)
+        await write_each(found.listed, _lab_of, lambda record: self._mark_listed(sync, record), failures)
         if found.orphans:
             gone = [r.record.spec.lab_id for r in found.removals] + [t.record.spec.lab_id for t in found.tombstones]
             log.warning(
@@ -211,6 +217,7 @@ class LabsController(Controller[LabWorker]):
             await sync.ctx.client.create(record, guards=(sync.guard,), with_status=True)
         except ResourceExists:
             # Nobody else makes records, so the cache has this one as a value that it cannot decode: leave it alone.
+            sync.failures.by_lab[lab.id] = f"its record {record.name} exists and cannot be read by this version"
             sync.ctx.log.warning("labs.record_unreadable", lab=lab.id, record=record.name)
             return
         sync.created += 1
@@ -234,6 +241,13 @@ class LabsController(Controller[LabWorker]):
                 before=record.status.state,
                 state=after.status.state,
             )
+        crash_point("labs.record-updated")
+
+    async def _mark_listed(self, sync: _Sync, record: LabRecord) -> None:
+        try:
+            await sync.ctx.client.update_status(record, lambda r: mark_listed(r.status, now=sync.at))
+        except ResourceNotFound:
+            return  # it was deleted while we looked
         crash_point("labs.record-updated")
 
     async def _mark(self, sync: _Sync, tombstone: Tombstone) -> None:
@@ -286,7 +300,7 @@ class LabsController(Controller[LabWorker]):
         )
         return worker
 
-    async def _failed(self, worker: LabWorker, ctx: Context, reason: str, problem: str) -> None:
+    async def _failed(self, worker: LabWorker, ctx: Context, reason: str, problem: str | None) -> None:
         """Tell in the worker's status why its labs could not be synced, and try again. Always raises.
 
         The error is told at once; the condition turns when the labs are overdue, so that one bad answer flips nothing.
@@ -297,14 +311,16 @@ class LabsController(Controller[LabWorker]):
         def note(w: LabWorker) -> None:
             w.status.labs_sync_error = problem
             if overdue:
-                w.status.set_condition(LABS_SYNCED, status=False, reason=reason, message=problem, now=now)
+                w.status.set_condition(LABS_SYNCED, status=False, reason=reason, message=problem or reason, now=now)
 
         await ctx.client.update_status(worker, note)
-        raise RetryLater(f"labs of {worker.name}: {problem}")
+        raise RetryLater(f"labs of {worker.name}: {problem or reason}")
 
 
-def _problem(error: CmlError, worker: LabWorker) -> str:
+def _problem(error: CmlError, worker: LabWorker) -> str | None:
     """What to tell of an error. Not having asked is no news: what was found when we asked stays."""
+    if isinstance(error, CmlClosed):  # our own doing: the worker changed, and the next try has a client for it
+        return worker.status.labs_sync_error
     if isinstance(error, CmlCircuitOpen | CmlLoginThrottled):
         return worker.status.labs_sync_error or type(error).__name__
     return str(error)[:500]

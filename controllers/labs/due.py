@@ -3,7 +3,8 @@
 Promises a sync at the interval (spread by ±10 %, differently for each worker and time, so that a fleet does not fall
 into step), at once when this process has not synced the worker yet, when a new value of the reconcile-now annotation
 asks for it, when the worker became Ready after the last sync, and when a desiredState was reached since. A last sync
-that lies in the future (a clock was set back) counts as none. Called by the sync before anything is asked of a CML.
+that lies in the future (a clock was set back) counts as none, and a turn that lies there is due when its time comes.
+Called by the sync before anything is asked of a CML.
 """
 
 from __future__ import annotations
@@ -19,11 +20,17 @@ from lrm.resource import RECONCILE_ANNOTATION
 
 _SPREAD = 0.1
 _CLOCK_SLACK = timedelta(seconds=30)
+_APART = 1.0
 
 
 def asked_for(worker: LabWorker) -> str | None:
     """The value of the annotation that asks for a sync, if there is one."""
     return worker.metadata.annotations.get(RECONCILE_ANNOTATION) or None
+
+
+def apart(interval: float) -> float:
+    """Seconds that lie between two syncs at least, unless somebody asks; no more than this interval's shortest wait."""
+    return min(_APART, interval * (1 - _SPREAD))
 
 
 def due_in(
@@ -36,15 +43,18 @@ def due_in(
         return 0.0
     if asked is not None and asked != worker.status.labs_asked:
         return 0.0
-    if _became(worker, READY, synced) or any(_became(record, DESIRED_STATE, synced) for record in records):
-        return 0.0
-    wait = interval * (1 + _SPREAD * _spread(worker, synced))
-    return max(0.0, wait - (now - synced).total_seconds())
+    turns = [_turned(worker, READY), *(_turned(record, DESIRED_STATE) for record in records)]
+    unseen = [turn for turn in turns if turn is not None and turn > synced]
+    # A turn that is later than now (another clock wrote it, or ours was set back) is no reason to sync before its time:
+    # every sync until then would be older than it, and so due again at once.
+    times = [synced + timedelta(seconds=interval * (1 + _SPREAD * _spread(worker, synced))), *unseen]
+    return max(0.0, (min(times) - now).total_seconds())
 
 
-def _became(resource: LabWorker | LabRecord, condition: str, since: datetime) -> bool:
+def _turned(resource: LabWorker | LabRecord, condition: str) -> datetime | None:
+    """When the condition became True; None where it is not."""
     found = resource.status.condition(condition)
-    return found is not None and found.status == "True" and found.last_transition_time > since
+    return found.last_transition_time if found is not None and found.status == "True" else None
 
 
 def _spread(worker: LabWorker, synced: datetime) -> float:

@@ -34,7 +34,8 @@ def news(status: LabRecordStatus, lab: Lab, instance_id: str) -> list[tuple[str,
 
 def is_news(status: LabRecordStatus, lab: Lab, instance_id: str) -> bool:
     """Whether a status has to be written for what CML tells: something differs, or the lab was missing."""
-    return status.missing_since is not None or bool(news(status, lab, instance_id))
+    was_missing = status.missing_since is not None or status.last_synced_at is not None
+    return was_missing or bool(news(status, lab, instance_id))
 
 
 def observe(status: LabRecordStatus, lab: Lab, *, instance_id: str, now: datetime, keep: int) -> None:
@@ -49,16 +50,26 @@ def observe(status: LabRecordStatus, lab: Lab, *, instance_id: str, now: datetim
     if changed:
         entry = LabOperation(timestamp=now, previous_state=before, new_state=status.state, changed_fields=changed)
         status.operation_history = [*status.operation_history, entry][-keep:]
+    mark_listed(status, now=now)
+    status.last_synced_at = None
+
+
+def mark_listed(status: LabRecordStatus, *, now: datetime) -> None:
+    """Take a tombstone away: the lab is in the list. When it was last seen stays, until its data are read as well."""
     if status.missing_since is not None or status.phase != PRESENT:
-        status.missing_since, status.missing_lists, status.last_synced_at = None, 0, None
+        status.missing_since, status.missing_lists, status.missing_counted_at = None, 0, None
         status.enter(PRESENT, "InCMLAgain", now)
         status.set_condition(READY, status=True, reason="InCML", message="the lab is in CML's list again", now=now)
 
 
 def mark_missing(status: LabRecordStatus, lists: int, *, seen: datetime | None, now: datetime) -> None:
     """Write down that so many complete lists in a row lack the lab, and when it was last seen."""
+    counted = status.missing_counted_at
+    if lists != status.missing_lists or counted is None or counted > now:
+        # A time in the future is of a clock that was set back: from now on the time between lists is taken from here.
+        status.missing_counted_at = now
     if status.missing_since is None:
-        status.missing_since, status.last_synced_at = now, seen
+        status.missing_since, status.last_synced_at = now, status.last_synced_at or seen
         status.enter(MISSING, "NotInList", now)
         status.set_condition(
             READY, status=False, reason="Missing", message="a complete list of CML's labs lacks it", now=now

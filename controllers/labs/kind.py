@@ -101,10 +101,12 @@ class LabRecordStatus(Status):
     """The EC2 instance whose CML has the lab; once the worker runs on another one, this lab is gone."""
     first_seen_at: Timestamp | None = None
     last_synced_at: Timestamp | None = None
-    """Stored only with a tombstone: when the lab was last seen. Otherwise computed (`present`)."""
+    """Stored from a tombstone until the lab's data are read again: when it was last seen. Otherwise computed."""
     missing_since: Timestamp | None = None
     missing_lists: int = 0
-    """Complete lists in a row that lack the lab."""
+    """Complete lists in a row that lack the lab, of those that count (`sync.difference`)."""
+    missing_counted_at: Timestamp | None = None
+    """When the last of them was asked for; while none counts, when the lab was first missed."""
     operation_history: list[LabOperation] = Field(default_factory=list)
     acting: Acting | None = None
     """While desiredState is being carried out."""
@@ -158,7 +160,7 @@ def _validate(new: LabRecord, old: LabRecord | None) -> Iterable[Cause]:
 def _present(record: LabRecord, lookup: Callable[[str, str, str], AnyResource | None]) -> LabRecord:
     """A copy with `lastSyncedAt`: the time of the worker's last sync, but not before the record was first seen."""
     status = record.status
-    if status.missing_since is not None:
+    if status.missing_since is not None or status.last_synced_at is not None:
         return record
     worker = lookup("LabWorker", record.namespace, record.spec.worker_ref)
     synced = getattr(worker.status, "labs_synced_at", None) if worker is not None else None

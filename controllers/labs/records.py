@@ -14,7 +14,15 @@ from datetime import timedelta
 from typing import NamedTuple
 
 from controllers.cml.client import CmlClient
-from controllers.cml.errors import CmlCircuitOpen, CmlError, CmlForbidden, CmlLoginThrottled, CmlNotFound, CmlRefused
+from controllers.cml.errors import (
+    CmlCircuitOpen,
+    CmlClosed,
+    CmlError,
+    CmlForbidden,
+    CmlLoginThrottled,
+    CmlNotFound,
+    CmlRefused,
+)
 from controllers.cml.sessions import CmlSessions
 from controllers.labs.desired import DEFINED_ON_CORE, REACHED, WAIT, Step, next_step
 from controllers.labs.homes import Away, Gone, Home, can_be_asked, home_of
@@ -237,7 +245,7 @@ class LabRecordsController(Controller[LabRecord]):
 
     async def _hold_up(self, record: LabRecord, ctx: Context, what: _Topic, error: CmlError) -> None:
         """Say what CML's failure was, and try again ever later. Always raises."""
-        if not isinstance(error, CmlCircuitOpen | CmlLoginThrottled):  # not having asked is no news
+        if not isinstance(error, CmlCircuitOpen | CmlLoginThrottled | CmlClosed):  # not having asked is no news
             note = _Note(*what, type(error).__name__, str(error)[:500])
             await self._tell(record, ctx, note, acting=_acting(record))
         raise RetryLater(f"lab {record.spec.lab_id} of {record.spec.worker_ref}: {error}")

@@ -3,13 +3,16 @@
 Promises: without a complete list (`Inventory.complete`) no record is removed and none gets a tombstone. A record that
 a complete list lacks gets a tombstone, and is removed by the second such list in a row, or at once if CML also
 answered 404 for its lab under the same session. When a list lacks more than half of ten or more records, the short
-cut is off and removal waits for the fourth list in a row. Records that are being deleted are left to their deletion.
+cut is off and removal waits for the fourth list in a row. Lists that count are some time `apart`: what is asked twice
+within a moment is one look. While `held`, nothing is counted or removed, and a missing lab is only marked as such.
+A lab that is listed without its data is there. Records that are being deleted are left to their deletion.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
+from datetime import datetime, timedelta
 
 from controllers.cml.inventory import Inventory
 from controllers.cml.models import Lab
@@ -23,7 +26,7 @@ MANY_OF = 10
 
 @dataclass(frozen=True, slots=True)
 class Tombstone:
-    """A record that this list lacks, as the list before did or not: `lists` in a row now."""
+    """A record that this list lacks, as the list before did or not: `lists` in a row that count now, 0 while held."""
 
     record: LabRecord
     lists: int
@@ -44,6 +47,8 @@ class Difference:
     create: tuple[Lab, ...] = ()
     seen: tuple[tuple[LabRecord, Lab], ...] = ()
     """Records whose labs are in the list, changed or not."""
+    listed: tuple[LabRecord, ...] = ()
+    """Records with a tombstone whose labs are in the list, but without their data."""
     tombstones: tuple[Tombstone, ...] = ()
     removals: tuple[Removal, ...] = ()
     cautious: bool = False
@@ -55,8 +60,16 @@ class Difference:
         return len(self.tombstones) + len(self.removals)
 
 
-def difference(records: Iterable[LabRecord], before: Collection[str], inventory: Inventory) -> Difference:
-    """Compare a worker's records with a list of its labs.
+def difference(
+    records: Iterable[LabRecord],
+    before: Collection[str],
+    inventory: Inventory,
+    *,
+    at: datetime,
+    apart: timedelta,
+    held: bool = False,
+) -> Difference:
+    """Compare a worker's records with a list of its labs that was asked for `at` this time.
 
     `before` holds the ids of the labs that had a record when the list was begun. A listed lab whose record has gone
     since was deleted while we looked: it is not made anew from an old picture.
@@ -66,18 +79,31 @@ def difference(records: Iterable[LabRecord], before: Collection[str], inventory:
     labs = inventory.labs
     create = tuple(labs[i] for i in sorted(labs) if i not in known and i not in before)
     seen = tuple((record, labs[record.spec.lab_id]) for record in standing if record.spec.lab_id in labs)
+    listed = tuple(
+        record
+        for record in standing
+        if record.spec.lab_id in inventory.ids - labs.keys() and record.status.missing_since is not None
+    )
     if not inventory.complete:
-        return Difference(create, seen)
+        return Difference(create, seen, listed)
     lacking = [r for r in standing if r.spec.lab_id not in inventory.ids and r.spec.lab_id not in labs]
     cautious = len(standing) >= MANY_OF and len(lacking) * 2 > len(standing)
     enough = LISTS_TO_REMOVE_MANY if cautious else LISTS_TO_REMOVE
     tombstones, removals = [], []
     for record in lacking:
-        lists = record.status.missing_lists + 1
-        if not cautious and record.spec.lab_id in inventory.absent:
+        lists = record.status.missing_lists + _counts(record, at, apart)
+        if held:
+            tombstones.append(Tombstone(record, record.status.missing_lists))
+        elif not cautious and record.spec.lab_id in inventory.absent:
             removals.append(Removal(record, "not in a complete list, and CML answers 404"))
         elif lists >= enough:
             removals.append(Removal(record, f"not in {lists} complete lists in a row"))
         else:
             tombstones.append(Tombstone(record, lists))
-    return Difference(create, seen, tuple(tombstones), tuple(removals), cautious)
+    return Difference(create, seen, listed, tuple(tombstones), tuple(removals), cautious)
+
+
+def _counts(record: LabRecord, at: datetime, apart: timedelta) -> bool:
+    """Whether a list is another one for a record that it lacks; one that seems older than the last is not."""
+    last = record.status.missing_counted_at or record.status.missing_since
+    return last is None or at - last >= apart

@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, cast
 
 import pytest
@@ -60,6 +61,7 @@ class LabsWorld:
     simulator: Simulator
     labs: Runner[LabWorker]
     records_runner: Runner[LabRecord]
+    sessions: CmlSessions
     term: StaticTerm
     clock: SystemClock
 
@@ -133,6 +135,12 @@ class LabsWorld:
         synced = cast("LabWorker", await until(honoured, f"a sync of {name}", timeout))
         await self.cache.barrier()
         return synced
+
+    async def later_sync(self, name: str = "w1") -> LabWorker:
+        """One sync that succeeds, whose list is another one: those within a second are one look."""
+        synced = (await self.get_worker(name)).status.labs_synced_at
+        await until(lambda: synced is None or self.clock.now() - synced >= timedelta(seconds=1))
+        return await self.sync(name)
 
     async def failing_sync(self, part: str = "", name: str = "w1") -> LabWorker:
         """One sync that fails with `part` in its error, and the worker as it was left."""
@@ -209,12 +217,13 @@ async def labs_world(
     options: Options = FAST,
     simulator: Simulator | None = None,
     observe_only: bool = False,
+    clock: SystemClock | None = None,
     **settings: Any,
 ) -> AsyncIterator[LabsWorld]:
     """Everything running; `settings` are of `LabsSettings`. A store that is given is left open."""
     monkeypatch.setenv(PASSWORD_ENV, options.password)
     async with _simulator(simulator, options) as cml, _storage(storage) as store:
-        clock, registry = SystemClock(), registry_at(root)
+        clock, registry = clock or SystemClock(), registry_at(root)
         cache = Cache(store, registry, clock)
         client = Client(store, registry, clock)
         values = {"labs_refresh_interval": 3600, "labs_step_interval": 0.02, "labs_step_timeout": 5, **settings}
@@ -245,7 +254,7 @@ async def labs_world(
                 ]
                 await until(lambda: not cache.error, "the cache to follow the store")
                 try:
-                    yield LabsWorld(store, registry, cache, cml, labs, records, term, clock)
+                    yield LabsWorld(store, registry, cache, cml, labs, records, sessions, term, clock)
                 finally:
                     for task in running:
                         task.cancel()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
+from datetime import timedelta
 
 import pytest
 
@@ -10,6 +11,7 @@ from controllers.labs.kind import LAB_FINALIZER, LAB_RECORD, LabRecord
 from controllers.workers.kind import LabWorker
 from equipment.labs_world import LabsWorld, labs_world
 from equipment.waiting import until
+from lrm.cache import CacheUpdate
 
 
 @pytest.fixture
@@ -95,6 +97,24 @@ async def test_a_sync_comes_at_the_interval(monkeypatch: pytest.MonkeyPatch) -> 
         await until(lambda: not world.known(), "the interval's lists to remove it")
 
 
+async def test_a_turn_to_ready_that_lies_in_the_future_is_one_sync_when_its_time_comes(world: LabsWorld) -> None:
+    """The wall clock was ahead when the condition turned, and was set back."""
+    await world.worker()
+    await world.sync()
+    world.machine().counts.clear()
+    turns = world.clock.now() + timedelta(seconds=1.5)
+    await world.change_worker(
+        lambda w: w.status.set_condition("Ready", status=True, reason="Serving", message="", now=turns)
+    )
+
+    async def synced() -> bool:
+        at = (await world.get_worker()).status.labs_synced_at
+        return at is not None and at >= turns
+
+    await until(synced)
+    assert world.machine().counts["GET /labs"] == 1
+
+
 async def test_the_annotation_is_honoured_once(world: LabsWorld) -> None:
     await world.worker()
     await world.sync()
@@ -162,6 +182,50 @@ async def test_one_lab_that_cml_cannot_tell_of_does_not_stop_the_others(world: L
     records = await world.records()
     assert set(records) == {known.id, other.id}
     assert records[known.id].status.missing_since is None
+
+
+async def test_a_record_that_cannot_be_read_is_told_and_holds_the_time_of_the_last_sync(world: LabsWorld) -> None:
+    await world.worker()
+    lab = world.machine().add_lab("known")
+    synced = (await world.sync()).status.labs_synced_at
+    key = world.registry.key_of(await world.record(lab.id))
+    await world.storage.set(key, b'{"spec": 7}')
+    await world.cache.barrier()
+    world.machine().add_lab("other")
+    worker = await world.failing_sync("cannot be read")
+    assert worker.status.labs_synced_at == synced
+    assert len(world.known()) == 1, "the other lab has its record"
+    entry = await world.storage.get(key)
+    assert entry.value == b'{"spec": 7}', "it is left alone"
+
+
+async def test_a_client_that_is_given_up_during_a_sync_is_no_news(world: LabsWorld) -> None:
+    worker = await world.worker()
+    await world.sync()
+    told: list[str] = []
+
+    def note(update: CacheUpdate) -> None:
+        for change in update.changes:
+            after = change.new.resource if change.new else None
+            if isinstance(after, LabWorker) and after.status.labs_sync_error:
+                told.append(after.status.labs_sync_error)
+
+    end = world.cache.subscribe(note)
+    world.fault("delay", path="/labs", seconds=30, times=1)
+    world.machine().log.clear()
+    value = await world.ask()
+    await until(lambda: any(e["path"] == "/labs" for e in world.machine().log), "the list to be under way")
+    failures = world.labs.stats.failures
+    world.sessions.retire(worker.uid)
+
+    async def honoured() -> bool:
+        return (await world.get_worker()).status.labs_asked == value
+
+    await until(honoured)
+    await world.cache.barrier()
+    end()
+    assert world.labs.stats.failures == failures + 1
+    assert told == []
 
 
 @pytest.mark.parametrize(

@@ -156,7 +156,7 @@ async def test_a_sync_killed_at(point: str, scene: Scene) -> None:
             missing = [r for r in (await world.records()).values() if r.status.missing_since is not None]
             assert len(missing) == 7, "the half rule holds over a kill"
             for _ in range(4):
-                worker = await world.sync()
+                worker = await world.later_sync()
         records = await world.records()
         labs = world.machine().labs
         assert set(records) == set(labs)
@@ -227,7 +227,7 @@ async def test_a_daemon_killed_at_random_moments_loses_and_invents_nothing(scene
             scene.daemon.process.kill()
     async with scene.world() as world:
         for _ in range(5):
-            await world.sync()
+            await world.later_sync()
         await until(lambda: not any(r.deleting for r in world.known()), "the deletions to end", timeout=60)
         records = await world.records()
         assert set(records) == set(machine.labs)

@@ -6,7 +6,7 @@ from datetime import UTC, datetime, timedelta
 
 import pytest
 
-from controllers.labs.due import due_in
+from controllers.labs.due import apart, due_in
 from controllers.labs.kind import LabRecord, LabRecordSpec
 from controllers.workers.kind import LabWorker, LabWorkerSpec
 from lrm.resource import RECONCILE_ANNOTATION, ObjectMeta
@@ -68,6 +68,27 @@ def test_it_is_due_now(subject: LabWorker, records: list[LabRecord], first: bool
 )
 def test_it_can_wait(subject: LabWorker, records: list[LabRecord], why: str) -> None:
     assert 0.85 * HOUR < due_in(subject, records, interval=HOUR, now=NOW) < 1.1 * HOUR, why
+
+
+@pytest.mark.parametrize(
+    ("subject", "records"),
+    [(worker(synced=ago(5), ready=ago(-20)), []), (worker(synced=ago(5)), [record(ago(-20)), record(ago(-1200))])],
+    ids=["ready", "reached"],
+)
+def test_a_turn_that_lies_in_the_future_is_due_when_its_time_comes(
+    subject: LabWorker, records: list[LabRecord]
+) -> None:
+    assert due_in(subject, records, interval=HOUR, now=NOW) == 20
+    assert due_in(subject, records, interval=HOUR, now=NOW + timedelta(seconds=20)) == 0
+
+
+def test_a_turn_that_lies_far_in_the_future_puts_nothing_off() -> None:
+    assert due_in(worker(synced=ago(2 * HOUR), ready=ago(-99 * HOUR)), [], interval=HOUR, now=NOW) == 0
+
+
+@pytest.mark.parametrize(("interval", "least"), [(1800.0, 1.0), (2.0, 1.0), (1.0, 0.9), (0.1, 0.09)])
+def test_two_syncs_are_a_second_apart_or_an_interval_at_its_shortest(interval: float, least: float) -> None:
+    assert apart(interval) == pytest.approx(least)
 
 
 def test_the_interval_is_spread_by_a_tenth_and_the_same_whenever_asked() -> None:

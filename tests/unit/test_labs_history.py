@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from controllers.cml.models import Lab
-from controllers.labs.history import first_status, is_news, mark_missing, observe
+from controllers.labs.history import first_status, is_news, mark_listed, mark_missing, observe
 from controllers.labs.kind import LAB_RECORD, LabRecord, LabRecordSpec, LabRecordStatus
 from lrm.resource import ObjectMeta
 from storage.base import Entry
@@ -144,6 +144,24 @@ def test_missing_and_back_again() -> None:
     back = seen(status, told(), now=LATER + timedelta(minutes=60))
     assert (back.phase, back.missing_since, back.last_synced_at, back.missing_lists) == ("Present", None, None, 0)
     assert back.operation_history == []
+
+
+def test_listed_again_without_its_data_it_is_present_but_was_last_seen_when_it_was() -> None:
+    status = status_of(told())
+    mark_missing(status, 1, seen=START, now=LATER)
+    mark_listed(status, now=LATER + timedelta(minutes=30))
+    assert (status.phase, status.missing_since, status.missing_lists, status.missing_counted_at) == (
+        "Present",
+        None,
+        0,
+        None,
+    )
+    assert status.last_synced_at == START, "its data are as old as before"
+    missing = status.thaw()
+    mark_missing(missing, 1, seen=LATER, now=LATER + timedelta(minutes=60))
+    assert missing.last_synced_at == START
+    assert is_news(status, told(), "i-1"), "the same data, but read again"
+    assert seen(status, told()).last_synced_at is None
 
 
 def test_a_lone_surrogate_which_no_json_takes_is_replaced_once_and_is_then_no_news() -> None:

@@ -98,6 +98,9 @@ def test_last_synced_is_served_from_the_worker_and_never_before_the_lab_was_seen
     missing = stored.thaw()
     missing.status.missing_since, missing.status.last_synced_at = NOW, NOW - timedelta(minutes=30)
     assert present(missing, look_up).status.last_synced_at == NOW - timedelta(minutes=30)
+    unread = stored.thaw()
+    unread.status.last_synced_at = NOW - timedelta(minutes=30)
+    assert present(unread, look_up).status.last_synced_at == NOW - timedelta(minutes=30), "listed, but not read again"
 
 
 @pytest.mark.parametrize(
