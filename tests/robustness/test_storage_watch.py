@@ -175,16 +175,22 @@ async def test_a_barrier_in_the_middle_of_a_3000_event_replay_waits_for_all_of_i
         assert listener.deliveries == await told_by_etcd(direct, prefix, first, last)
 
 
-async def test_large_revisions_arrive_whole_though_etcd_sends_them_in_fragments(server_dir: Path) -> None:
-    async with EtcdServer(server_dir / "etcd") as etcd:
+@pytest.mark.parametrize("cut", [False, True], ids=["uncut", "cut"])
+async def test_large_revisions_arrive_whole_though_etcd_sends_them_in_fragments(server_dir: Path, *, cut: bool) -> None:
+    """Also when streams end in the middle of them: what a fragment had brought is not counted twice."""
+    async with EtcdServer(server_dir / "etcd") as etcd, FaultProxy(etcd.endpoint) as proxy:
         direct = Gateway(etcd.endpoint)
         for i in range(30):
             await direct.put_together({f"/t/r/{name}": bytes([65 + i]) * 60_000 for name in "abcdefgh"})
         last = await direct.revision()
-        async with storage_at(etcd.endpoint, root="/t") as storage, listening(storage, "/t/r/", 1) as listener:
+        cuts = [proxy.inject(When.AFTER, How.TRUNCATE, WATCH, keep=k) for k in range(1_600_000, 4_000_000, 300_000)]
+        if not cut:
+            proxy.clear()
+        async with storage_at(proxy.endpoint, root="/t") as storage, listening(storage, "/t/r/", 1) as listener:
             await listener.reach(last)
             assert [len(batch.events) for batch in listener.batches if batch.events] == [8] * 30
             assert listener.deliveries == await told_by_etcd(direct, "/t/r/", 1, last)
+        assert sum(rule.hits for rule in cuts) == (len(cuts) if cut else 0)
 
 
 async def test_a_slow_reader_is_not_taken_for_a_silent_stream(etcd: EtcdServer, etcd_root: str) -> None:
