@@ -63,11 +63,15 @@ class Change:
 
 @dataclass(frozen=True, slots=True)
 class CacheUpdate:
-    """All changes of one revision; `relisted` means that history before it is not known to the cache."""
+    """All changes of one revision; `relisted` means that history before it is not known to the cache.
+
+    `reset` means that the store began another line: revisions of before say nothing any more.
+    """
 
     revision: int
     changes: tuple[Change, ...]
     relisted: bool = False
+    reset: bool = False
 
 
 Subscriber = Callable[[CacheUpdate], None]
@@ -117,6 +121,8 @@ class Cache:
         self._undecodable: set[str] = set()
         """Keys whose values were reported, so that each is logged once."""
         self._need_list = True
+        self._reset = False
+        """The store began another line, which is not listed yet."""
         self.revision = 0
         self.error: str = "the first list is not complete"
         """Why the cache is not being kept up to date just now; empty while it is."""
@@ -130,6 +136,11 @@ class Cache:
     def registry(self) -> Registry:
         """The kinds that it holds."""
         return self._registry
+
+    @property
+    def current(self) -> bool:
+        """Whether `revision` is one of the store's line: not between a reset and the list that follows it."""
+        return not self._reset
 
     @property
     def synced(self) -> bool:
@@ -188,7 +199,7 @@ class Cache:
 
     async def wait_for(self, revision: int, timeout: float = BARRIER_TIMEOUT) -> None:
         """Return when the cache holds `revision`. Raises `CacheBehind` after `timeout` seconds, `StoreReset`."""
-        if self.revision >= revision:
+        if self.revision >= revision and not self._reset:
             return
         waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._waiters.append((revision, waiter))
@@ -260,6 +271,7 @@ class Cache:
         log.warning("cache.relist", reason=type(error).__name__, detail=str(error))
         self._need_list, self.error = True, str(error)
         if isinstance(error, StoreReset):
+            self._reset = True
             self._fail_waiters(error)
 
     async def _relist(self) -> None:
@@ -289,7 +301,9 @@ class Cache:
             before = known.get(key)
             if before is None or before.entry != new.entry:
                 changes.append(self._put(new))
-        self._publish(CacheUpdate(revision, tuple(changes), relisted=True))
+        self._undecodable = {key for key, item in listed.items() if item.resource is None}
+        reset, self._reset = self._reset, False
+        self._publish(CacheUpdate(revision, tuple(changes), relisted=True, reset=reset))
 
     def _apply(self, batch: Batch) -> None:
         changes = [change for event in batch.events for change in self._changes(event)]
@@ -301,6 +315,7 @@ class Cache:
             return
         old = self.item(kind, namespace, name)
         if event.kind == "delete":
+            self._undecodable.discard(event.entry.key)
             if old:
                 yield self._delete(old, event.entry.revision)
             return

@@ -144,16 +144,21 @@ class Daemon:
         election = StaticElection(
             self.storage, self.clock, root=self.settings.etcd_root, lock_name=lock_name, identity=self.status.identity
         )
-        term = await election.acquire()
-        self.status.terms[lock_name] = term
-        try:
-            async with _observing(election, term), asyncio.TaskGroup() as tasks:
-                for runner in runners:
-                    tasks.create_task(runner.run(term), name=f"controller {runner.controller.name}")
-            raise Deposed(f"another daemon has taken the lock {lock_name}; this one was started with LRM_LEADER=static")
-        finally:
-            self.status.terms.pop(lock_name, None)
-            await election.release(term)
+        while True:
+            term = await election.acquire()
+            self.status.terms[lock_name] = term
+            try:
+                async with _observing(election, term), asyncio.TaskGroup() as tasks:
+                    for runner in runners:
+                        tasks.create_task(runner.run(term), name=f"controller {runner.controller.name}")
+                if await election.succeeded(term):
+                    raise Deposed(
+                        f"another daemon has taken the lock {lock_name}; this one was started with LRM_LEADER=static"
+                    )
+                log.warning("daemon.leading_again", lock=lock_name, reason="the store no longer has this term's key")
+            finally:
+                self.status.terms.pop(lock_name, None)
+                await election.release(term)
 
     async def _drain(self) -> None:
         share = self.settings.stop_timeout * 0.8

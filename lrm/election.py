@@ -153,6 +153,24 @@ class StaticElection:
             except StorageError as error:
                 log.warning("election.observe_failed", lock=self.lock_name, error=str(error))
 
+    async def succeeded(self, term: Term) -> bool:
+        """Whether a later term than this one exists, once this one has ended.
+
+        False where the key is absent, or older: then the store was restored to before this term, and nobody leads.
+        A successor deletes the key before it creates its own, so an absent one is looked at twice.
+        """
+        absent = 0
+        while True:
+            try:
+                return (await self._storage.get(self._key)).create_revision > term.number
+            except NotFound:
+                absent += 1
+                if absent > 1:
+                    return False
+            except StorageError as error:
+                log.warning("election.store_failed", lock=self.lock_name, error=str(error))
+            await self._clock.sleep(_RETRY)
+
     def _ends(self, term: Term, event: Event) -> bool:
         """Whether this event is the end of the term; a watch also brings locks whose names begin alike."""
         if event.entry.key != self._key:

@@ -139,11 +139,11 @@ class Kind(Generic[R]):
         except ValidationError as error:
             causes = causes_of(error)
             also = [c for c in _unknown_causes(self, wanted) if c.field not in keep]
-            raise Invalid(self._what(document), [*causes, *also]) from error
+            raise Invalid(self._what(document), [*causes, *also, *_readable_metadata_causes(self, wanted)]) from error
         strangers = [f for f in unknown_fields(resource) if f not in keep]
         if strangers and unknown == "Strict":
             causes = [Cause(f, "FieldValueInvalid", f'unknown field "{f}"') for f in strangers]
-        causes += metadata_causes(resource, self.max_name)
+        causes += metadata_causes(resource.metadata, self.max_name)
         if causes:
             raise Invalid(self._what(document), causes)
         if strangers:
@@ -203,9 +203,9 @@ def causes_of(error: ValidationError, root: str = "") -> list[Cause]:
     return [_cause(e, root) for e in error.errors(include_url=False, include_context=False)]
 
 
-def metadata_causes(resource: AnyResource, max_name: int) -> list[Cause]:
+def metadata_causes(meta: ObjectMeta, max_name: int) -> list[Cause]:
     """What Kubernetes' rules for names, labels and annotations say against the metadata."""
-    meta, found = resource.metadata, list(_name_causes(resource.metadata, max_name))
+    found = list(_name_causes(meta, max_name))
     if not _LABEL.fullmatch(meta.namespace) or len(meta.namespace) > 63:
         found.append(
             Cause("metadata.namespace", "FieldValueInvalid", f"must be a DNS-1123 label, not {meta.namespace!r}")
@@ -255,9 +255,19 @@ def _cause(error: ErrorDetails, root: str) -> Cause:
     return Cause(path.lstrip("."), "FieldValueRequired" if missing else "FieldValueInvalid", message)
 
 
+def _readable_metadata_causes(kind: Kind[Any], document: Mapping[str, Any]) -> list[Cause]:
+    """The same of a document whose other parts do not validate; a metadata of wrong types was told already."""
+    try:
+        meta = ObjectMeta.model_validate(document.get("metadata"))
+    except ValidationError:
+        return []
+    return metadata_causes(meta, kind.max_name)
+
+
 def _unknown_causes(kind: Kind[Any], document: Mapping[str, Any]) -> list[Cause]:
     """Unknown fields of a document that does not validate, so that all errors are told at once."""
-    found: list[Cause] = []
+    top = {"apiVersion", "kind", "metadata", "spec", "status"}
+    found = [Cause(f, "FieldValueInvalid", f'unknown field "{f}"') for f in document if f not in top]
     for part, model in (("metadata", kind.model.model_fields["metadata"].annotation), ("spec", kind.spec_model)):
         value = document.get(part)
         if isinstance(value, dict) and isinstance(model, type) and issubclass(model, Model):

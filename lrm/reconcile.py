@@ -19,13 +19,14 @@ import structlog
 
 from lrm.cache import Cache, CacheUpdate, Change
 from lrm.client import Client, Written
+from lrm.clock import WallJumps
 from lrm.election import Term
 from lrm.errors import CacheBehind, Fenced, NotLeading, ResourceConflict, ResourceNotFound, RetryLater, TerminalError
 from lrm.kind import R
 from lrm.queue import WorkQueue
 from storage.base import Guard
 from storage.clock import Clock
-from storage.errors import GuardFailed, StorageError
+from storage.errors import GuardFailed, NoSpace, StorageError, Unavailable
 
 log = structlog.get_logger(__name__)
 
@@ -34,6 +35,7 @@ Key = tuple[str, str]
 
 _CREATING_MOST = 6.0
 _RESYNC_SPREAD = 0.1
+_STORE_RETRY = 0.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +75,7 @@ class Context:
         term: Term,
         observe_only: bool,
         renew_deadline: float,
+        jumps: WallJumps,
         bound_log: Any,
     ) -> None:
         self.client = client
@@ -83,11 +86,17 @@ class Context:
         self.log = bound_log
         self._term = term
         self._renew_deadline = renew_deadline
+        self._jumps = jumps
 
     @property
     def creating_timeout(self) -> float:
         """Seconds that a call which creates something outside may take."""
         return min(_CREATING_MOST, self._renew_deadline / 2)
+
+    @property
+    def wall_jumped(self) -> bool:
+        """Whether wall time was set lately: what a deadline in a status says is then held back (`lrm.clock`)."""
+        return self._jumps.lately()
 
     def check_leading(self, needs: float = 0.0) -> None:
         """Stand before every call to the outside. Raises `NotLeading`."""
@@ -177,8 +186,13 @@ class Runner(Generic[R]):
         self._observe_only = observe_only
         self._renew_deadline = renew_deadline
         self._triggers = {t.model: t.keys for t in controller.triggers()}
+        self._jumps = WallJumps(clock)
         self._written: dict[Key, Written] = {}
         self._echoes: dict[Key, _Echoes] = {}
+        self._gate = asyncio.Lock()
+        self._store_was_away = False
+        self._resets = 0
+        """Lines of the store's history that have ended; revisions of a former one mean nothing."""
 
     async def run(self, term: Term) -> None:
         """Reconcile until the term ends (returns) or the task is cancelled; the queue starts empty each time."""
@@ -212,29 +226,43 @@ class Runner(Generic[R]):
     async def _catch_up(self) -> None:
         """Wait until the caches hold every write of every earlier leader."""
         await self._cache.wait_synced()
+        told = False
         while True:
             try:
                 await self._cache.barrier()
+            except NoSpace:
+                return  # no barrier can be written to a full store, and work must go on for it to get space
             except (CacheBehind, StorageError) as error:
-                log.info("reconcile.waiting_for_cache", controller=self.controller.name, reason=str(error))
-                await self._clock.sleep(0.2)
+                if not told:
+                    log.warning("reconcile.waiting_for_store", controller=self.controller.name, reason=str(error))
+                told = True
+                await self._clock.sleep(_STORE_RETRY)
             else:
                 return
 
     def _on_update(self, update: CacheUpdate) -> None:
+        if update.relisted:
+            # An own revision may hide a foreign one below it, or belong to a line that has ended.
+            for echoes in self._echoes.values():
+                echoes.own.clear()
+        if update.reset:
+            self._resets += 1
+            self._written.clear()
+            for resource in self._cache.all(self.controller.model):
+                self.queue.add((resource.namespace, resource.name))
         for change in update.changes:
             model = change.kind.model
             if model is self.controller.model:
-                self._on_own_change(change)
+                self._on_own_change(change, relisted=update.relisted)
             mapper = self._triggers.get(model)
             if mapper is not None:
                 for key in mapper(change):
                     self.queue.add(key)
 
-    def _on_own_change(self, change: Change) -> None:
+    def _on_own_change(self, change: Change, *, relisted: bool) -> None:
         key = (change.item.namespace, change.item.name)
         echoes = self._echoes.get(key)
-        if echoes is not None:
+        if echoes is not None and not relisted:
             if change.revision in echoes.own:
                 echoes.own.discard(change.revision)
                 return
@@ -246,6 +274,7 @@ class Runner(Generic[R]):
 
     async def _work(self, term: Term) -> None:
         while (key := await self.queue.get()) is not None:
+            await self._store_answers()
             self._echoes.setdefault(key, _Echoes())
             written = Written()
             try:
@@ -255,6 +284,13 @@ class Runner(Generic[R]):
                 self.queue.done(key)
             # A reconcile with nothing to do never waits: without this, thousands of them would hold the loop up.
             await self._clock.sleep(0)
+
+    async def _store_answers(self) -> None:
+        """After the store was away: start nothing before it answers again, instead of failing key by key."""
+        async with self._gate:
+            if self._store_was_away:
+                await self._catch_up()
+                self._store_was_away = False
 
     def _settle_echoes(self, key: Key, written: Written) -> None:
         echoes = self._echoes[key]
@@ -270,7 +306,7 @@ class Runner(Generic[R]):
         name, queue = self.controller.name, self.queue
         bound = log.bind(controller=name, namespace=key[0], name=key[1], reconcile=uuid.uuid4().hex[:8])
         client = self._client.bind(owner=name, fence=term)
-        started = self._clock.monotonic()
+        started, line = self._clock.monotonic(), self._resets
         try:
             await self._own_writes_visible(key)
             resource = self._cache.get(self.controller.model, *key)
@@ -286,6 +322,7 @@ class Runner(Generic[R]):
                 term=term,
                 observe_only=self._observe_only,
                 renew_deadline=self._renew_deadline,
+                jumps=self._jumps,
                 bound_log=bound,
             )
             self.stats.reconciles += 1
@@ -303,6 +340,7 @@ class Runner(Generic[R]):
         except (ResourceConflict, CacheBehind) as error:
             bound.info("reconcile.again", detail=str(error), delay=queue.add_failed(key))
         except (RetryLater, StorageError, TimeoutError) as error:
+            self._store_was_away |= isinstance(error, Unavailable) and not isinstance(error, NoSpace)
             self.stats.failures += 1
             reason = str(error) or f"deadline of {self.controller.deadline} s"
             bound.warning("reconcile.failed", error=reason, delay=queue.add_failed(key))
@@ -315,9 +353,15 @@ class Runner(Generic[R]):
             queue.add_after(key, self.controller.resync * spread if result.again is None else result.again)
         finally:
             self.stats.seconds += self._clock.monotonic() - started
-            if client.written.highest or client.written.unknown:
-                self._written[key] = client.written
+            self._remember(key, client, line)
         return client.written
+
+    def _remember(self, key: Key, client: Client, line: int) -> None:
+        """What the caches must hold before the key's next reconcile."""
+        if line != self._resets:
+            client.written = Written(unknown=True)  # its revisions are of a line that has ended
+        if client.written.highest or client.written.unknown:
+            self._written[key] = client.written
 
     async def _step(self, resource: R, ctx: Context) -> Result:
         finalizer = self.controller.finalizer

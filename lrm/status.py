@@ -11,9 +11,12 @@ from lrm.election import Term
 from lrm.model import rfc3339
 from lrm.reconcile import Runner
 from lrm.settings import Settings
-from storage.base import Storage
+from storage.base import Health, Storage
 from storage.clock import Clock
 from storage.redis_health import redis_error
+
+_PROBE_SECONDS = 2.0
+"""How long etcd and Redis are waited for; probes give up after some seconds."""
 
 
 class DaemonStatus:
@@ -45,7 +48,7 @@ class DaemonStatus:
 
     async def health(self) -> dict[str, Any]:
         """etcd, Redis and the caches, each with what is wrong; `status` is ok, degraded or unhealthy."""
-        store = await self._storage.health()
+        store = await self._store_health()
         redis = await redis_error(self._settings.redis_url, self._clock)
         problems = [] if store.ok else ["etcd does not answer"]
         problems += [f"cache: {self._cache.error}"] if self._cache.error else []
@@ -73,6 +76,14 @@ class DaemonStatus:
             "redis": {"ok": not redis, "error": redis},
             "cache": {"synced": self._cache.synced, "revision": self._cache.revision, "error": self._cache.error},
         }
+
+    async def _store_health(self) -> Health:
+        """In time for a probe: an etcd that hangs is told before the probe gives up."""
+        try:
+            async with self._clock.timeout(_PROBE_SECONDS):
+                return await self._storage.health()
+        except TimeoutError:
+            return Health(ok=False, revision=0, notes=(f"etcd did not answer within {_PROBE_SECONDS:g} s",))
 
     async def status(self) -> dict[str, Any]:
         """What this daemon is, holds and does."""

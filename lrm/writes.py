@@ -55,7 +55,7 @@ def for_create(kind: Kind[R], wanted: R, *, uid: str, now: datetime, with_status
             f'{kind.name} "{new.name}"',
             [Cause("status.phase", "FieldValueInvalid", f"a new object is {kind.initial_phase}")],
         )
-    _refuse(kind, new, [*metadata_causes(new, kind.max_name), *kind.validate(new, None)])
+    _refuse(kind, new, [*metadata_causes(new.metadata, kind.max_name), *kind.validate(new, None)])
     return new
 
 
@@ -80,7 +80,7 @@ def for_update(kind: Kind[R], current: R, wanted: R) -> Decision[R]:
         new.metadata.generation = current.metadata.generation + 1
     if _same(kind, current, new):
         return Unchanged()
-    _refuse(kind, new, [*metadata_causes(new, kind.max_name), *kind.validate(new, current)])
+    _refuse(kind, new, [*metadata_causes(new.metadata, kind.max_name), *kind.validate(new, current)])
     return Put(new)
 
 

@@ -222,6 +222,16 @@ def adopt(resource: AnyResource, wanted: AnyResource) -> None:
     meta.finalizers, meta.owner_references = source.finalizers, source.owner_references
 
 
+def _keep_holds(stored: AnyResource, wanted: AnyResource) -> None:
+    """What holds an object and whom it belongs to stay, when a document was not made from the object.
+
+    A person's manifest knows nothing of finalizers: putting it must not let go what a controller has to clean up.
+    Who read the object (its uid is in the document) and left them out, means it.
+    """
+    wanted.metadata.finalizers = list(dict.fromkeys([*stored.metadata.finalizers, *wanted.metadata.finalizers]))
+    wanted.metadata.owner_references = wanted.metadata.owner_references or stored.metadata.owner_references
+
+
 async def store_new(api: Api, kind: Kind[Any], wanted: AnyResource, options: WriteOptions) -> AnyResource:
     """Create an object; in a dry run only find out whether that would work."""
     client = api.client.bind(owner=options.field_manager, fence=None)
@@ -260,7 +270,10 @@ async def _updated(edit: _Edit, document_for: Callable[[AnyResource], dict[str, 
         nonlocal last
         document = document_for(resource)
         same_state(kind, resource, document)
-        adopt(resource, parse(kind, document, edit.options, edit.call, over=resource))
+        wanted = parse(kind, document, edit.options, edit.call, over=resource)
+        if not document["metadata"].get("uid"):
+            _keep_holds(resource, wanted)
+        adopt(resource, wanted)
         last = resource
 
     stored = await store_change(edit.client(), kind, current, mutate, edit.options)

@@ -98,7 +98,7 @@ async def catch_up(api: Api, revision: int | None) -> None:
     """
     if not api.cache.synced:
         raise CacheBehind(f"the cache is not filled yet: {api.cache.error}")
-    if revision is not None and revision <= api.cache.revision:
+    if revision == 0 or (revision is not None and revision <= api.cache.revision and api.cache.current):
         return
     try:
         await api.cache.barrier(api.settings.barrier_seconds)

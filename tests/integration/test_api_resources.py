@@ -107,6 +107,24 @@ async def test_put_replaces_spec_and_metadata_and_leaves_the_status(api: Served)
     assert put.body["status"] == made["status"]
 
 
+async def test_a_manifest_that_is_put_again_lets_go_of_nothing(api: Served) -> None:
+    """Finalizers are not in anybody's manifest; only who has read the object can mean their absence."""
+    document = telescope()
+    made = await api.make()
+    held = {"metadata": {"finalizers": ["astro.example.io/mirror"], "ownerReferences": []}}
+    patched = await api.call("PATCH", path_of("hubble"), held, content_type="application/merge-patch+json")
+    assert patched.status == 200, patched.body
+    assert (await api.call("DELETE", path_of("hubble"))).status == 200
+    again = await api.call("PUT", path_of("hubble"), document)
+    assert again.status == 200, again.body
+    assert again.body["metadata"]["finalizers"] == ["astro.example.io/mirror"]
+    assert again.body["metadata"]["uid"] == made["metadata"]["uid"]
+    whole = again.body
+    del whole["metadata"]["finalizers"]
+    assert (await api.call("PUT", path_of("hubble"), whole)).status == 200
+    assert (await api.get(path_of("hubble"))).status == 404
+
+
 async def test_a_put_for_an_older_state_is_409(api: Served) -> None:
     made = await api.make()
     await api.merge(path_of("hubble"), {"spec": {"tracking": True}})
@@ -428,7 +446,8 @@ BAD_BODIES: list[tuple[str, Any, str, int, set[str]]] = [
         },
         "application/json",
         422,
-        {"spec.site", "spec.sight", "spec.mirror.diameterCm", "spec.mirror.coating", "spec.mirror.shape"},
+        {"spec.site", "spec.sight", "spec.mirror.diameterCm", "spec.mirror.coating", "spec.mirror.shape"}
+        | {"metadata.name", "metadata.labels", "metadata.labels.ok"},
     ),
     (
         "several of metadata at once",

@@ -13,7 +13,7 @@ from lrm.errors import Fenced, Forbidden, Invalid, NotLeading, ResourceConflict,
 from lrm.testing import VirtualClock
 from storage.base import Guard
 from storage.clock import SystemClock
-from storage.errors import GuardFailed
+from storage.errors import GuardFailed, StoreReset
 from storage.memory import MemoryStorage
 
 
@@ -253,6 +253,23 @@ async def test_a_leader_whose_history_was_compacted_still_notices_its_successor_
     await observer
     with pytest.raises(NotLeading):
         first.check()
+
+
+async def test_a_restored_store_is_no_successor_and_a_new_leader_is(storage: MemoryStorage) -> None:
+    one, two = (StaticElection(storage, SystemClock(), root="/lrm", lock_name="x", identity=i) for i in ("one", "two"))
+    old = await one.acquire()
+    snapshot = storage.snapshot()
+    term = await one.acquire()
+    storage.restore(snapshot)
+    with pytest.raises(StoreReset):
+        await storage.current_revision()
+    assert (await storage.get(term.key)).create_revision == old.number
+    assert not await one.succeeded(term)
+    await storage.delete(term.key, expected_revision=old.number)
+    assert not await one.succeeded(term)
+    again = await one.acquire()
+    await two.acquire()
+    assert await one.succeeded(again)
 
 
 async def test_a_child_is_not_created_when_its_owner_has_gone(client: Client, storage: MemoryStorage) -> None:

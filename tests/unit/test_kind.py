@@ -25,10 +25,12 @@ def test_every_mistake_is_reported_at_once_with_its_path() -> None:
     causes = parsed_causes(
         {
             "metadata": {"name": "Bad_Name", "labels": {"a b": "x" * 64}},
+            "statuz": 1,
             "spec": {"count": "many", "parts": [{"sizeGb": 0}, {"sizeGb": 1, "weight": 3}], "color": "red"},
         }
     )
     assert causes.keys() >= {"spec.labTrack", "spec.count", "spec.parts[0].sizeGb", "spec.color"}
+    assert causes.keys() >= {"metadata.name", "metadata.labels", "statuz"}
     assert causes["spec.labTrack"] == "required value"
 
 

@@ -12,9 +12,11 @@ import pytest
 from equipment.widget import Note, Phase, Widget, registry, widget
 from lrm.cache import Cache
 from lrm.client import Client
+from lrm.clock import WallJumps
 from lrm.election import StaticElection, StaticTerm
 from lrm.errors import ResourceNotFound, TerminalError
 from lrm.reconcile import Context, Controller, Result, Runner, Trigger
+from lrm.testing import VirtualClock
 from storage.clock import SystemClock
 from storage.memory import MemoryStorage
 
@@ -322,3 +324,84 @@ async def test_drain_lets_the_reconcile_in_hand_end_and_starts_no_other() -> Non
         leave.set()
         await draining
         assert ended == ["a"]
+
+
+async def test_after_a_restore_of_the_store_every_key_is_reconciled_again() -> None:
+    """What a key wrote on a line of history that has ended is not waited for on the new one."""
+    runs = 0
+
+    async def step(w: Widget, ctx: Context) -> Result:
+        nonlocal runs
+        runs += 1
+        await ctx.client.update_status(w, lambda x: setattr(x.status, "seen", runs))
+        return Result.after(0.05)
+
+    async with world(WidgetController(step), widget()) as it:
+        await it.until(lambda: runs >= 2)
+        snapshot = it.storage.snapshot()
+        for i in range(100):
+            await it.storage.set(f"/lrm/other/{i}", b"x")
+        before = runs
+        await it.until(lambda: runs >= before + 2)
+        it.storage.restore(snapshot)
+        await it.until(lambda: not it.cache.current or it.cache.revision < 100)
+        before = runs
+        await it.until(lambda: runs >= before + 5, seconds=2.5)
+
+
+async def test_a_foreign_change_hidden_under_an_own_write_by_a_relist_is_not_missed() -> None:
+    entered, leave = asyncio.Event(), asyncio.Event()
+    counts: list[int] = []
+
+    async def step(w: Widget, ctx: Context) -> Result:
+        counts.append(w.spec.count)
+        if len(counts) == 1:
+            entered.set()
+            await leave.wait()
+            await ctx.client.update_status(w, lambda x: setattr(x.status, "seen", 7))
+        return Result.done()
+
+    storage, clock = MemoryStorage(), SystemClock()
+    client = Client(storage, registry(), clock, owner="widgets")
+    await client.create(widget())
+    cache = Cache(storage, registry(), clock)
+    caching = asyncio.create_task(cache.run())
+    controller = WidgetController(step)
+    controller.deadline = 10
+    runner = Runner(controller, client, cache, clock)
+    term = await StaticElection(storage, clock, root="/lrm", lock_name="w", identity="x").acquire()
+    running = asyncio.create_task(runner.run(term))
+    async with asyncio.timeout(5):
+        await entered.wait()
+        caching.cancel()
+        await asyncio.gather(caching, return_exceptions=True)
+        stored = await client.get(Widget, "default", "w1")
+        await client.update(stored, lambda w: setattr(w.spec, "count", 9))
+        leave.set()
+        while runner.queue.processing:
+            await asyncio.sleep(0.005)
+        await storage.compact(await storage.current_revision())
+        caching = asyncio.create_task(cache.run())
+        while counts != [1, 9]:
+            await asyncio.sleep(0.005)
+    for task in (running, caching):
+        task.cancel()
+    await asyncio.gather(running, caching, return_exceptions=True)
+
+
+async def test_a_jump_of_the_wall_is_told_to_reconciles_for_a_minute() -> None:
+    clock = VirtualClock()
+    jumps = WallJumps(clock)
+    assert not jumps.lately()
+    await clock.advance(3600)
+    assert not jumps.lately()
+    clock.jump_wall(-20)
+    assert not jumps.lately()
+    clock.jump_wall(40)
+    assert jumps.lately()
+    await clock.advance(59)
+    assert jumps.lately()
+    await clock.advance(2)
+    assert not jumps.lately()
+    clock.jump_wall(-3600)
+    assert jumps.lately()
