@@ -172,10 +172,9 @@ class LabsController(Controller[LabWorker]):
         )
         crash_point("labs.listed")
         records = records_of_worker(self._cache, worker.namespace, worker.name)
-        # After a step of wall time, times prove nothing: the list of a moment ago may seem to be an hour old.
-        held = getattr(ctx, "wall_jumped", False)
         least = timedelta(seconds=apart(self._interval(worker)))
-        found = difference(records, before, inventory, at=sync.at, apart=least, held=held)
+        # After a step of wall time, times prove nothing: the list of a moment ago may seem to be an hour old.
+        found = difference(records, before, inventory, at=sync.at, apart=least, held=ctx.wall_jumped)
         await self._write(sync, found)
         crash_point("labs.records-written")
         return await self._conclude(sync, inventory, found)

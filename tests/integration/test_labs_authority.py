@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
+from datetime import datetime, timedelta
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from controllers.cml.simulator.labs import Lab
 from controllers.labs.kind import LabRecord
 from equipment.labs_world import FAST, LabsWorld, labs_world
 from equipment.waiting import until
+from storage.clock import SystemClock
 
 
 @pytest.fixture
@@ -251,6 +253,38 @@ async def test_a_list_that_has_a_lab_without_its_data_ends_the_row_of_those_that
     world.simulator.faults.clear()
     await world.sync()
     assert (await world.record(labs[0].id)).status.last_synced_at is None
+
+
+class SettableClock(SystemClock):
+    """The machine's clocks, of which wall time can be set, and time can be let pass."""
+
+    ahead = timedelta(0)
+    passed = 0.0
+
+    def now(self) -> datetime:
+        return super().now() + self.ahead + timedelta(seconds=self.passed)
+
+    def monotonic(self) -> float:
+        return super().monotonic() + self.passed
+
+
+@pytest.mark.parametrize("step", [timedelta(hours=1), timedelta(hours=-1)], ids=["ahead", "back"])
+async def test_after_a_step_of_wall_time_nothing_is_removed_or_counted_for_a_while(
+    step: timedelta, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = SettableClock()
+    async with labs_world(monkeypatch, clock=clock) as world:
+        labs = await synced_labs(world, 5)
+        world.machine().remove(labs[0])  # CML also answers 404, which would be proof enough
+        clock.ahead = step
+        for _ in range(3):
+            await world.sync()
+            clock.passed += 2
+        record = await world.record(labs[0].id)
+        assert (record.status.phase, record.status.missing_lists) == ("Missing", 0)
+        clock.passed += 61
+        await world.sync()
+        assert set(await world.records()) == {lab.id for lab in labs[1:]}
 
 
 async def test_a_lab_whose_record_is_deleted_while_the_list_is_under_way_is_not_made_anew(world: LabsWorld) -> None:
