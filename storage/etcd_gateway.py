@@ -179,7 +179,7 @@ class Gateway:
         except TimeoutError:
             if sent.connected:
                 raise LostReply(f"{endpoint} did not answer within {timeout:.3g} s") from None
-            raise NotDone(f"{endpoint} took no connection within {timeout:.3g} s") from None
+            raise NotDone(f"{endpoint} took no connection in time") from None
         except asyncio.CancelledError:
             if self._clock.monotonic() - started > _IMPATIENT_SECONDS:
                 self._leave(endpoint)  # Our caller's patience is shorter than ours; the next call asks another.

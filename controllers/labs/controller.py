@@ -286,7 +286,9 @@ class LabsController(Controller[LabWorker]):
 
         worker = await ctx.client.update_status(worker, note)
         crash_point("labs.worker-written")
-        ctx.log.info(
+        changed = sync.created or sync.updated or found.orphans
+        tell = ctx.log.info if changed else ctx.log.debug  # at rest it would be a line per worker and interval
+        tell(
             "labs.synced",
             worker=worker.name,
             synced=len(inventory.ids),
