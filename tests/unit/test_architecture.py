@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import ast
 import re
-import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from packaging.requirements import Requirement
-from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parents[2]
 PACKAGES = ("storage", "lrm", "controllers")
@@ -54,25 +51,3 @@ def test_no_file_speaks_of_a_folder_of_one_machine(folder: str) -> None:
     homes = re.compile(r"/(home|root|work|Users)/\w")
     found = [p.name for p in (ROOT / folder).rglob("*.py") if homes.search(p.read_text())]
     assert found == []
-
-
-def test_every_pinned_version_lies_in_the_range_that_is_asked_for() -> None:
-    """Else a fresh clone cannot be installed, while one that was installed earlier goes on working."""
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    asked = [
-        Requirement(line)
-        for part in (project["dependencies"], *project["optional-dependencies"].values())
-        for line in part
-    ]
-    pins = {}
-    for line in (ROOT / "constraints.txt").read_text().splitlines():
-        if line and not line.startswith("#"):
-            name, _, version = line.partition("==")
-            pins[canonicalize_name(name.partition("[")[0])] = version.partition(";")[0].strip()
-    assert {str(r): pins.get(canonicalize_name(r.name)) for r in asked if canonicalize_name(r.name) not in pins} == {}
-    wrong = {
-        str(r): pins[canonicalize_name(r.name)]
-        for r in asked
-        if not r.specifier.contains(pins[canonicalize_name(r.name)])
-    }
-    assert wrong == {}
