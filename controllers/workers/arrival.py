@@ -11,7 +11,7 @@ from controllers.cml.errors import CmlError
 from controllers.workers.claims import Claims
 from controllers.workers.cml_side import CmlSide, LicenseStep, trouble_of
 from controllers.workers.conditions import FAILED_CHECKS
-from controllers.workers.decisions import KEEPABLE, LAUNCHES_MOST, Goal, goal_of, may_license
+from controllers.workers.decisions import KEEPABLE, LAUNCHES_MOST, Goal, goal_of, in_doubt, may_license
 from controllers.workers.departure import Departure
 from controllers.workers.kind import LabWorker
 from controllers.workers.pace import Pace
@@ -53,7 +53,7 @@ class Arrival:
     async def _provision(self, work: Work) -> Result:
         """Take an instance that carries our uid already, or begin to make one."""
         try:
-            sighting = await self._ec2.look(work, by_tag=True)
+            sighting = await self._ec2.look(work)
             if sighting.instance is not None:
                 await self._ec2.record(work, sighting.instance)
                 await self._ec2.remove(work, sighting.surplus)
@@ -96,11 +96,14 @@ class Arrival:
             return await work.enter(Phase.EC2_READY, Reasons.INSTANCE_RUNNING)
         if instance is not None and instance.state in {"stopping", "stopped"}:
             return await work.enter(Phase.EC2_READY, Reasons.INSTANCE_STOPPED)
-        if sighting is not None and (sighting.gone or (instance is not None and instance.state == "shutting-down")):
+        if sighting is not None and sighting.has_ended:
             why = instance.state_reason if instance is not None else ""
             return await self._launch_ended(work, why)
-        if goal is not Goal.READY and ec2.instance_id is None and ec2.sent_at is None:
-            return self._pace.rest()  # nothing is launched only to be stopped; a change of the spec wakes us
+        if goal is not Goal.READY and ec2.instance_id is None:
+            return await self._unwanted(work, sighting)
+        if work.worker.status.timestamps.provisioning_started_at is None:
+            now = work.now
+            await work.write(lambda w: setattr(w.status.timestamps, "provisioning_started_at", now))
         if self._pace.is_over(
             work, work.worker.status.timestamps.provisioning_started_at, self._settings.worker_ec2_deadline
         ):
@@ -111,6 +114,20 @@ class Arrival:
         if sighting is not None and ec2.instance_id is None:
             return await self._launch(work)
         return self._pace.soon()
+
+    async def _unwanted(self, work: Work, sighting: Sighting | None) -> Result:
+        """Nothing is launched only to be stopped; what may have been launched is looked for until that is settled."""
+        ec2 = work.worker.status.ec2
+        if sighting is None or in_doubt(ec2, work.due_by, self._settings.worker_trace_timeout):
+            return self._pace.soon()
+
+        def forget(worker: LabWorker) -> None:
+            if worker.status.ec2.sent_at is not None:
+                worker.status.ec2.launch = worker.status.ec2.sent_at = None
+            worker.status.timestamps.provisioning_started_at = None  # the time at rest counts to no deadline
+
+        await work.write(forget)
+        return self._pace.rest()  # a change of the spec wakes us
 
     async def _launch_ended(self, work: Work, why: str) -> Result:
         """EC2 ended the instance while it was being made: that attempt is spent, the next one follows."""

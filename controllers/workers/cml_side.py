@@ -32,7 +32,7 @@ from controllers.cml.errors import (
 from controllers.cml.models import Licensing, SystemHealth, SystemInformation, SystemStats
 from controllers.cml.session import normal_identity
 from controllers.cml.sessions import CmlNoAddress, CmlNoCredentials, CmlSessions, base_url
-from controllers.workers.decisions import over, problem, retry_of
+from controllers.workers.decisions import problem, retry_of
 from controllers.workers.kind import (
     TRUST_ANNOTATION,
     Capacity,
@@ -55,6 +55,7 @@ _UNDER_WAY = frozenset({"IN_PROGRESS", "RETRY", "PENDING", "REGISTERING", "COMPL
 """Registration statuses to wait on. They are free strings: an unknown one is asked to register, which CML may refuse
 with 409 where it is not possible now."""
 _FAILED = "FAILED"
+_CONFLICT = 409
 
 _REASONS: tuple[tuple[type[CmlError], str], ...] = (
     (CmlNotReady, Reasons.CML_NOT_READY),
@@ -173,35 +174,47 @@ class CmlSide:
         status = licensing.registration.status.upper()
         registration = work.worker.status.cml.registration
         sent_at = registration.sent_at if registration is not None and registration.failed is None else None
-        if sent_at is not None and status == _FAILED and over(sent_at, self._settings.worker_poll_interval, work.now):
+        # The failure of a token that has been replaced since says nothing: the present one is sent.
+        replaced = sent_at is not None and status == _FAILED and _asked(work) != wish_of(work.worker)
+        failed = status == _FAILED and work.over(sent_at, self._settings.worker_poll_interval)
+        if failed and not replaced:
             why = licensing.registration.register_time.failure or "the licence service refused the registration"
             return await self.license_failed(work, Reasons.LICENSE_FAILED, why)
-        if over(work.worker.status.timestamps.licensing_started_at, self._settings.worker_license_deadline, work.now):
+        began = work.worker.status.timestamps.licensing_started_at
+        if not replaced and work.over(began, self._settings.worker_license_deadline):
             seen = f"registration {status or 'unknown'}, authorization {licensing.authorization.status or 'unknown'}"
             limit = f"{self._settings.worker_license_deadline:g} s"
             return await self.license_failed(work, Reasons.LICENSE_TIMEOUT, f"not licensed within {limit}: {seen}")
         if work.ctx.observe_only:
             return LicenseStep.WAITING
-        due = sent_at is None or (status != _FAILED and over(sent_at, _UNHEARD, work.now))
+        due = replaced or sent_at is None or (status != _FAILED and work.over(sent_at, _UNHEARD))
         if due and status not in _UNDER_WAY:
             return await self._register(work, licensing)
         return LicenseStep.WAITING
 
     async def _register(self, work: Work, licensing: Licensing) -> LicenseStep:
-        spec = work.worker.spec.cml
+        # What was asked goes with what is sent: each write below may bring a newer spec.
+        spec, asked = work.worker.spec.cml, wish_of(work.worker)
         if spec.license_token_from is None:
-            return await self.license_failed(work, Reasons.NO_LICENSE, "spec.cml.licenseTokenFrom names no token")
+            message = "spec.cml.licenseTokenFrom names no token"
+            return await self.license_failed(work, Reasons.NO_LICENSE, message, asked)
         try:
             token = self._secrets.read(spec.license_token_from)
         except SecretRefused as error:
-            return await self.license_failed(work, Reasons.SECRET_UNAVAILABLE, str(error))
+            return await self.license_failed(work, Reasons.SECRET_UNAVAILABLE, str(error), asked)
         client = self.sessions.client_for(work.worker)
-        now = work.now
+        now, again = work.now, _asked(work) != asked
+
+        def sending(worker: LabWorker) -> None:
+            worker.status.cml.registration = Registration(sent_at=now, generation=asked[0], retry=asked[1])
+            if again:
+                worker.status.timestamps.licensing_started_at = now  # another token has a time of its own
+
         try:
             if spec.product_license and licensing.product_license.active != spec.product_license:
                 work.ctx.check_leading()
                 await client.set_product_license(spec.product_license)
-            await work.write(lambda w: setattr(w.status.cml, "registration", Registration(sent_at=now)))
+            await work.write(sending)
             crash_point("workers.license.recorded")
             work.ctx.check_leading(work.ctx.creating_timeout)
             await client.register(token, timeout=work.ctx.creating_timeout)
@@ -209,13 +222,11 @@ class CmlSide:
             work.log.info("worker.license_registering")
         except CmlOutcomeUnknown as error:
             work.log.warning("worker.license_outcome_unknown", error=str(error))
-        except CmlForbidden as error:
-            return await self.license_failed(work, Reasons.NOT_ADMIN, str(error))
-        except CmlRefused as error:
-            if error.status != 409:  # 409: not possible now, as one is under way
-                return await self.license_failed(work, Reasons.LICENSE_REFUSED, str(error).replace(token, "***"))
-        except CmlInvalid as error:
-            return await self.license_failed(work, Reasons.LICENSE_REFUSED, str(error).replace(token, "***"))
+        except (CmlForbidden, CmlRefused, CmlInvalid) as error:
+            if isinstance(error, CmlRefused) and error.status == _CONFLICT:
+                return LicenseStep.WAITING  # not possible now, as one is under way
+            reason = Reasons.NOT_ADMIN if isinstance(error, CmlForbidden) else Reasons.LICENSE_REFUSED
+            return await self.license_failed(work, reason, str(error).replace(token, "***"), asked)
         except CmlBadAnswer as error:
             work.log.warning("worker.license_bad_answer", error=str(error))
         return LicenseStep.WAITING
@@ -227,14 +238,27 @@ class CmlSide:
         work.log.info("worker.license_returned", outcome=outcome.value)
         return outcome
 
-    async def license_failed(self, work: Work, reason: str, message: str) -> LicenseStep:
-        """Record why there is no licence, and for which wish: the same wish is not tried again."""
-        now, generation, retry = work.now, work.worker.metadata.generation, retry_of(work.worker)
+    async def license_failed(
+        self, work: Work, reason: str, message: str, asked: tuple[int, str | None] | None = None
+    ) -> LicenseStep:
+        """Record why there is no licence, and for which wish (else the one sent): the same is not tried again."""
+        now, (generation, retry) = work.now, asked or _asked(work)
         work.log.warning("worker.license_failed", reason=reason, detail=message)
         failed = Problem(reason=reason, message=message, at=now)
         record = Registration(failed=failed, generation=generation, retry=retry)
         await work.write(lambda w: setattr(w.status.cml, "registration", record))
         return LicenseStep.FAILED
+
+
+def wish_of(worker: LabWorker) -> tuple[int, str | None]:
+    """What a person can change so that a failed registration is tried again."""
+    return worker.metadata.generation, retry_of(worker)
+
+
+def _asked(work: Work) -> tuple[int, str | None]:
+    """The wish for which the registration under way was sent; without one, that of this reconcile's beginning."""
+    sent = work.worker.status.cml.registration
+    return (sent.generation, sent.retry) if sent is not None and sent.sent_at is not None else work.wish
 
 
 def _health(health: SystemHealth) -> dict[str, object]:

@@ -51,6 +51,18 @@ def refresh(worker: LabWorker, now: datetime) -> None:
         )
 
 
+def tell_of_clock(worker: LabWorker, now: datetime, *, jumped: bool) -> None:
+    """Say that deadlines are held back, while they are; a worker that no step of the clock concerned is not told."""
+    # Nothing is due of a worker that has ended, and nobody would look again to take the word back.
+    jumped = jumped and worker.status.phase != Phase.TERMINATED
+    told = worker.status.condition(Conditions.CLOCK_STEADY)
+    if jumped:
+        message = "the wall clock was set by more than 30 s a moment ago: deadlines are held back until it is steady"
+        worker.status.set_condition(Conditions.CLOCK_STEADY, False, Reasons.CLOCK_JUMPED, message, now=now)
+    elif told is not None and told.status != "True":
+        worker.status.set_condition(Conditions.CLOCK_STEADY, True, Reasons.CLOCK_STEADY, "", now=now)
+
+
 def _mismatch(worker: LabWorker) -> bool:
     error = worker.status.cml.last_error
     return error is not None and error.reason == Reasons.IDENTITY_MISMATCH

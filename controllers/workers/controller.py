@@ -22,7 +22,7 @@ from controllers.workers.decisions import Goal, goal_of, may_license, may_retry,
 from controllers.workers.departure import Departure
 from controllers.workers.kind import INSTANCE_FINALIZER, LABS, WORKERS, LabWorker
 from controllers.workers.pace import Pace
-from controllers.workers.phases import SERVING, Phase, Reasons
+from controllers.workers.phases import Phase, Reasons
 from controllers.workers.provisioning import Provisioner, Sighting, fail_if_ended, is_off, reason_of
 from controllers.workers.settings import WorkerSettings
 from controllers.workers.work import Work, forget_ended, fresh_registration
@@ -74,20 +74,7 @@ class WorkersController(Controller[LabWorker]):
             return await self._arrival.pending(work)
         if phase in {Phase.UNLICENSING, Phase.STOPPING, Phase.TERMINATING_EC2}:
             return await self._departure.step(work)
-        try:
-            sighting = await self._ec2.look(work, by_tag=phase not in SERVING | {Phase.STOPPED, Phase.DRAINING})
-            if sighting.surplus:
-                await self._ec2.remove(work, sighting.surplus)
-            if sighting.instance is not None and work.worker.spec.adopts:
-                await self._ec2.mark(work, sighting.instance)
-        except AwsError as error:
-            await work.ec2_trouble(reason_of(error), str(error))
-            sighting = None
-        if sighting is not None and sighting.instance is not None:
-            await self._ec2.record(work, sighting.instance)
-        if sighting is not None and not sighting.surplus:
-            await self._ec2.remove(work, ())
-        return await self._by_phase(work, sighting)
+        return await self._by_phase(work, await self._ec2.see(work))
 
     async def _by_phase(self, work: Work, sighting: Sighting | None) -> Result:  # noqa: PLR0911 - one way out per phase
         match work.phase:
@@ -171,10 +158,12 @@ class WorkersController(Controller[LabWorker]):
         try:
             # One that was launched and never seen may show itself late; a deletion must know of it.
             if ec2.instance_id is not None or ec2.sent_at is not None:
-                sighting = await self._ec2.look(work, by_tag=ec2.instance_id is None)
-                gone = sighting.gone
+                sighting = await self._ec2.look(work)
+                # Another one that carries the uid is recorded, and then it is that one which a retry starts.
+                gone = sighting.gone and (sighting.instance is None or sighting.instance.id == ec2.instance_id)
                 if sighting.instance is not None:
                     await self._ec2.record(work, sighting.instance)
+                await self._ec2.remove(work, sighting.surplus)
         except AwsError as error:
             await work.ec2_trouble(reason_of(error), str(error))
             return self._pace.rest()

@@ -16,11 +16,11 @@ from controllers.cml.errors import CmlError, CmlFingerprintMismatch, CmlIdentity
 from controllers.workers.claims import Claims
 from controllers.workers.cml_side import CmlSide, trouble_of
 from controllers.workers.conditions import FAILED_CHECKS
-from controllers.workers.decisions import Goal, drains_before_delete, goal_of, in_doubt, over
+from controllers.workers.decisions import Goal, drains_before_delete, goal_of, in_doubt
 from controllers.workers.kind import LabWorker
 from controllers.workers.pace import Pace
 from controllers.workers.phases import SERVING, Phase, Reasons
-from controllers.workers.provisioning import Provisioner, Sighting, fail_if_ended, is_off, reason_of
+from controllers.workers.provisioning import Provisioner, Sighting, fail_if_ended, is_off, note_ended, reason_of
 from controllers.workers.work import Work
 from lrm.crashpoints import crash_point
 from lrm.reconcile import Result
@@ -72,10 +72,21 @@ class Departure:
         if drains and work.phase in SERVING:
             return await work.enter(Phase.DRAINING, Reasons.DELETING)
         if drains and work.phase is Phase.DRAINING and not self._is_drained(work):
-            return self._pace.rest()
+            return await self._draining_to_end(work)
         if work.phase in {Phase.UNLICENSING, Phase.TERMINATING_EC2}:
             return await self.step(work)
         return await self.leave(work, Reasons.DELETING)
+
+    async def _draining_to_end(self, work: Work) -> Result:
+        """Wait for the labs as `draining` does; an instance that ended or is off holds none."""
+        sighting = await self._ec2.see(work)
+        if sighting is not None and sighting.has_ended:
+            await work.write(note_ended)
+            return await self.leave(work, Reasons.INSTANCE_TERMINATED)
+        if is_off(sighting):
+            return await self.leave(work, Reasons.INSTANCE_STOPPED)
+        await self._check(work)
+        return self._pace.rest()  # the last lab that stops wakes us
 
     async def leave(self, work: Work, reason: str) -> Result:
         """Begin the end, from any phase: through Unlicensing if there is a licence that can be given back."""
@@ -138,7 +149,7 @@ class Departure:
         except CmlError as error:
             foreign = isinstance(error, CmlIdentityMismatch | CmlFingerprintMismatch)
             began = worker.status.timestamps.unlicensing_started_at
-            if not foreign and not over(began, self._settings.worker_license_deadline, work.now):
+            if not foreign and not work.over(began, self._settings.worker_license_deadline):
                 if trouble := trouble_of(error):
                     await self._cml.note_trouble(work, *trouble, counts=False, most=FAILED_CHECKS)
                 return self._pace.soon()
@@ -153,23 +164,20 @@ class Departure:
         worker = work.worker
         if goal_of(worker) is Goal.TERMINATED:
             return await self.leave(work, Reasons.TERMINATION_REQUESTED)
-        try:
-            sighting = await self._ec2.look(work, by_tag=True)
-            if sighting.instance is not None:
-                await self._ec2.record(work, sighting.instance)
-            await self._ec2.remove(work, sighting.surplus)
-            instance = sighting.instance
-            if ended := await fail_if_ended(work, sighting):
-                return ended
-            if is_off(sighting):
-                self._cml.sessions.retire(worker.uid)
-                return await work.enter(Phase.STOPPED, Reasons.INSTANCE_STOPPED)
-            if instance is not None and instance.state == "running" and not work.ctx.observe_only:
+        sighting = await self._ec2.see(work)
+        if ended := await fail_if_ended(work, sighting):
+            return ended
+        if is_off(sighting):
+            self._cml.sessions.retire(worker.uid)
+            return await work.enter(Phase.STOPPED, Reasons.INSTANCE_STOPPED)
+        instance = sighting.instance if sighting else None
+        if instance is not None and instance.state == "running" and not work.ctx.observe_only:
+            try:
                 await self._ec2.stop(work, instance.id)
-        except AwsError as error:
-            await work.ec2_trouble(reason_of(error), str(error))
+            except AwsError as error:
+                await work.ec2_trouble(reason_of(error), str(error))
         began = work.worker.status.timestamps.stopping_started_at
-        if not work.ctx.observe_only and over(began, self._settings.worker_ec2_deadline, work.now):
+        if self._pace.is_over(work, began, self._settings.worker_ec2_deadline):
             message = f"the instance did not stop within {self._settings.worker_ec2_deadline:g} s"
             return await work.fail(Reasons.STOP_TIMEOUT, message)
         return self._pace.soon()
@@ -190,7 +198,7 @@ class Departure:
             # An error is no proof of anything, and a host that runs is billed: this goes on until EC2 says "ended".
             await work.ec2_trouble(reason_of(error), str(error))
             return self._pace.soon()
-        if live or in_doubt(ec2, work.now, self._settings.worker_trace_timeout):
+        if live or in_doubt(ec2, work.due_by, self._settings.worker_trace_timeout):
             state = next((i.state for i in live if i.id == ec2.instance_id), ec2.state)
             await work.write(lambda w: setattr(w.status.ec2, "state", state))
             return self._pace.soon()
@@ -202,19 +210,26 @@ class Departure:
 
     async def _retain(self, work: Work) -> Result:
         """Let the object go and the instance be: only what marks it as ours is taken away."""
-        worker = work.worker
-        ec2 = worker.status.ec2
+        ec2 = work.worker.status.ec2
         if (ec2.instance_id is not None or ec2.attempt) and not work.ctx.observe_only:
             try:
+                if in_doubt(ec2, work.due_by, self._settings.worker_trace_timeout):
+                    # What comes of the launch carries our marks: it is named and unmarked, or proved not to be.
+                    sighting = await self._ec2.look(work)
+                    if sighting.instance is None:
+                        return self._pace.soon()
+                    await self._ec2.record(work, sighting.instance)
                 await self._ec2.unmark(work)
             except AwsError as error:
                 await work.ec2_trouble(reason_of(error), str(error))
-                if not over(worker.metadata.deletion_timestamp, self._settings.worker_ec2_deadline, work.now):
+                if not work.over(work.worker.metadata.deletion_timestamp, self._settings.worker_ec2_deadline):
                     return self._pace.soon()
                 # Tags are no reason to hold an object for ever; the log is what is left of it.
-                work.log.warning("worker.retained_with_tags", instance=ec2.instance_id, error=str(error))
+                work.log.warning(
+                    "worker.retained_with_tags", instance=work.worker.status.ec2.instance_id, error=str(error)
+                )
             crash_point("workers.retain.unmarked")
-        work.log.info("worker.retained", instance=ec2.instance_id)
+        work.log.info("worker.retained", instance=work.worker.status.ec2.instance_id)
         return await self._let_go(work)
 
     async def _let_go(self, work: Work) -> Result:
@@ -230,7 +245,7 @@ class Departure:
         if not self._busy(work):
             return True
         limit = worker.spec.drain_timeout_minutes * 60
-        return over(worker.status.timestamps.draining_started_at, limit, work.now)
+        return work.over(worker.status.timestamps.draining_started_at, limit)
 
 
 def _unlicensed(worker: LabWorker) -> None:

@@ -205,7 +205,7 @@ class Registration(Model):
     sent_at: Timestamp | None = None
     failed: Problem | None = None
     generation: int = 0
-    """The generation, and the value of the retry annotation, for which it failed."""
+    """The generation whose token was sent or which failed, and the value of the retry annotation then."""
     retry: str | None = None
 
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from datetime import datetime
 
-from controllers.workers.decisions import over
 from controllers.workers.settings import WorkerSettings
 from controllers.workers.work import Work
 from lrm.reconcile import Result
@@ -36,9 +35,9 @@ class Pace:
     def backoff(self, work: Work) -> Result:
         """Longer between launches the longer they have been tried: a full account is not asked every 5 s."""
         began = work.worker.status.timestamps.provisioning_started_at
-        tried = (work.now - began).total_seconds() if began is not None else 0.0
+        tried = (work.due_by - began).total_seconds() if began is not None else 0.0
         return Result.after(max(self.settings.worker_poll_interval, min(_BACKOFF_MOST, tried / 5)))
 
     def is_over(self, work: Work, since: datetime | None, seconds: float) -> bool:
         """Whether a deadline has passed; observing only, nothing can have moved, so none does."""
-        return not work.ctx.observe_only and over(since, seconds, work.now)
+        return not work.ctx.observe_only and work.over(since, seconds)

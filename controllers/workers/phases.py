@@ -84,10 +84,11 @@ class Conditions:
     ACCEPTING_LABS = "AcceptingLabs"
     CAPACITY_AVAILABLE = "CapacityAvailable"
     HEALTH_CHECK_PASSED = "HealthCheckPassed"
-    # Those below appear only when they are true for the first time.
+    # Those below appear only when there is something to tell for the first time.
     CML_IDENTITY_MISMATCH = "CMLIdentityMismatch"
     LICENSE_SEAT_LEAKED = "LicenseSeatLeaked"
     SURPLUS_INSTANCES = "SurplusInstances"
+    CLOCK_STEADY = "ClockSteady"
 
 
 class Reasons:
@@ -107,6 +108,8 @@ class Reasons:
     TERMINATION_REQUESTED = "TerminationRequested"
     RETRY = "Retry"
     SPEC_CHANGED = "SpecChanged"
+    CLOCK_JUMPED = "ClockJumped"
+    CLOCK_STEADY = "ClockSteady"
     # EC2
     LAUNCHING = "Launching"
     LAUNCH_REFUSED = "LaunchRefused"

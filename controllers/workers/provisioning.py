@@ -2,7 +2,7 @@
 
 Promises that of all instances which carry a worker's uid one survives, and that none is lost: the attempt and its
 parameters are in the status before RunInstances is called, what carries the uid is looked for before each launch and
-while the worker moves, surplus is ended and reported. An error of EC2's is an error, never "terminated"; that an
+at every look, surplus is ended and reported. An error of EC2's is an error, never "terminated"; that an
 instance is gone is believed only under `absence_proves`. Observing only, nothing here changes anything in EC2.
 Called by the workers' controller.
 """
@@ -10,7 +10,7 @@ Called by the workers' controller.
 from __future__ import annotations
 
 import asyncio
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from controllers.aws.ec2 import LIVE_STATES, Ec2, Ec2Instance, LaunchParameters
 from controllers.aws.errors import (
@@ -30,14 +30,16 @@ from controllers.aws.errors import (
 from controllers.workers.decisions import (
     INSTALLATION_TAG,
     UID_TAG,
+    Goal,
     absence_proves,
     choose,
+    goal_of,
     in_doubt,
     next_launch,
     tags_of,
 )
 from controllers.workers.kind import LabWorker
-from controllers.workers.phases import Conditions, Reasons
+from controllers.workers.phases import Conditions, Phase, Reasons
 from controllers.workers.settings import WorkerSettings
 from controllers.workers.work import Change, Work, forget_instance
 from lrm.crashpoints import crash_point
@@ -54,6 +56,8 @@ CRASH_POINTS = (
 
 _STATES = (*LIVE_STATES, "terminated")
 _SURPLUS_KEPT = 10
+_EMPTY = frozenset({Phase.PENDING, Phase.PROVISIONING_EC2, Phase.EC2_READY, Phase.STARTING})
+"""Nothing was on the instance yet: where it ended and another one carries the uid, that one takes its place."""
 
 _REASONS: tuple[tuple[type[AwsError], str], ...] = (
     (AwsQuota, "QuotaExceeded"),
@@ -75,11 +79,19 @@ def reason_of(error: AwsError) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Sighting:
-    """What a look at EC2 showed. `gone`: it is proved that the recorded instance is no more, or has ended."""
+    """What a look at EC2 showed. `gone`: it is proved that the recorded instance is no more, or has ended.
+
+    `instance` is then the recorded one as it ended, or another one that carries the worker's uid.
+    """
 
     instance: Ec2Instance | None = None
     surplus: tuple[Ec2Instance, ...] = ()
     gone: bool = False
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether the recorded instance is gone, or beyond recall."""
+        return self.gone or (self.instance is not None and self.instance.state == "shutting-down")
 
 
 class Held(Exception):  # noqa: N818 - not an error: a brake is on
@@ -100,12 +112,28 @@ class Provisioner:
         # Counting instances and recording one more is one step, else N launches at once would each find room.
         self._brake = asyncio.Lock()
 
-    async def look(self, work: Work, *, by_tag: bool) -> Sighting:
-        """What EC2 says of the worker's instance; `by_tag` also finds those that no status names. Raises `AwsError`."""
+    async def see(self, work: Work) -> Sighting | None:
+        """Look, and do what follows in every phase: end the surplus, mark, record. None when EC2 could not be asked."""
+        try:
+            sighting = await self.look(work)
+            await self.remove(work, sighting.surplus)
+            if sighting.instance is not None and work.worker.spec.adopts:
+                await self.mark(work, sighting.instance)
+        except AwsError as error:
+            await work.ec2_trouble(reason_of(error), str(error))
+            return None
+        instance = sighting.instance
+        takes_over = instance is not None and instance.id != work.worker.status.ec2.instance_id
+        if instance is not None and (not sighting.gone or not takes_over or work.phase in _EMPTY):
+            await self.record(work, instance)
+            return replace(sighting, gone=sighting.gone and not takes_over)
+        return sighting
+
+    async def look(self, work: Work) -> Sighting:
+        """What EC2 says of the worker's instance, and which others carry its uid. Raises `AwsError`."""
         worker, recorded = work.worker, work.worker.status.ec2.instance_id
-        found: list[Ec2Instance] = []
-        if by_tag:
-            found = await self._carriers(work)
+        # One question in most cases: what launches finds by tag what it recorded, too.
+        found = [] if worker.spec.adopts else await self._carriers(work)
         known = next((i for i in found if i.id == recorded), None)
         if recorded is not None and known is None:
             known = await self._describe(work, recorded)
@@ -114,12 +142,10 @@ class Provisioner:
             elif not self._absence_proves(work):
                 # Not in sight yet. Whatever else carries the uid must wait: the recorded one has the labs.
                 return Sighting()
-        if worker.spec.adopts:
-            # It has launched nothing: whatever else carries its tags is a copy that somebody made.
-            found = [known] if known is not None else []
+        # One that adopts has launched nothing: whatever else carries its tags is a copy that somebody made.
         kept, surplus = choose(found, recorded)
         if kept is not None:
-            return Sighting(kept, surplus)
+            return Sighting(kept, surplus, gone=recorded is not None and kept.id != recorded)
         return Sighting(known, gone=recorded is not None and (known is None or known.state == "terminated"))
 
     async def record(self, work: Work, instance: Ec2Instance, change: Change | None = None) -> None:
@@ -136,7 +162,7 @@ class Provisioner:
         await work.write(note)
 
     async def launch(self, work: Work) -> None:
-        """Launch the instance, or repeat the launch whose outcome is in doubt; call it when a look by tag found none.
+        """Launch the instance, or repeat the launch whose outcome is in doubt; call it when a look found none.
 
         Raises `Held` for a brake, `AwsError` for EC2's refusal or silence; the status says how far it came.
         """
@@ -144,6 +170,8 @@ class Provisioner:
             raise Held(Reasons.OBSERVE_ONLY, "LRM_OBSERVE_ONLY is set: nothing is launched")
         crash_point("workers.launch.looked")
         doubtful_since = await self._intend(work)
+        if goal_of(work.worker) is not Goal.READY:
+            return  # the wish changed meanwhile, and the intent was not written
         crash_point("workers.launch.recorded")
         parameters = LaunchParameters.from_json(work.worker.status.ec2.launch or {})
         timeout = work.ctx.creating_timeout
@@ -179,7 +207,8 @@ class Provisioner:
         def note(worker: LabWorker) -> None:
             ec2 = worker.status.ec2
             ec2.surplus = list(dict.fromkeys([*ec2.surplus, *ids]))[-_SURPLUS_KEPT:]
-            message = f"more than one instance carried this worker's uid; ended: {', '.join(ec2.surplus)}"
+            done = "left alone, as LRM_OBSERVE_ONLY is set" if work.ctx.observe_only else "ended"
+            message = f"more than one instance carried this worker's uid; {done}: {', '.join(ec2.surplus)}"
             worker.status.set_condition(
                 Conditions.SURPLUS_INSTANCES, bool(ids), Reasons.SURPLUS_REMOVED, message, now=now
             )
@@ -216,14 +245,16 @@ class Provisioner:
 
     async def unmark(self, work: Work) -> None:
         """Take the tags by which they count as this installation's from all instances of the worker."""
-        marked = {work.worker.status.ec2.instance_id, *(i.id for i in await self._carriers(work))} - {None}
+        recorded = work.worker.status.ec2.instance_id
+        marked = {recorded, *(i.id for i in await self._carriers(work))} - {None}
         for instance_id in sorted(str(m) for m in marked):
             work.ctx.check_leading()
             try:
                 tags = tags_of(work.worker, self._installation)
                 await self._ec2.delete_tags(work.worker.spec.region, instance_id, tags)
             except Ec2NotFound:
-                continue
+                if instance_id == recorded and not self._absence_proves(work):
+                    raise  # not in sight yet: its marks are
 
     async def live(self, work: Work) -> list[Ec2Instance]:
         """Every instance of this worker that may still cost something: by tag, and the recorded one."""
@@ -249,15 +280,17 @@ class Provisioner:
     async def _intend(self, work: Work) -> object:
         """Record the attempt and what it sends; return since when an earlier call of it is in doubt."""
         trace = self._settings.worker_trace_timeout
-        doubtful_since = work.worker.status.ec2.sent_at if in_doubt(work.worker.status.ec2, work.now, trace) else None
+        now, due_by, before = work.now, work.due_by, work.worker.status.ec2
+        doubtful_since = before.sent_at if in_doubt(before, due_by, trace) else None
         async with self._brake:
             if doubtful_since is None:
                 await self.check_brake(work)
-            now = work.now
 
             def intend(worker: LabWorker) -> None:
+                if goal_of(worker) is not Goal.READY:
+                    return
                 ec2 = worker.status.ec2
-                attempt, parameters = next_launch(worker, self._installation, now=now, trace_timeout=trace)
+                attempt, parameters = next_launch(worker, self._installation, now=due_by, trace_timeout=trace)
                 ec2.attempt, ec2.launch, ec2.sent_at = attempt, parameters.to_json(), now
 
             await work.write(intend)
@@ -275,7 +308,7 @@ class Provisioner:
             for w in concerned
             if w.status.ec2.instance_id and w.status.ec2.state != "terminated"
         }
-        underway = sum(in_doubt(w.status.ec2, work.now, self._settings.worker_trace_timeout) for w in concerned)
+        underway = sum(in_doubt(w.status.ec2, work.due_by, self._settings.worker_trace_timeout) for w in concerned)
         for region in sorted({w.spec.region for w in concerned} | {work.worker.spec.region}):
             work.ctx.check_leading()
             try:
@@ -320,7 +353,7 @@ class Provisioner:
         settings = self._settings
         return absence_proves(
             work.worker.status.ec2,
-            work.now,
+            work.due_by,
             gone_after=settings.worker_gone_after,
             trace_timeout=settings.worker_trace_timeout,
         )
@@ -344,14 +377,14 @@ def note_instance(worker: LabWorker, instance: Ec2Instance) -> None:
 
 async def fail_if_ended(work: Work, sighting: Sighting | None) -> Result | None:
     """Fail if the instance is proved to have ended: what was on it is lost, and only a person may accept that."""
-    if sighting is None:
+    if sighting is None or not sighting.has_ended:
         return None
-    instance = sighting.instance
-    if not sighting.gone and (instance is None or instance.state != "shutting-down"):
-        return None
-    known = work.worker.status.ec2.instance_id
-    why = f": {instance.state_reason}" if instance is not None and instance.state_reason else ""
-    return await work.fail(Reasons.INSTANCE_TERMINATED, f"{known} was terminated outside of lrm{why}", _note_ended)
+    instance, known = sighting.instance, work.worker.status.ec2.instance_id
+    if instance is not None and instance.id != known:
+        why = f"; {instance.id} carries this worker's uid too"
+    else:
+        why = f": {instance.state_reason}" if instance is not None and instance.state_reason else ""
+    return await work.fail(Reasons.INSTANCE_TERMINATED, f"{known} was terminated outside of lrm{why}", note_ended)
 
 
 def is_off(sighting: Sighting | None) -> bool:
@@ -359,6 +392,7 @@ def is_off(sighting: Sighting | None) -> bool:
     return sighting is not None and sighting.instance is not None and sighting.instance.state == "stopped"
 
 
-def _note_ended(worker: LabWorker) -> None:
+def note_ended(worker: LabWorker) -> None:
+    """Take it down that the recorded instance has ended."""
     worker.status.ec2.state = "terminated"
     worker.status.ec2.public_ip = worker.status.ec2.private_ip = None

@@ -2,21 +2,24 @@
 
 Every change goes through `write`, which also says which generation was acted on and sets the conditions, in the same
 compare-and-swap; a change that changes nothing is not written. `enter` and `fail` add the phase and its timestamps.
+Whether a time is over is asked here alone: just after the wall clock was set, none is.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import Any
 
-from controllers.workers.conditions import refresh
-from controllers.workers.decisions import problem, retry_of
+from controllers.workers.conditions import refresh, tell_of_clock
+from controllers.workers.decisions import over, problem, retry_of
 from controllers.workers.kind import Failure, LabWorker, Timestamps
 from controllers.workers.phases import Conditions, Phase
 from lrm.reconcile import Context, Result
 
 Change = Callable[[LabWorker], None]
+
+_NO_TIME = datetime.min.replace(tzinfo=UTC)
 
 _BEGINS: dict[Phase, str] = {
     Phase.PROVISIONING_EC2: "provisioning_started_at",
@@ -39,11 +42,22 @@ class Work:
     def __init__(self, worker: LabWorker, ctx: Context) -> None:
         self.worker = worker
         self.ctx = ctx
-        self._generation = worker.metadata.generation
+        self.wish = (worker.metadata.generation, retry_of(worker))
+        """Generation and retry annotation that this reconcile began with; what is stored may be ahead of them."""
 
     @property
     def now(self) -> datetime:
         return self.ctx.clock.now()
+
+    @property
+    def due_by(self) -> datetime:
+        """The time to judge deadlines by: the present; none at all, while what the wall clock says is in doubt."""
+        now = self.now  # before the question whether it can be believed
+        return _NO_TIME if self.ctx.wall_jumped else now
+
+    def over(self, since: datetime | None, seconds: float) -> bool:
+        """Whether more than `seconds` have passed since; for all that cannot be taken back."""
+        return over(since, seconds, self.due_by)
 
     @property
     def log(self) -> Any:
@@ -55,12 +69,13 @@ class Work:
 
     async def write(self, change: Change) -> None:
         """Change the status. The change may be applied more than once, each time to what the store then holds."""
-        now = self.now
+        now, jumped = self.now, self.ctx.wall_jumped
 
         def mutate(worker: LabWorker) -> None:
             change(worker)
-            worker.status.observed_generation = max(self._generation, worker.status.observed_generation)
+            worker.status.observed_generation = max(self.wish[0], worker.status.observed_generation)
             refresh(worker, now)
+            tell_of_clock(worker, now, jumped=jumped)
 
         before = self.worker.status.phase
         self.worker = await self.ctx.client.update_status(self.worker, mutate)
@@ -87,7 +102,7 @@ class Work:
 
     async def fail(self, reason: str, message: str, change: Change | None = None) -> Result:
         """Give up until a person changes something."""
-        now = self.now
+        now, (generation, retry) = self.now, self.wish
         self.log.error("worker.failed", phase=self.worker.status.phase, reason=reason, detail=message)
 
         def failing(worker: LabWorker) -> None:
@@ -98,8 +113,8 @@ class Work:
                 message=message,
                 at=now,
                 phase=worker.status.phase,
-                generation=self._generation,
-                retry=retry_of(self.worker),
+                generation=generation,
+                retry=retry,
             )
             enter(worker, Phase.FAILED, reason, now)
 

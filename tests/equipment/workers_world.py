@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, replace
+from datetime import datetime, timedelta
 from typing import Any, cast
 
 import pytest
@@ -23,6 +24,7 @@ from controllers.workers.kind import LabWorker, LabWorkerSpec, LabWorkerStatus
 from equipment.waiting import until
 from lrm.cache import Cache, CacheUpdate
 from lrm.client import Client
+from lrm.clock import HOLD_SECONDS, WallJumps
 from lrm.election import StaticElection, StaticTerm
 from lrm.errors import ResourceNotFound
 from lrm.plugin import PluginContext
@@ -64,6 +66,15 @@ FAST: dict[str, Any] = {
 }
 
 
+class SetClock(SystemClock):
+    """The system's clock, as somebody sets its wall time."""
+
+    offset = timedelta()
+
+    def now(self) -> datetime:
+        return super().now() + self.offset
+
+
 @dataclass
 class WorkersWorld:
     """See the module."""
@@ -75,7 +86,7 @@ class WorkersWorld:
     cml: Simulator
     runners: list[Runner[Any]]
     term: StaticTerm
-    clock: SystemClock
+    clock: SetClock
 
     @property
     def client(self) -> Client:
@@ -220,6 +231,7 @@ async def workers_world(
     observe_only: bool = False,
     plain_moto: bool = False,
     renew_deadline: float = 10.0,
+    jump_hold: float = HOLD_SECONDS,
     **settings: Any,
 ) -> AsyncIterator[WorkersWorld]:
     """Everything running; `settings` are of the plug-in. A store that is given is left open.
@@ -229,7 +241,7 @@ async def workers_world(
     for name, value in ((PASSWORD_ENV, cml_options.password), (TOKEN_ENV, TOKEN), (BAD_TOKEN_ENV, "INVALID00")):
         monkeypatch.setenv(name, value)
     store = storage or MemoryStorage()
-    clock, registry = SystemClock(), Registry(plugin.kinds, root=root)
+    clock, registry = SetClock(), Registry(plugin.kinds, root=root)
     cache, client = Cache(store, registry, clock), Client(store, registry, clock)
     options = shim_options or ShimOptions(moto_url=moto_url, delay=0.05)
     async with AwsShim.run(options) as shim:
@@ -255,6 +267,8 @@ async def workers_world(
                         Runner(c, client, cache, clock, observe_only=observe_only, renew_deadline=renew_deadline)
                         for c in controllers
                     ]
+                    for runner in runners:
+                        runner._jumps = WallJumps(clock, hold=jump_hold)
                     election = StaticElection(store, clock, root=root, lock_name="workers", identity="test")
                     term = await election.acquire()
                     running = [tasks.create_task(cache.run()), *(tasks.create_task(r.run(term)) for r in runners)]
