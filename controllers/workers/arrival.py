@@ -237,7 +237,7 @@ class Arrival:
 
     async def licensing(self, work: Work, sighting: Sighting | None) -> Result:
         if goal_of(work.worker) is not Goal.READY:
-            return await work.enter(Phase.DRAINING, Reasons.DRAINING)
+            return await self._departure.begin(work)
         if ended := await fail_if_ended(work, sighting):
             return ended
         if is_off(sighting):

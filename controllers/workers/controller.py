@@ -100,7 +100,7 @@ class WorkersController(Controller[LabWorker]):
     async def _serving(self, work: Work, sighting: Sighting | None) -> Result:
         goal = goal_of(work.worker)
         if goal is not Goal.READY:
-            return await work.enter(Phase.DRAINING, Reasons.DRAINING)
+            return await self._departure.begin(work)
         if ended := await fail_if_ended(work, sighting):
             return ended
         if is_off(sighting):

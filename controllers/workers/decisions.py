@@ -47,8 +47,13 @@ def goal_of(worker: LabWorker) -> Goal:
 
 
 def drains_before_delete(worker: LabWorker) -> bool:
-    """Whether a deletion first waits for the labs."""
+    """Whether the end, asked for by deletion or desiredPhase, first waits for the labs."""
     return worker.metadata.annotations.get(DRAIN_ANNOTATION, "false") != "false"
+
+
+def ends_at_once(worker: LabWorker) -> bool:
+    """Whether the worker is to go without waiting for its labs: a host that nobody wants any more bills by the hour."""
+    return goal_of(worker) is Goal.TERMINATED and not drains_before_delete(worker)
 
 
 def retry_of(worker: LabWorker) -> str | None:

@@ -16,7 +16,7 @@ from controllers.cml.errors import CmlError, CmlFingerprintMismatch, CmlIdentity
 from controllers.workers.claims import Claims
 from controllers.workers.cml_side import CmlSide, trouble_of
 from controllers.workers.conditions import FAILED_CHECKS
-from controllers.workers.decisions import Goal, drains_before_delete, goal_of, in_doubt
+from controllers.workers.decisions import Goal, drains_before_delete, ends_at_once, goal_of, in_doubt
 from controllers.workers.kind import LabWorker
 from controllers.workers.pace import Pace
 from controllers.workers.phases import SERVING, Phase, Reasons
@@ -88,6 +88,12 @@ class Departure:
         await self._check(work)
         return self._pace.rest()  # the last lab that stops wakes us
 
+    async def begin(self, work: Work) -> Result:
+        """Take a serving worker out of service, as its wish says."""
+        if ends_at_once(work.worker):
+            return await self.leave(work, Reasons.TERMINATION_REQUESTED)
+        return await work.enter(Phase.DRAINING, Reasons.DRAINING)
+
     async def leave(self, work: Work, reason: str) -> Result:
         """Begin the end, from any phase: through Unlicensing if there is a licence that can be given back."""
         worker = work.worker
@@ -118,6 +124,8 @@ class Departure:
             return await work.enter(Phase.STOPPING, Reasons.INSTANCE_STOPPED)
         if goal is Goal.READY:
             return await work.enter(Phase.READY if licensed else Phase.READY_UNLICENSED, Reasons.DRAIN_CANCELLED)
+        if ends_at_once(worker):
+            return await self.leave(work, Reasons.TERMINATION_REQUESTED)
         await self._check(work)
         if not self._is_drained(work):
             return self._pace.rest()  # the last lab that stops wakes us

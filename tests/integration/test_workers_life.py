@@ -8,7 +8,7 @@ from datetime import timedelta
 
 import pytest
 
-from controllers.workers.kind import Allocation, LabWorker
+from controllers.workers.kind import DRAIN_ANNOTATION, Allocation, LabWorker
 from equipment.waiting import until
 from equipment.workers_world import TOKEN_ENV, WorkersWorld, condition, history, workers_world
 from lrm.devservers import EtcdServer
@@ -147,6 +147,20 @@ async def test_a_running_lab_makes_it_active_and_holds_a_drain_until_it_stops(wo
     await world.annotate(RECONCILE_ANNOTATION, "2")
     stopped = await world.phase("Stopped")
     assert stopped.status.phase_history[-2].reason == "Drained"
+
+
+async def test_terminated_as_a_wish_waits_for_labs_only_where_a_drain_is_asked_for(world: WorkersWorld) -> None:
+    await world.serving()
+    await _allocate(world)
+    await world.phase("Active")
+    await world.annotate(DRAIN_ANNOTATION, "true")
+    await world.wish("Terminated")
+    await world.phase("Draining")
+    await world.looked_again(2)
+    assert (await world.status()).phase == "Draining"
+    await world.annotate(DRAIN_ANNOTATION, "false")
+    await world.phase("Terminated")
+    assert world.live() == []
 
 
 async def test_a_drain_can_be_cancelled(world: WorkersWorld) -> None:
