@@ -20,13 +20,14 @@ Call = Callable[[EtcdStorage, str], Awaitable[object]]
 
 
 async def _watch(storage: EtcdStorage, prefix: str) -> None:
-    async with storage.watch(prefix, 0) as watch:
+    async with storage.watch(prefix, await storage.current_revision()) as watch:
         async for _ in watch:
             pass
 
 
 async def _live_watch(storage: EtcdStorage, prefix: str) -> None:
-    async with storage.watch(prefix, 0, live=True) as watch, asyncio.TaskGroup() as group:
+    now = await storage.current_revision()
+    async with storage.watch(prefix, now, live=True) as watch, asyncio.TaskGroup() as group:
         group.create_task(watch.barrier(timeout=30))
         async for _ in watch:
             pass
@@ -96,12 +97,13 @@ async def test_a_hundred_watches_opened_and_left_leave_nothing(etcd: EtcdServer,
     async with FaultProxy(etcd.endpoint) as proxy:
         storage = EtcdStorage([proxy.endpoint], root=etcd_root)
         await Gateway(etcd.endpoint).put(f"{prefix}a", b"1")
+        now = await storage.current_revision()  # other tests of this etcd compact it
         for i in range(25):
             async with (
-                storage.watch(prefix, 0),
-                storage.watch(prefix, 0, live=True) as live,
-                listening(storage, prefix, 0),
-                listening(storage, prefix, 0, live=False),
+                storage.watch(prefix, now),
+                storage.watch(prefix, now, live=True) as live,
+                listening(storage, prefix, now),
+                listening(storage, prefix, now, live=False),
             ):
                 assert live is not None
                 assert proxy.serving("/v3/watch") == 4, i
@@ -114,8 +116,9 @@ async def test_a_hundred_watches_opened_and_left_leave_nothing(etcd: EtcdServer,
 async def test_a_block_that_fails_closes_its_watch(etcd: EtcdServer, etcd_root: str) -> None:
     before = Footprint.now()
     storage = EtcdStorage([etcd.endpoint], root=etcd_root)
+    now = await storage.current_revision()
     with pytest.raises(ZeroDivisionError):
-        async with storage.watch(f"{etcd_root}/r/", 0, live=True):
+        async with storage.watch(f"{etcd_root}/r/", now, live=True):
             raise ZeroDivisionError
     await storage.aclose()
     await before.is_all_that_is_left()
@@ -126,7 +129,7 @@ async def test_closing_the_storage_ends_what_is_open_with_an_error(etcd: EtcdSer
     before, prefix = Footprint.now(), f"{etcd_root}/r/"
     async with FaultProxy(etcd.endpoint) as proxy:
         storage = EtcdStorage([proxy.endpoint], root=etcd_root, request_timeout=2.0)
-        async with listening(storage, prefix, 0) as listener:
+        async with listening(storage, prefix, await storage.current_revision()) as listener:
             held = proxy.inject(When.AFTER, How.PASS, "/v3/kv/", held=True, times=0)
             barrier = asyncio.create_task(listener.watch.barrier(timeout=30))
             write = asyncio.create_task(storage.create(f"{prefix}a", b"1"))
