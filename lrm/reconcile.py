@@ -273,8 +273,7 @@ class Runner(Generic[R]):
             self.queue.add(key)
 
     async def _work(self, term: Term) -> None:
-        while (key := await self.queue.get()) is not None:
-            await self._store_answers()
+        while (key := await self._next()) is not None:
             self._echoes.setdefault(key, _Echoes())
             written = Written()
             try:
@@ -285,12 +284,16 @@ class Runner(Generic[R]):
             # A reconcile with nothing to do never waits: without this, thousands of them would hold the loop up.
             await self._clock.sleep(0)
 
-    async def _store_answers(self) -> None:
-        """After the store was away: start nothing before it answers again, instead of failing key by key."""
+    async def _next(self) -> Key | None:
+        """The next key; after the store was away none before it answers again, instead of failing key by key.
+
+        The wait stands before the key is taken: a stop waits for keys in hand, and must not wait for the store.
+        """
         async with self._gate:
             if self._store_was_away:
                 await self._catch_up()
                 self._store_was_away = False
+        return await self.queue.get()
 
     def _settle_echoes(self, key: Key, written: Written) -> None:
         echoes = self._echoes[key]

@@ -184,3 +184,21 @@ async def test_keys_of_another_depth_are_no_objects() -> None:
     assert registry().parse_key("/lrm/r/widgets/default/a/b")[0] is None
     assert registry().parse_key("/lrm/rx/widgets/default/a")[0] is None
     assert registry().parse_key("/lrm/r/notes/ns/a") == (NOTES, "ns", "a")
+
+
+async def test_between_a_reset_and_its_list_no_revision_of_the_former_line_counts() -> None:
+    """A low revision of the new line must not be answered from what the cache held of the old one."""
+    storage = MemoryStorage()
+    async with running(storage) as (cache, client, updates):
+        snapshot = storage.snapshot()
+        for i in range(20):
+            made = await client.create(widget(f"w{i}"))
+        await cache.wait_for(made.revision)
+        storage.restore(snapshot)
+        async with asyncio.timeout(5):
+            while cache.current:
+                await asyncio.sleep(0)
+        assert cache.revision >= made.revision
+        await cache.wait_for(snapshot.revision)
+        assert any(u.reset for u in updates)
+        assert cache.all(Widget) == []

@@ -17,7 +17,9 @@ from lrm.election import StaticElection, StaticTerm
 from lrm.errors import ResourceNotFound, TerminalError
 from lrm.reconcile import Context, Controller, Result, Runner, Trigger
 from lrm.testing import VirtualClock
+from storage.base import Batch, Entry, Guard, Watch
 from storage.clock import SystemClock
+from storage.errors import Unavailable
 from storage.memory import MemoryStorage
 
 Step = Callable[[Widget, Context], Awaitable[Result]]
@@ -68,8 +70,10 @@ class World:
 
 
 @asynccontextmanager
-async def world(controller: WidgetController, *existing: Widget, observe_only: bool = False) -> AsyncIterator[World]:
-    storage, clock = MemoryStorage(), SystemClock()
+async def world(
+    controller: WidgetController, *existing: Widget, observe_only: bool = False, storage: MemoryStorage | None = None
+) -> AsyncIterator[World]:
+    storage, clock = storage or MemoryStorage(), SystemClock()
     client = Client(storage, registry(), clock, owner="widgets")
     for resource in existing:
         await client.create(resource)
@@ -405,3 +409,77 @@ async def test_a_jump_of_the_wall_is_told_to_reconciles_for_a_minute() -> None:
     assert not jumps.lately()
     clock.jump_wall(-3600)
     assert jumps.lately()
+
+
+class AwayStorage(MemoryStorage):
+    """A store whose barriers and updates fail while it is away."""
+
+    away = False
+
+    async def update(self, key: str, value: bytes, *, expected_revision: int, guards: tuple[Guard, ...] = ()) -> Entry:
+        self._here()
+        return await super().update(key, value, expected_revision=expected_revision, guards=guards)
+
+    @asynccontextmanager
+    async def watch(self, prefix: str, after_revision: int, *, live: bool = False) -> AsyncIterator[Watch]:
+        async with super().watch(prefix, after_revision, live=live) as watch:
+            yield AwayWatch(self, watch)
+
+    def _here(self) -> None:
+        if self.away:
+            raise Unavailable("away")
+
+
+class AwayWatch:
+    def __init__(self, storage: AwayStorage, watch: Watch) -> None:
+        self._storage = storage
+        self._watch = watch
+
+    def __aiter__(self) -> AsyncIterator[Batch]:
+        return self._watch.__aiter__()
+
+    async def barrier(self, timeout: float = 3.0) -> int:
+        self._storage._here()
+        return await self._watch.barrier(timeout)
+
+
+async def test_while_the_store_is_away_nothing_is_started_and_a_stop_does_not_wait_for_it() -> None:
+    runs = 0
+
+    async def step(w: Widget, ctx: Context) -> Result:
+        nonlocal runs
+        runs += 1
+        await ctx.client.update_status(w, lambda x: setattr(x.status, "seen", runs))
+        return Result.after(0.01)
+
+    controller = WidgetController(step)
+    controller.workers = 1
+    storage = AwayStorage()
+    async with world(controller, widget(), storage=storage) as it:
+        await it.until(lambda: runs >= 3)
+        storage.away = True
+        await it.until(lambda: it.runner.stats.failures > 0)
+        before = runs
+        await asyncio.sleep(1.5)  # several backoffs of the key pass
+        assert runs == before
+        async with asyncio.timeout(1):
+            await it.runner.drain(10)
+
+
+async def test_after_the_store_was_away_work_goes_on_by_itself() -> None:
+    runs = 0
+
+    async def step(w: Widget, ctx: Context) -> Result:
+        nonlocal runs
+        runs += 1
+        await ctx.client.update_status(w, lambda x: setattr(x.status, "seen", runs))
+        return Result.after(0.01)
+
+    storage = AwayStorage()
+    async with world(WidgetController(step), widget(), storage=storage) as it:
+        await it.until(lambda: runs >= 3)
+        storage.away = True
+        await it.until(lambda: it.runner.stats.failures > 0)
+        storage.away = False
+        before = runs
+        await it.until(lambda: runs >= before + 3)
