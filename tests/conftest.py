@@ -62,7 +62,7 @@ async def redis_server(server_dir: Path) -> AsyncIterator[RedisServer]:
 
 
 @pytest.fixture(scope="session")
-def kubectl() -> Path:
+def kubectl_program() -> Path:
     """A kubectl of at least 1.27."""
     try:
         return fetch_kubectl.bring()

@@ -129,7 +129,8 @@ class Caller:
     async def _tried(
         self, message: Message, sending: Sending, *, tries: int, login: bool, secrets: tuple[str, ...]
     ) -> Answer:
-        for attempt in range(1, tries + 1):
+        attempt = 1
+        while True:
             try:
                 return await self._once(message, sending, login=login, secrets=secrets)
             except CmlError as error:
@@ -138,7 +139,7 @@ class Caller:
             sending.reset()
             # Full jitter on the upper half: callers that failed together do not come back together.
             await self._clock.sleep(_FIRST_BACKOFF * 2 ** (attempt - 1) * (0.5 + self._jitter() / 2))
-        raise AssertionError  # pragma: no cover - the last try returns or raises
+            attempt += 1
 
     async def _once(self, message: Message, sending: Sending, *, login: bool, secrets: tuple[str, ...]) -> Answer:
         if not login:

@@ -14,9 +14,8 @@ from typing import Any
 import pytest
 import yaml
 
-from equipment import certificates, fetch_kubectl
+from equipment import certificates
 from equipment.api import Served, path_of, served, telescope, tokens_file
-from equipment.debian import NotHere
 from equipment.waiting import until
 from storage.memory import MemoryStorage
 
@@ -72,14 +71,6 @@ def _many(given: Any) -> list[Any]:
     return given if isinstance(given, list) else [given]
 
 
-@pytest.fixture(scope="session")
-def program() -> Path:
-    try:
-        return fetch_kubectl.bring()
-    except NotHere as error:
-        pytest.skip(f"no kubectl of 1.27 or later: {error}")
-
-
 @pytest.fixture
 async def api() -> AsyncIterator[Served]:
     async with served(MemoryStorage()) as it:
@@ -87,8 +78,9 @@ async def api() -> AsyncIterator[Served]:
 
 
 @pytest.fixture
-def kubectl(program: Path, api: Served, tmp_path: Path) -> Kubectl:
-    return Kubectl(program, api.url, tmp_path)
+def kubectl(kubectl_program: Path, api: Served, tmp_path: Path) -> Kubectl:
+    """The suite's program, pointed at the server of this test."""
+    return Kubectl(kubectl_program, api.url, tmp_path)
 
 
 async def test_it_finds_the_server_and_its_kinds(kubectl: Kubectl) -> None:
@@ -277,7 +269,7 @@ async def test_get_w_prints_what_happens(kubectl: Kubectl, api: Served) -> None:
     await watching.wait()
 
 
-async def test_tokens_decide_over_tls(program: Path, tmp_path: Path) -> None:
+async def test_tokens_decide_over_tls(kubectl_program: Path, tmp_path: Path) -> None:
     made = certificates.make(tmp_path / "tls")
     entries = [
         {"name": name, "sha256": hashlib.sha256(name.encode()).hexdigest(), "role": name}
@@ -286,11 +278,11 @@ async def test_tokens_decide_over_tls(program: Path, tmp_path: Path) -> None:
     secured = {"tls_cert": made.server.cert, "tls_key": made.server.key, "tokens_file": tokens_file(tmp_path, *entries)}
     async with served(MemoryStorage(), **secured) as api:
         trusting = ("--certificate-authority", str(made.ca))
-        manager = Kubectl(program, api.url, tmp_path / "m", *trusting, "--token", "manager")
-        viewer = Kubectl(program, api.url, tmp_path / "v", *trusting, "--token", "viewer")
+        manager = Kubectl(kubectl_program, api.url, tmp_path / "m", *trusting, "--token", "manager")
+        viewer = Kubectl(kubectl_program, api.url, tmp_path / "v", *trusting, "--token", "viewer")
         assert "created" in await manager("apply", "-f", "-", given=telescope())
         assert "hubble" in await viewer("get", "tel")
         assert "Forbidden" in (await viewer.run("delete", "tel", "hubble")).err
-        nobody = Kubectl(program, api.url, tmp_path / "n", *trusting, "--token", "nobody")
+        nobody = Kubectl(kubectl_program, api.url, tmp_path / "n", *trusting, "--token", "nobody")
         assert (await nobody.run("get", "tel")).code != 0
         assert "deleted" in await manager("delete", "tel", "hubble")

@@ -33,7 +33,7 @@ def test_every_make_target_that_it_names_exists() -> None:
 
 
 @pytest.mark.timeout(300)
-def test_every_command_does_what_it_should(tmp_path: Path, kubectl: Path) -> None:
+def test_every_command_does_what_it_should(tmp_path: Path, kubectl_program: Path) -> None:
     port = free_port()
     script = "\n".join(block for block in BLOCKS[1:])
     assert "kubectl" in script
@@ -46,7 +46,7 @@ def test_every_command_does_what_it_should(tmp_path: Path, kubectl: Path) -> Non
         flags=re.MULTILINE,
     )
     env = environment()
-    env["PATH"] = f"{kubectl.parent}:{env['PATH']}"
+    env["PATH"] = f"{kubectl_program.parent}:{env['PATH']}"
     done = subprocess.run(
         ["bash", "-euo", "pipefail", "-x", "-c", script],
         cwd=ROOT,

@@ -1,0 +1,37 @@
+"""What the daemon says of itself must come while its probes still listen."""
+
+from __future__ import annotations
+
+import asyncio
+
+from equipment.widget import registry
+from lrm.cache import Cache
+from lrm.settings import Settings
+from lrm.status import DaemonStatus
+from lrm.testing import VirtualClock
+from storage.base import Health
+from storage.memory import MemoryStorage
+
+
+class HangingStorage(MemoryStorage):
+    """A store whose servers take requests and never answer."""
+
+    async def health(self) -> Health:
+        await asyncio.Event().wait()
+        raise AssertionError("nothing wakes it")
+
+
+async def test_a_store_that_hangs_is_told_within_seconds() -> None:
+    clock = VirtualClock()
+    storage = HangingStorage(clock=clock)
+    settings = Settings(redis_url="redis://127.0.0.1:1/0")
+    status = DaemonStatus(settings, storage, Cache(storage, registry(), clock), clock)
+    asked = asyncio.create_task(status.health())
+    await clock.advance(1.9)
+    assert not asked.done()
+    await clock.advance(0.2)
+    async with asyncio.timeout(5):
+        told = await asked
+    assert told["status"] == "unhealthy"
+    assert "etcd does not answer" in told["problems"]
+    assert any("did not answer within 2 s" in note for note in told["notes"])
