@@ -254,6 +254,7 @@ async def test_a_restored_store_is_told_once_to_everyone_and_then_served(server_
         snapshot(etcd, server_dir / "snapshot")
         async with storage_at(etcd.endpoint, root="/t") as storage:
             await direct.put_many((f"/t/r/{i}" for i in range(20)), b"lost")
+            await direct.put("/t/r/5", b"lost as well")  # the puts above come in any order; this is the head
             lost = await storage.get("/t/r/5")
             async with (
                 listening(storage, "/t/r/", 1) as live,
