@@ -8,8 +8,12 @@ hand out sealed objects, and a change starts with `thaw`.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from copy import deepcopy
 from datetime import UTC, datetime
-from typing import Annotated, Any, Self
+from enum import Enum
+from functools import cache
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, Self, Union, get_args, get_origin
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, PlainSerializer
 from pydantic.alias_generators import to_camel
@@ -60,9 +64,12 @@ class Model(BaseModel):
 
     def thaw(self) -> Self:
         """A deep copy that may be changed."""
-        copy = self.model_copy(deep=True)
-        for part in _models(copy):
-            part.__dict__.pop(_SEAL, None)
+        copy = self.model_copy()
+        for name in _compound(type(self)):
+            copy.__dict__[name] = _thawed(copy.__dict__[name])
+        unknown = copy.model_extra or {}
+        for name in unknown:
+            unknown[name] = _thawed(unknown[name])
         return copy
 
     def wire(self) -> dict[str, Any]:
@@ -87,11 +94,32 @@ def unknown_fields(value: Any, path: str = "") -> Iterator[str]:
                 yield from unknown_fields(item, f"{path}[{i}]")
 
 
+@cache
+def _compound(model: type[Model]) -> tuple[str, ...]:
+    """The fields with something inside: a seal or a copy passes over those that hold a text, a number or a time."""
+    return tuple(name for name, info in model.model_fields.items() if not _is_scalar(info.annotation))
+
+
+def _is_scalar(annotation: Any) -> bool:
+    if isinstance(annotation, type):
+        return issubclass(annotation, str | int | float | datetime | Enum | NoneType)
+    inner = get_args(annotation)
+    match get_origin(annotation):
+        case origin if origin is Literal:
+            return True
+        case origin if origin is Annotated:
+            return _is_scalar(inner[0])
+        case origin if origin is Union or origin is UnionType:
+            return all(_is_scalar(part) for part in inner)
+        case _:
+            return False
+
+
 def _models(value: Any) -> Iterator[Model]:
     match value:
         case Model():
             yield value
-            for name in type(value).model_fields:
+            for name in _compound(type(value)):
                 yield from _models(getattr(value, name))
         case dict():
             for item in value.values():
@@ -99,3 +127,15 @@ def _models(value: Any) -> Iterator[Model]:
         case list() | tuple():
             for item in value:
                 yield from _models(item)
+
+
+def _thawed(value: Any) -> Any:
+    match value:
+        case Model():
+            return value.thaw()
+        case dict():
+            return {key: _thawed(item) for key, item in value.items()}
+        case list() | tuple():
+            return type(value)(_thawed(item) for item in value)
+        case _:
+            return deepcopy(value)

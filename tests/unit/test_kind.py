@@ -145,6 +145,21 @@ def test_sealed_objects_cannot_be_changed_and_thawed_copies_can() -> None:
     assert shared.spec.parts[0].size_gb == 1
 
 
+def test_a_thawed_copy_shares_nothing_that_can_be_changed() -> None:
+    written_by_a_newer_version = {"sizeGb": 1, "tray": {"slots": [1]}}
+    shared = widget(parts=[written_by_a_newer_version]).seal()
+    before = WIDGETS.encode(shared)
+    copy = shared.thaw()
+    copy.metadata.labels["a"] = "b"
+    copy.metadata.finalizers.append("test/f")
+    copy.status.allocations["u"] = 1
+    copy.spec.parts[0].model_extra["tray"]["slots"].append(2)  # type: ignore[index]
+    copy.spec.parts.append(copy.spec.parts[0])
+    assert WIDGETS.encode(shared) == before
+    assert copy.spec.parts[0].wire() == {"sizeGb": 1, "tray": {"slots": [1, 2]}}
+    assert copy.spec.parts[0].thaw() == copy.spec.parts[0]
+
+
 def test_a_shallow_copy_may_be_changed_while_its_parts_stay_shared() -> None:
     shared = widget().seal()
     copy = shared.model_copy()
