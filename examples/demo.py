@@ -7,13 +7,12 @@ claim was observed and no process was left behind.
 
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from typing import Any
 import boto3
 import httpx
 import orjson
-from rich.console import Console
+from demo_stage import NotShown, Story, out, running
 
 MANIFESTS = Path(__file__).parent / "manifests"
 GROUP = "/apis/lab.neuroglia.io/v1"
@@ -39,41 +38,6 @@ TOPOLOGY = {
     "nodes": [{"id": "n0", "label": "R1", "x": 0, **ROUTER}, {"id": "n1", "label": "R2", "x": 200, **ROUTER}],
     "links": [{"id": "l0", "n1": "n0", "i1": "i0", "n2": "n1", "i2": "i0"}],
 }
-
-out = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 120)
-
-
-class NotShown(Exception):  # noqa: N818 - what happened
-    """A claim did not come true in time."""
-
-
-class Story:
-    """Prints with the time since the start, waits with a deadline, counts what was shown."""
-
-    def __init__(self) -> None:
-        self.started = time.monotonic()
-        self.shown = 0
-
-    def chapter(self, title: str) -> None:
-        out.print(f"\n[bold]{title}[/bold]")
-
-    def line(self, text: str, mark: str = "·") -> None:
-        out.print(f"  [dim]{time.monotonic() - self.started:5.1f} s[/dim]  {mark} {text}")
-
-    def claim(self, text: str) -> None:
-        self.shown += 1
-        self.line(text, "[green]✓[/green]")
-
-    def until(self, what: str, condition: Callable[[], Any], seconds: float = 20.0) -> Any:
-        """The first true value of `condition`; NotShown after so many seconds."""
-        deadline = time.monotonic() + seconds
-        while True:
-            value = condition()
-            if value:
-                return value
-            if time.monotonic() > deadline:
-                raise NotShown(f"not seen within {seconds:g} s: {what}")
-            time.sleep(0.1)
 
 
 class Cml:
@@ -291,14 +255,6 @@ def children(pid: int) -> list[int]:
         for child in tasks.read_text().split():
             found += [int(child), *children(int(child))]
     return found
-
-
-def running(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    return True
 
 
 def main() -> int:
