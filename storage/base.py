@@ -107,6 +107,23 @@ class Health:
     epoch: str = ""
 
 
+@dataclass(frozen=True, slots=True)
+class Line:
+    """Where the store is: revisions can be compared only within one cluster and epoch.
+
+    A store that was restored without a new epoch (`lrm restore-done`) shows it only while its revision is lower.
+    """
+
+    cluster_id: str
+    epoch: str
+    """The value of `{root}/epoch`; empty while there is none."""
+    revision: int
+
+    def same_history(self, other: Line) -> bool:
+        """Whether a revision means the same on both."""
+        return (self.cluster_id, self.epoch) == (other.cluster_id, other.epoch)
+
+
 class Watch(Protocol):
     """An open watch: iterate it for batches; it ends only by an error or by leaving its context."""
 
@@ -191,6 +208,13 @@ class Storage(Protocol):
 
     async def current_revision(self) -> int:
         """The store's revision by a linearizable read."""
+        ...
+
+    async def line(self) -> Line:
+        """Which line of history the store is on, and its revision, by one linearizable read.
+
+        A new epoch is an answer here: it is watches and barriers that are told of it by `StoreReset`.
+        """
         ...
 
     async def compact(self, revision: int) -> None:

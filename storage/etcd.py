@@ -13,7 +13,7 @@ import uuid
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 
-from storage.base import Entry, Event, Guard, Health, Lease, Page, Watch, is_barrier_key, labels_match
+from storage.base import Entry, Event, Guard, Health, Lease, Line, Page, Watch, is_barrier_key, labels_match
 from storage.clock import Clock, SystemClock
 from storage.errors import (
     Compacted,
@@ -204,6 +204,12 @@ class EtcdStorage:
 
     async def current_revision(self) -> int:
         return header_revision(await self.read("/kv/range", {**one_key(self._epoch_key), "keys_only": True}))
+
+    async def line(self) -> Line:
+        reply = await self.read("/kv/range", one_key(self._epoch_key))
+        cluster_id = str(reply["header"].get("cluster_id") or "")
+        epoch = (_value(reply) or b"").decode("utf-8", "backslashreplace")
+        return Line(cluster_id, epoch, header_revision(reply))
 
     async def compact(self, revision: int) -> None:
         try:

@@ -24,6 +24,7 @@ from storage.base import (
     Guard,
     Health,
     Lease,
+    Line,
     Member,
     Page,
     Watch,
@@ -97,6 +98,7 @@ class MemoryStorage:
         self._epoch: bytes | None = None
         self._epoch_known = False
         self._closed = False
+        self._cluster_id = uuid.uuid4().hex
 
     async def get(self, key: str) -> Entry:
         encode_key(key)
@@ -243,6 +245,10 @@ class MemoryStorage:
         await self._turn()
         return self._state.revision
 
+    async def line(self) -> Line:
+        await self._turn()
+        return Line(self._cluster_id, self._epoch_text(), self._state.revision)
+
     async def compact(self, revision: int) -> None:
         await self._turn()
         state = self._state
@@ -265,10 +271,14 @@ class MemoryStorage:
 
     async def health(self) -> Health:
         self._expire()
-        epoch = self._current(f"{self._root}/epoch")
         member = Member("memory", version="memory", leader=True)
-        text = epoch.value.decode("utf-8", "replace") if epoch else ""
-        return Health(ok=not self._closed, revision=self._state.revision, members=(member,), epoch=text)
+        return Health(
+            ok=not self._closed,
+            revision=self._state.revision,
+            members=(member,),
+            cluster_id=self._cluster_id,
+            epoch=self._epoch_text(),
+        )
 
     async def aclose(self) -> None:
         self._closed = True
@@ -308,6 +318,10 @@ class MemoryStorage:
             for watch in self._watches:
                 watch.end(error)
             raise error
+
+    def _epoch_text(self) -> str:
+        entry = self._current(f"{self._root}/epoch")
+        return entry.value.decode("utf-8", "backslashreplace") if entry else ""
 
     def _current(self, key: str) -> Entry | None:
         versions = self._state.versions.get(key)

@@ -11,7 +11,7 @@ from equipment.backends import Backend
 from equipment.footprint import Footprint
 from equipment.waiting import until
 from storage.base import Storage
-from storage.errors import LeaseNotFound, NotFound, Unavailable
+from storage.errors import LeaseNotFound, NotFound, StoreReset, Unavailable
 
 
 async def test_a_leases_keys_go_with_it_and_keeping_it_alive_keeps_them(backend: Backend, store: Storage) -> None:
@@ -73,6 +73,22 @@ async def test_health_tells_revision_epoch_and_every_member(backend: Backend, st
     assert bool(health.notes) == (backend.name in old), "versions with known bugs are named"
 
 
+async def test_the_line_tells_cluster_epoch_and_revision_and_takes_no_reset_from_a_watch(
+    backend: Backend, store: Storage
+) -> None:
+    """Whoever asks for the line must not be the one who hears of a new epoch in place of those who follow."""
+    first = await store.line()
+    assert (first.epoch, first.revision) == ("", await store.current_revision())
+    assert first.cluster_id == (await store.health()).cluster_id != ""
+    async with store.watch(backend.prefix, first.revision, live=True) as watch:
+        written = await store.set(f"{backend.root}/epoch", b"two")
+        second = await store.line()
+        assert (second.cluster_id, second.epoch, second.revision) == (first.cluster_id, "two", written)
+        assert not second.same_history(first)
+        with pytest.raises(StoreReset):
+            await watch.barrier()
+
+
 async def test_a_closed_store_answers_every_call_with_an_error_and_ends_its_watches(backend: Backend) -> None:
     store = backend.client("closing")
     start = await store.current_revision()
@@ -87,6 +103,7 @@ async def test_a_closed_store_answers_every_call_with_an_error_and_ends_its_watc
         lambda: store.create(backend.key("a"), b""),
         lambda: store.list(backend.prefix),
         store.current_revision,
+        store.line,
         lambda: store.grant_lease(5),
     ):
         with pytest.raises(Unavailable):
