@@ -55,7 +55,8 @@ def main() -> None:
 def serve() -> None:
     """Run the daemon with the settings of LRM_… and LRM_CONFIG."""
     from lrm.api.app import ApiError
-    from lrm.daemon import Deposed, run_daemon
+    from lrm.daemon import run_daemon
+    from lrm.election import Deposed
     from lrm.logs import configure_logs
 
     settings, plugins = _configuration()

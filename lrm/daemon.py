@@ -1,11 +1,13 @@
 """The composition root: what a daemon is made of, in which order it starts, and in which order it stops. Read first.
 
     settings → storage (etcd) → cache ⇄ fan-out → API
-                          └→ election → runners → controllers (plug-ins)
+                          ├→ lease, leaders → one election per lock → what is led: runners of controllers (plug-ins), …
+    Redis ── bookmarks ───┘
 
 It starts serving before the store answers (`/readyz` is false until the caches were filled once) and lives through
-outages of etcd and Redis. A clean stop: not ready → drain the reconciles in hand → release the locks → close the API →
-close everything else. A static leader that is deposed stops with `Deposed`.
+outages of etcd and Redis. A clean stop: not ready → each lock drains the work in hand, saves its bookmarks and gives
+its key back → the lease is revoked → the API closes → everything else. A static leader that is deposed stops with
+`Deposed`.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ import contextlib
 import os
 import signal
 import uuid
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import Sequence
 from contextlib import AsyncExitStack
 from importlib.metadata import version
 from typing import Any
@@ -26,9 +28,12 @@ from lrm.api.app import Api, serve
 from lrm.api.settings import ApiSettings
 from lrm.cache import Cache
 from lrm.client import Client
-from lrm.election import StaticElection, StaticTerm
-from lrm.errors import LrmError, only_cause
+from lrm.election import Election, LeaderElection, LeaseElection, StaticElection, Term
+from lrm.errors import only_cause
 from lrm.fanout import Fanout
+from lrm.leaders import Leaders
+from lrm.lease import DaemonLease
+from lrm.led import Led
 from lrm.plugin import Plugin, PluginContext
 from lrm.reconcile import Controller, Runner
 from lrm.registry import Registry
@@ -46,10 +51,6 @@ log = structlog.get_logger(__name__)
 _RETRY = 0.5
 
 
-class Deposed(LrmError):  # noqa: N818 - it says what happened
-    """Another daemon has taken a static lock; two static daemons must not share an installation."""
-
-
 class Daemon:
     """One lrm process; `run` returns after a clean stop."""
 
@@ -61,11 +62,20 @@ class Daemon:
         self.cache = Cache(self.storage, self.registry, self.clock)
         self.client = Client(self.storage, self.registry, self.clock)
         self.fanout = Fanout(self.cache, self.clock)
-        self.status = DaemonStatus(settings, self.storage, self.cache, self.clock)
+        self.leaders = Leaders(self.storage, self.clock, root=settings.etcd_root)
+        self.lease = DaemonLease(
+            self.storage,
+            self.clock,
+            lease_duration=settings.lease_duration,
+            renew_deadline=settings.renew_deadline,
+            retry_period=settings.retry_period,
+        )
+        self.status = DaemonStatus(settings, self.storage, self.cache, self.leaders, self.clock)
         self.url = ""
         self._plugins = tuple(plugins)
         self._plugin_settings = {p.name: p.settings() for p in plugins}
         self._stop = asyncio.Event()
+        self._leading: list[tuple[asyncio.Task[None], list[Led]]] = []
 
     def stop(self) -> None:
         """Ask for a clean stop."""
@@ -86,7 +96,12 @@ class Daemon:
         )
         try:
             async with asyncio.TaskGroup() as tasks:
-                caching = tasks.create_task(self.cache.run(), name="cache")
+                following = [
+                    tasks.create_task(self.cache.run(), name="cache"),
+                    tasks.create_task(self.leaders.run(), name="leaders"),
+                ]
+                if self.settings.leader == "lease":
+                    following.append(tasks.create_task(self.lease.run(), name="lease"))
                 async with serve(api) as site:
                     self.url = site.url
                     log.info("daemon.serving", url=site.url, version=version("lrm"), instance=self.settings.instance_id)
@@ -95,10 +110,12 @@ class Daemon:
                         ready.set()
                     await self._stop.wait()
                     self.status.stopping = True
-                    await self._drain()
+                    await self._hand_over()
                     work.cancel()
                     await asyncio.wait([work])
-                caching.cancel()
+                for task in reversed(following):
+                    task.cancel()
+                    await asyncio.wait([task])
         except BaseExceptionGroup as group:
             raise only_cause(group) from group
         finally:
@@ -106,7 +123,7 @@ class Daemon:
         log.info("daemon.stopped")
 
     async def _work(self) -> None:
-        """Lead every lock and run its controllers, for as long as the daemon lives."""
+        """Campaign for every lock and do what it stands for, for as long as the daemon lives."""
         installation = await self._installation()
         async with AsyncExitStack() as stack:
             controllers: list[Controller[Any]] = []
@@ -122,13 +139,16 @@ class Daemon:
                     root=self.settings.etcd_root,
                 )
                 controllers += await stack.enter_async_context(plugin.controllers(context))
-            locks: dict[str, list[Runner[Any]]] = {}
-            for controller in controllers:
-                locks.setdefault(controller.lock_name, []).append(self._runner(controller))
-            self.status.runners = [r for runners in locks.values() for r in runners]
+            self.status.led = [self._runner(c) for c in controllers]
+            locks: dict[str, list[Led]] = {}
+            for led in self.status.led:
+                locks.setdefault(led.lock_name, []).append(led)
             async with asyncio.TaskGroup() as tasks:
-                for lock_name, runners in locks.items():
-                    tasks.create_task(self._lead(lock_name, runners), name=f"lead {lock_name}")
+                for lock_name, group in locks.items():
+                    election = LeaderElection(self._election(lock_name), self.leaders)
+                    self.status.elections[lock_name] = election
+                    leading = tasks.create_task(_lead(election, group), name=f"lead {lock_name}")
+                    self._leading.append((leading, group))
 
     def _runner(self, controller: Controller[Any]) -> Runner[Any]:
         return Runner(
@@ -140,29 +160,24 @@ class Daemon:
             renew_deadline=self.settings.renew_deadline,
         )
 
-    async def _lead(self, lock_name: str, runners: Sequence[Runner[Any]]) -> None:
-        election = StaticElection(
-            self.storage, self.clock, root=self.settings.etcd_root, lock_name=lock_name, identity=self.status.identity
+    def _election(self, lock_name: str) -> Election:
+        identity, root = self.status.identity, self.settings.etcd_root
+        if self.settings.leader == "static":
+            return StaticElection(self.storage, self.clock, root=root, lock_name=lock_name, identity=identity)
+        return LeaseElection(
+            self.storage, self.clock, lock_name=lock_name, identity=identity, lease=self.lease, leaders=self.leaders
         )
-        while True:
-            term = await election.acquire()
-            self.status.terms[lock_name] = term
-            try:
-                async with _observing(election, term), asyncio.TaskGroup() as tasks:
-                    for runner in runners:
-                        tasks.create_task(runner.run(term), name=f"controller {runner.controller.name}")
-                if await election.succeeded(term):
-                    raise Deposed(
-                        f"another daemon has taken the lock {lock_name}; this one was started with LRM_LEADER=static"
-                    )
-                log.warning("daemon.leading_again", lock=lock_name, reason="the store no longer has this term's key")
-            finally:
-                self.status.terms.pop(lock_name, None)
-                await election.release(term)
 
-    async def _drain(self) -> None:
+    async def _hand_over(self) -> None:
+        """Each lock on its own: drain, then give it back, so that a slow controller holds up no other's successor."""
         share = self.settings.stop_timeout * 0.8
-        await asyncio.gather(*(runner.drain(share) for runner in self.status.runners))
+
+        async def leave(leading: asyncio.Task[None], group: Sequence[Led]) -> None:
+            await asyncio.gather(*(led.drain(share) for led in group))
+            leading.cancel()
+            await asyncio.wait([leading])
+
+        await asyncio.gather(*(leave(leading, group) for leading, group in self._leading))
 
     async def _installation(self) -> str:
         """The installation's uuid, made by whichever daemon is first."""
@@ -181,14 +196,13 @@ class Daemon:
             await self.clock.sleep(_RETRY)
 
 
-@contextlib.asynccontextmanager
-async def _observing(election: StaticElection, term: StaticTerm) -> AsyncIterator[None]:
-    async with asyncio.TaskGroup() as tasks:
-        observer = tasks.create_task(election.observe(term), name=f"observe {term.lock_name}")
-        try:
-            yield
-        finally:
-            observer.cancel()
+async def _lead(election: LeaderElection, group: Sequence[Led]) -> None:
+    async def work(term: Term) -> None:
+        async with asyncio.TaskGroup() as tasks:
+            for led in group:
+                tasks.create_task(led.run(term), name=led.name)
+
+    await election.run(work)
 
 
 async def run_daemon(settings: Settings, plugins: Sequence[Plugin]) -> None:

@@ -112,6 +112,7 @@ class DevStack:
             "LRM_REDIS_URL": redis.url,
             "LRM_API_PORT": str(port),
             "LRM_INSTANCE_ID": "dev",
+            "LRM_LEADER": "static",  # one daemon: a restarted one need not wait for the lease of the last
         }
         for service in self._services:
             self.environment |= service.environment(plan)

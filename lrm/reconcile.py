@@ -178,6 +178,8 @@ class Runner(Generic[R]):
         renew_deadline: float = 10.0,
     ) -> None:
         self.controller = controller
+        self.name = controller.name
+        self.lock_name = controller.lock_name
         self.stats = Stats()
         self.queue: WorkQueue[Key] = WorkQueue(clock)
         self._client = client
@@ -222,6 +224,24 @@ class Runner(Generic[R]):
                     await self._clock.sleep(0.02)
         except TimeoutError:
             log.warning("reconcile.drain_timed_out", controller=self.controller.name, left=self.queue.processing)
+
+    def describe(self) -> dict[str, Any]:
+        """The controller's entry in the daemon's status."""
+        queue, stats = self.queue, self.stats
+        return {
+            "name": self.name,
+            "lock": self.lock_name,
+            "queued": len(queue),
+            "delayed": queue.waiting,
+            "processing": queue.processing,
+            "oldestQueuedSeconds": round(queue.oldest(), 3),
+            "longestRunningSeconds": round(queue.longest_running(), 3),
+            "reconciles": stats.reconciles,
+            "failures": stats.failures,
+            "terminal": stats.terminal,
+            "finalized": stats.finalized,
+            "secondsTotal": round(stats.seconds, 3),
+        }
 
     async def _catch_up(self) -> None:
         """Wait until the caches hold every write of every earlier leader."""

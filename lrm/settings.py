@@ -21,6 +21,8 @@ from pydantic_settings import (
     YamlConfigSettingsSource,
 )
 
+from lrm.lease import check_times
+
 _DURATION = re.compile(r"\s*(\d+(?:\.\d+)?)\s*(ms|s|m|h|d)?\s*")
 _UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0, None: 1.0}
 
@@ -102,12 +104,34 @@ class Settings(LrmSettings):
     instance_id: str = Field(
         default_factory=socket.gethostname, min_length=1, description="Name of this daemon; unique in the installation."
     )
-    leader: Literal["static"] = Field(
-        "static", description="static: one daemon an installation; it takes the locks from whoever had them."
+    leader: Literal["lease", "static"] = Field(
+        "lease",
+        description="lease: daemons elect one of them for each lock. static: one daemon an installation; it takes the"
+        " locks from whoever had them, at once also after a crash.",
+    )
+    lease_duration: Seconds = Field(
+        15.0, description="Seconds after which another daemon takes over from one that died; whole seconds, 3 at least."
     )
     renew_deadline: Seconds = Field(
         10.0,
-        description="Seconds that leadership is trusted; a call that creates something outside takes half at most.",
+        description="Seconds that leadership is trusted after its last renewal; a call that creates something outside"
+        " takes half at most. With retry_period it stays below lease_duration - 1 s.",
+    )
+    retry_period: Seconds = Field(
+        2.0, description="Seconds between renewals: one small request each, for all the locks of a daemon."
+    )
+    bookmark_every: Seconds = Field(
+        1.0, description="Least seconds between two saves of bookmarks to Redis; a crash repeats as much, no more."
+    )
+    compact: bool = Field(True, description="Compact etcd's history; switch off where etcd does it by itself.")
+    compact_every: Seconds = Field(300.0, description="Seconds between compactions.")
+    compact_retention: Seconds = Field(
+        3600.0, description="Seconds of history that stay: for so long a watch can be resumed without listing again."
+    )
+    etcd_quota_bytes: int = Field(
+        2 * 1024**3,
+        gt=0,
+        description="etcd's quota, bytes, where its members do not tell it; 2 GiB is its own default.",
     )
     observe_only: bool = Field(False, description="Change nothing outside; status is still written.")
     stop_timeout: Seconds = Field(30.0, description="Seconds for a graceful stop before the process ends anyway.")
@@ -125,6 +149,7 @@ class Settings(LrmSettings):
             raise ValueError("tls_cert and tls_key go together")
         if not self.etcd_endpoints:
             raise ValueError("etcd_endpoints names no endpoint")
+        check_times(self.lease_duration, self.renew_deadline, self.retry_period)
         return self
 
     @field_serializer("redis_url")

@@ -7,9 +7,10 @@ from importlib.metadata import version
 from typing import Any
 
 from lrm.cache import Cache
-from lrm.election import Term
+from lrm.election import LeaderElection
+from lrm.leaders import Leaders
+from lrm.led import Led
 from lrm.model import rfc3339
-from lrm.reconcile import Runner
 from lrm.settings import Settings
 from storage.base import Health, Storage
 from storage.clock import Clock
@@ -22,11 +23,14 @@ _PROBE_SECONDS = 2.0
 class DaemonStatus:
     """Filled by the daemon as it goes; asked by the API."""
 
-    def __init__(self, settings: Settings, storage: Storage, cache: Cache, clock: Clock) -> None:
+    def __init__(self, settings: Settings, storage: Storage, cache: Cache, leaders: Leaders, clock: Clock) -> None:
         self.identity = f"{settings.instance_id}-{uuid.uuid4().hex[:8]}"
         """Unique to this process."""
-        self.terms: dict[str, Term] = {}
-        self.runners: list[Runner[Any]] = []
+        self.leaders = leaders
+        self.elections: dict[str, LeaderElection] = {}
+        """By lock, once the daemon campaigns."""
+        self.led: list[Led] = []
+        """All that this daemon does while it leads."""
         self.stopping = False
         self._settings = settings
         self._storage = storage
@@ -96,40 +100,26 @@ class DaemonStatus:
             "leader": self.leader(),
             "resources": self._cache.counts(),
             "undecodable": self._cache.undecodable,
-            "controllers": [self._controller(r) for r in self.runners],
+            "controllers": [led.describe() for led in self.led],
         }
 
     def leader(self) -> dict[str, Any]:
-        """The locks that this daemon holds."""
-        held = sorted(self.terms.items())
+        """Every lock, who holds it, and whether that is this daemon; `is_leader` is true when it holds any."""
+        locks = [self._lock(name) for name in self.leaders.locks]
         return {
-            "is_leader": bool(held),
+            "is_leader": any(lock["is_leader"] for lock in locks),
             "identity": self.identity,
-            "locks": [
-                {
-                    "lock_name": name,
-                    "is_leader": True,
-                    "holder": term.identity,
-                    "term": term.number,
-                    "acquired_at": rfc3339(term.acquired),
-                }
-                for name, term in held
-            ],
+            "error": self.leaders.error,
+            "locks": locks,
         }
 
-    def _controller(self, runner: Runner[Any]) -> dict[str, Any]:
-        queue, stats = runner.queue, runner.stats
+    def _lock(self, name: str) -> dict[str, Any]:
+        holder, election = self.leaders.holder(name), self.elections.get(name)
         return {
-            "name": runner.controller.name,
-            "lock": runner.controller.lock_name,
-            "queued": len(queue),
-            "delayed": queue.waiting,
-            "processing": queue.processing,
-            "oldestQueuedSeconds": round(queue.oldest(), 3),
-            "longestRunningSeconds": round(queue.longest_running(), 3),
-            "reconciles": stats.reconciles,
-            "failures": stats.failures,
-            "terminal": stats.terminal,
-            "finalized": stats.finalized,
-            "secondsTotal": round(stats.seconds, 3),
+            "lock_name": name,
+            "is_leader": election is not None and election.is_leader,
+            "holder": holder.identity if holder else None,
+            "term": holder.term if holder else None,
+            "acquired_at": holder.acquired if holder else None,
+            "seconds_without_leader": round(self.leaders.absent_seconds(name), 3),
         }

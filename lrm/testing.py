@@ -39,6 +39,10 @@ class VirtualClock:
         """Move wall time alone, as a wrong NTP step does."""
         self._wall_offset += seconds
 
+    def stall(self, seconds: float) -> None:
+        """Let time pass as for a process that was paused: no timer fires before the next `advance`."""
+        self._time += seconds
+
     async def sleep(self, seconds: float) -> None:
         """Wait until the clock was advanced by so much; zero and less only yields."""
         if seconds <= 0:

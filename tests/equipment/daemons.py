@@ -34,6 +34,7 @@ class DaemonProcess:
             "LRM_API_PORT": str(self.port),
             "LRM_INSTANCE_ID": f"test-{self.port}",
             "LRM_PLUGINS": plugins,
+            "LRM_LEADER": "static",
             "LRM_LOG_FORMAT": "json",
             "LRM_REDIS_URL": "redis://127.0.0.1:1/0",
             **settings,

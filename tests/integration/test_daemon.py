@@ -253,7 +253,7 @@ def run_cli(*arguments: str, **environment: str) -> subprocess.CompletedProcess[
         ("LRM_ETCD_TIMEOUT", "soon", "not a duration"),
         ("LRM_ETCD_ENDPOINTS", " , ", "no endpoint"),
         ("LRM_STOP_TIMEOUT", "0", "greater than 0"),
-        ("LRM_LEADER", "lease", "'static'"),
+        ("LRM_LEADER", "redis", "'static'"),
         ("LRM_CONFIG", "/nowhere/lrm.yaml", "not a file"),
         ("LRM_TLS_CERT", "/some/cert.pem", "go together"),
     ],

@@ -13,7 +13,7 @@ from lrm.errors import Fenced, Forbidden, Invalid, NotLeading, ResourceConflict,
 from lrm.testing import VirtualClock
 from storage.base import Guard
 from storage.clock import SystemClock
-from storage.errors import GuardFailed, StoreReset
+from storage.errors import GuardFailed
 from storage.memory import MemoryStorage
 
 
@@ -220,56 +220,6 @@ async def test_a_deposed_leader_changes_nothing_and_hears_fenced(storage: Memory
     assert (await storage.get(second.key)).create_revision == second.number
     await elections[1].release(second)
     assert not await storage.exists(second.key)
-
-
-async def test_a_static_leader_notices_its_successor_without_writing(storage: MemoryStorage) -> None:
-    elections = [StaticElection(storage, SystemClock(), root="/lrm", lock_name="x", identity=i) for i in ("one", "two")]
-    first = await elections[0].acquire()
-    observer = asyncio.create_task(elections[0].observe(first))
-    await elections[1].acquire()
-    async with asyncio.timeout(5):
-        await first.wait_lost()
-        await observer
-
-
-async def test_a_leader_whose_history_was_compacted_still_notices_its_successor_and_no_namesake(
-    storage: MemoryStorage,
-) -> None:
-    clock = VirtualClock()
-    one, two, namesake = (
-        StaticElection(storage, clock, root="/lrm", lock_name=lock, identity=who)
-        for lock, who in (("labs", "one"), ("labs", "two"), ("labs2", "three"))
-    )
-    first = await one.acquire()
-    await storage.set("/lrm/x", b"1")
-    await storage.compact(await storage.set("/lrm/x", b"2"))
-    observer = asyncio.create_task(one.observe(first))
-    await clock.advance(5)
-    await namesake.acquire()
-    await clock.advance(5)
-    first.check()
-    await two.acquire()
-    await clock.advance(5)
-    await observer
-    with pytest.raises(NotLeading):
-        first.check()
-
-
-async def test_a_restored_store_is_no_successor_and_a_new_leader_is(storage: MemoryStorage) -> None:
-    one, two = (StaticElection(storage, SystemClock(), root="/lrm", lock_name="x", identity=i) for i in ("one", "two"))
-    old = await one.acquire()
-    snapshot = storage.snapshot()
-    term = await one.acquire()
-    storage.restore(snapshot)
-    with pytest.raises(StoreReset):
-        await storage.current_revision()
-    assert (await storage.get(term.key)).create_revision == old.number
-    assert not await one.succeeded(term)
-    await storage.delete(term.key, expected_revision=old.number)
-    assert not await one.succeeded(term)
-    again = await one.acquire()
-    await two.acquire()
-    assert await one.succeeded(again)
 
 
 async def test_a_child_is_not_created_when_its_owner_has_gone(client: Client, storage: MemoryStorage) -> None:

@@ -6,6 +6,7 @@ import asyncio
 
 from equipment.widget import registry
 from lrm.cache import Cache
+from lrm.leaders import Leaders
 from lrm.settings import Settings
 from lrm.status import DaemonStatus
 from lrm.testing import VirtualClock
@@ -25,7 +26,9 @@ async def test_a_store_that_hangs_is_told_within_seconds() -> None:
     clock = VirtualClock()
     storage = HangingStorage(clock=clock)
     settings = Settings(redis_url="redis://127.0.0.1:1/0")
-    status = DaemonStatus(settings, storage, Cache(storage, registry(), clock), clock)
+    status = DaemonStatus(
+        settings, storage, Cache(storage, registry(), clock), Leaders(storage, clock, root="/lrm"), clock
+    )
     asked = asyncio.create_task(status.health())
     await clock.advance(1.9)
     assert not asked.done()
