@@ -21,12 +21,13 @@ from lrm.registry import Registry
 from lrm.resource import AnyResource
 from storage.base import Batch, Entry, Event, Storage, Watch
 from storage.clock import Clock
-from storage.errors import Compacted, FutureRevision, StorageError, StoreReset
+from storage.errors import Compacted, FutureRevision, NoSpace, StorageError, StoreReset
 
 log = structlog.get_logger(__name__)
 
 _PAGE = 500
 _RETRY_FIRST, _RETRY_MOST = 0.2, 5.0
+_CATCH_UP_RETRY = 0.5
 _BARRIER_AFTER = 0.2
 """Seconds to wait for a revision before a barrier is written: the revision may lie outside the watched prefix."""
 BARRIER_TIMEOUT = 3.0
@@ -188,9 +189,16 @@ class Cache:
         """Objects by plural."""
         return {plural: len(shelf.items) for plural, shelf in self._shelves.items()}
 
-    def dependants(self, uid: str) -> int:
-        """How many objects of any kind name this owner."""
-        return sum(len(shelf.index.get(("owner", uid), ())) for shelf in self._shelves.values())
+    def dependants(self, uid: str) -> list[Item]:
+        """The objects of any kind that name this owner."""
+        shelves = self._shelves.values()
+        return [shelf.items[place] for shelf in shelves for place in shelf.index.get(("owner", uid), ())]
+
+    def opaque(self) -> list[Item]:
+        """The items whose values this daemon cannot decode."""
+        found = (self._registry.parse_key(key) for key in sorted(self._undecodable))
+        items = (self.item(kind, namespace, name) for kind, namespace, name in found if kind is not None)
+        return [item for item in items if item is not None]
 
     @property
     def undecodable(self) -> int:
@@ -229,6 +237,27 @@ class Cache:
         revision = await watch.barrier(max(0.05, timeout - (self._clock.monotonic() - started)))
         await self.wait_for(revision, max(0.05, timeout - (self._clock.monotonic() - started)))
         return revision
+
+    async def catch_up(self, who: str) -> None:
+        """Return once the cache holds everything written before this call, however long the store is away.
+
+        A store that is out of space takes no barrier; then the cache is believed as it is, for the work that frees
+        space must go on. `who` waits is told in the log.
+        """
+        await self.wait_synced()
+        told = False
+        while True:
+            try:
+                await self.barrier()
+            except NoSpace:
+                return
+            except (CacheBehind, StorageError) as error:
+                if not told:
+                    log.warning("cache.waiting_for_store", who=who, reason=str(error))
+                told = True
+                await self._clock.sleep(_CATCH_UP_RETRY)
+            else:
+                return
 
     async def _following(self, timeout: float) -> Watch:
         """The open watch: while it is being opened anew, callers wait for it. Raises `CacheBehind`."""

@@ -18,6 +18,7 @@ from typing import Protocol
 from lrm import writes
 from lrm.errors import Fenced, ResourceConflict, ResourceExists, ResourceNotFound, Undecodable
 from lrm.kind import GENERATED_LENGTH, Kind, R
+from lrm.owners import Owners
 from lrm.registry import Registry
 from lrm.resource import AnyResource
 from storage.base import Entry, Guard, Storage
@@ -71,6 +72,7 @@ class Client:
     ) -> None:
         self._storage = storage
         self._registry = registry
+        self._owners = Owners(storage, registry)
         self._clock = clock
         self._owner = owner
         self._fence = fence
@@ -109,6 +111,8 @@ class Client:
     async def create(self, resource: R, *, guards: tuple[Guard, ...] = (), with_status: bool = False) -> R:
         """Store a new object, under further guards if given; `with_status` in one write with what is observed of it.
 
+        Each owner that it names must exist and not be deleting, and is guarded, so that no child is born after its
+        owner's end; an owner whose key is in `guards` is the caller's to have judged.
         Raises `ResourceExists`, `Invalid`, `Fenced`, and the store's `GuardFailed` for one of `guards`.
         """
         kind = self._registry.of_object(resource)
@@ -117,18 +121,26 @@ class Client:
             new.metadata.name = f"{new.metadata.generate_name}{uuid.UUID(new.uid).hex[:GENERATED_LENGTH]}"
             new.metadata.generate_name = None
         key = self._registry.key_of(new)
+        owners = await self._owners.guards(new, guarded=guards)
         with self._noting():
             try:
-                entry = await self._storage.create(key, kind.encode(new), guards=self._guards(guards))
+                entry = await self._storage.create(key, kind.encode(new), guards=self._guards((*guards, *owners)))
             except AlreadyExists as error:
                 raise ResourceExists(kind.plural, new.name) from error
             except GuardFailed as error:
+                if error.guard in owners:
+                    raise self._owners.vanished(new, error.guard) from error
                 raise self._fenced(error) from error
         return self._stored(new, entry)
+
+    async def check_owners(self, new: AnyResource, old: AnyResource | None = None) -> None:
+        """Raise `Invalid` for what `create`, or `update` of `old`, would refuse of the owners that are named."""
+        await self._owners.guards(new, old)
 
     async def update(self, resource: R, mutate: Callable[[R], None], *, retry: bool = True) -> R | None:
         """Change spec, labels, annotations, finalizers or owners; None when the change removed the object.
 
+        Owners that the change adds are checked and guarded as in `create`, and must not close a circle.
         With `retry` False the change holds for exactly this resourceVersion, else `ResourceConflict`.
         """
         kind = self._registry.of_object(resource)
@@ -156,12 +168,15 @@ class Client:
             raise ResourceNotFound(kind.plural, resource.name)
         return stored
 
-    async def delete(self, resource: R, *, retry: bool = True) -> R | None:
-        """Ask for deletion; None when the object is gone, else its state with a deletionTimestamp."""
+    async def delete(self, resource: R, *, propagation: writes.Propagation = "", retry: bool = True) -> R | None:
+        """Ask for deletion; None when the object is gone, else its state with a deletionTimestamp.
+
+        With `retry` False it holds for exactly this resourceVersion, else `ResourceConflict`.
+        """
         kind = self._registry.of_object(resource)
 
         def decide(current: R) -> writes.Decision[R]:
-            return writes.for_delete(kind, current, now=self._clock.now())
+            return writes.for_delete(kind, current, now=self._clock.now(), propagation=propagation)
 
         return await self._swap(kind, resource, decide, retry=retry)
 
@@ -180,15 +195,18 @@ class Client:
 
         return await self.update(resource, drop)
 
-    async def forget(self, resource: AnyResource) -> None:
-        """Delete the key whatever its finalizers, while it is this incarnation; being gone already is fine."""
+    async def forget(self, resource: AnyResource, *, retry: bool = True) -> None:
+        """Delete the key whatever its finalizers, while it is this incarnation; being gone already is fine.
+
+        With `retry` False only in exactly this state, else `ResourceConflict`.
+        """
         kind = self._registry.of_object(resource)
 
         def decide(_current: AnyResource) -> writes.Decision[AnyResource]:
             return writes.Remove()
 
         try:
-            await self._swap(kind, resource, decide, retry=True)
+            await self._swap(kind, resource, decide, retry=retry)
         except ResourceNotFound:
             return
 
@@ -198,9 +216,11 @@ class Client:
         key, current = self._registry.key_of(resource), resource
         for attempt in range(_ATTEMPTS):
             decision = decide(current)
+            new = decision.resource if isinstance(decision, writes.Put) else None
+            owners = await self._owners.guards(new, current) if new is not None else ()
             try:
                 with self._noting():
-                    return await self._apply(kind, key, current, decision)
+                    return await self._apply(kind, key, current, decision, owners)
             except Conflict as error:
                 if error.current is None:
                     raise ResourceNotFound(kind.plural, resource.name) from error
@@ -211,11 +231,15 @@ class Client:
                     raise ResourceConflict(kind.plural, resource.name) from error
                 current = fresh
             except GuardFailed as error:
+                if new is not None and error.guard in owners:
+                    raise self._owners.vanished(new, error.guard) from error
                 raise self._fenced(error) from error
             await self._clock.sleep(random.uniform(0, 0.01 * attempt))  # noqa: S311 - spreads writers, keeps no secret
         raise ResourceConflict(kind.plural, resource.name, f"it changed {_ATTEMPTS} times in a row")
 
-    async def _apply(self, kind: Kind[R], key: str, current: R, decision: writes.Decision[R]) -> R | None:
+    async def _apply(
+        self, kind: Kind[R], key: str, current: R, decision: writes.Decision[R], owners: tuple[Guard, ...]
+    ) -> R | None:
         match decision:
             case writes.Unchanged():
                 return current
@@ -225,7 +249,7 @@ class Client:
                 return None
             case writes.Put(resource=new):
                 entry = await self._storage.update(
-                    key, kind.encode(new), expected_revision=current.revision, guards=self._guards()
+                    key, kind.encode(new), expected_revision=current.revision, guards=self._guards(owners)
                 )
                 return self._stored(new, entry)
 

@@ -72,6 +72,12 @@ class Kind(Generic[R]):
     """Checks beyond types, for a create (old is None) or an update: immutable fields, ranges that depend on others."""
     create_refusal: str = ""
     """Why users may not create objects of this kind; empty when they may."""
+    forgotten_with_owner: bool = False
+    """What is orphaned by its owner's end is removed by one delete of its key, whatever its finalizers.
+
+    For objects that mirror what their owner had: cleaning up after them is meaningless without it. An owner that is
+    deleted in the foreground keeps them until nothing else holds it, and none of them is ever marked as being deleted.
+    """
     present: Callable[[R, Callable[[str, str, str], AnyResource | None]], R] | None = None
     """Computes what is served but not stored, from a cache lookup by (kind, namespace, name); returns a copy."""
 

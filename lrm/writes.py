@@ -7,11 +7,11 @@ them, so an object follows the same rules whoever writes it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from itertools import pairwise
-from typing import Any, Generic
+from typing import Any, Generic, Literal
 
 import orjson
 
@@ -19,6 +19,16 @@ from lrm.errors import Cause, Forbidden, Invalid
 from lrm.kind import Kind, R, metadata_causes
 from lrm.model import Model
 from lrm.resource import PROTECT_ANNOTATION, AnyResource
+
+ORPHAN_FINALIZER = "orphan"
+"""Holds a deleted owner until its dependants no longer refer to it; they stay. The garbage collector's."""
+FOREGROUND_FINALIZER = "foregroundDeletion"
+"""Holds a deleted owner until its dependants that block it are gone. The garbage collector's."""
+
+Propagation = Literal["", "Background", "Foreground", "Orphan"]
+"""What a deletion means for dependants; empty leaves it to the finalizers that are there, else Background."""
+
+_POLICY_FINALIZER = {"Orphan": ORPHAN_FINALIZER, "Foreground": FOREGROUND_FINALIZER}
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,18 +115,35 @@ def for_status(kind: Kind[R], current: R, wanted: R, *, owner: str, force: bool 
     return Put(new)
 
 
-def for_delete(kind: Kind[R], current: R, *, now: datetime) -> Decision[R]:
-    """Mark an object as being deleted, or remove it when nothing holds it. Raises `Forbidden` when protected."""
+def for_delete(kind: Kind[R], current: R, *, now: datetime, propagation: Propagation = "") -> Decision[R]:
+    """Mark an object as being deleted, or remove it when nothing holds it. Raises `Forbidden` when protected.
+
+    A `propagation` that is said replaces what an earlier deletion said, as in Kubernetes.
+    """
     if current.metadata.annotations.get(PROTECT_ANNOTATION, "false") != "false":
         raise Forbidden(f'{kind.name} "{current.name}" is protected: remove the annotation {PROTECT_ANNOTATION} first')
-    if not current.metadata.finalizers:
+    finalizers = _under_policy(current.metadata.finalizers, propagation)
+    if not finalizers:
         return Remove()
-    if current.deleting:
-        return Unchanged()
     new = current.thaw()
-    new.metadata.deletion_timestamp = now
-    new.metadata.deletion_grace_period_seconds = 0
-    return Put(new)
+    new.metadata.finalizers = finalizers
+    if not current.deleting:
+        new.metadata.deletion_timestamp = now
+        new.metadata.deletion_grace_period_seconds = 0
+    return Unchanged() if _same(kind, current, new) else Put(new)
+
+
+def waits_for_dependants(resource: AnyResource) -> bool:
+    """Whether an object is being deleted in the foreground: it goes after its dependants."""
+    return resource.deleting and FOREGROUND_FINALIZER in resource.metadata.finalizers
+
+
+def _under_policy(finalizers: Sequence[str], propagation: Propagation) -> list[str]:
+    if not propagation:
+        return list(finalizers)
+    wanted = _POLICY_FINALIZER.get(propagation)
+    kept = [f for f in finalizers if f == wanted or f not in _POLICY_FINALIZER.values()]
+    return kept if wanted is None or wanted in kept else [*kept, wanted]
 
 
 def _same(kind: Kind[R], a: R, b: R) -> bool:

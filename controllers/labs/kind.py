@@ -204,6 +204,7 @@ LAB_RECORD = Kind(
         "status.phase": lambda r: r.status.phase,
     },
     validate=_validate,
+    forgotten_with_owner=True,
     create_refusal="a LabRecord is made by the sync alone: create the lab in CML, and its record follows",
     present=_present,
 )

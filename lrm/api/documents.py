@@ -133,7 +133,8 @@ async def _rehearse(api: Api, wanted: _Wanted) -> None:
     if current is None:
         if kind.create_refusal:
             raise Forbidden(f"{kind.plural} cannot be created: {kind.create_refusal}")
-        writes.for_create(kind, resource, uid="rehearsal", now=api.clock.now())
+        new = writes.for_create(kind, resource, uid="rehearsal", now=api.clock.now())
+        await api.client.check_owners(new)
         return
     changed = current.thaw()
     _merge_checked(wanted, changed)

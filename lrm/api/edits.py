@@ -142,7 +142,7 @@ async def patch_status(request: web.Request) -> web.Response:
 
 
 async def delete(request: web.Request) -> web.Response:
-    """DELETE of one object: gone at once, or marked while finalizers hold it."""
+    """DELETE of one object: gone at once, or marked while finalizers or a policy for its dependants hold it."""
     edit = _edit(request, "write", "delete")
     kind, target = edit.target.kind, edit.target
     options = delete_options(request, await _delete_body(request, edit.api))
@@ -153,14 +153,12 @@ async def delete(request: web.Request) -> web.Response:
     ):
         if wanted and wanted != found:
             raise ResourceConflict(kind.plural, target.name, f"the precondition {field} {wanted} is not {found}")
-    dependants = edit.api.cache.dependants(current.uid)
-    # An object with finalizers has controllers that clean up after it; one without is gone at once.
-    if dependants and options.propagation != "Orphan" and not current.metadata.finalizers:
-        edit.call.warn(f"{dependants} objects that belong to this one are not removed with it: delete them as well")
     if options.dry_run:
-        left = _outcome(writes.for_delete(kind, current, now=edit.api.clock.now()), current)
+        decision = writes.for_delete(kind, current, now=edit.api.clock.now(), propagation=options.propagation)
+        left = _outcome(decision, current)
     else:
-        left = await edit.client().delete(current, retry=not options.resource_version)
+        retry = not options.resource_version
+        left = await edit.client().delete(current, propagation=options.propagation, retry=retry)
     note = "dry run" if options.dry_run else options.propagation
     edit.note("deleting" if left else "deleted", current, current, left, note)
     if left is not None:
@@ -244,6 +242,7 @@ async def store_new(api: Api, kind: Kind[Any], wanted: AnyResource, options: Wri
             f"{new.metadata.generate_name}{uuid.uuid4().hex[:GENERATED_LENGTH]}",
             None,
         )
+    await client.check_owners(new)
     if await api.storage.exists(api.registry.key_of(new)):
         raise ResourceExists(kind.plural, new.name)
     return new
@@ -257,7 +256,10 @@ async def store_change(
         return await client.update(current, mutate)
     wanted = current.thaw()
     mutate(wanted)
-    return _outcome(writes.for_update(kind, current, wanted), current)
+    decision = writes.for_update(kind, current, wanted)
+    if isinstance(decision, writes.Put):
+        await client.check_owners(decision.resource, current)
+    return _outcome(decision, current)
 
 
 async def _updated(edit: _Edit, document_for: Callable[[AnyResource], dict[str, Any]]) -> web.Response:

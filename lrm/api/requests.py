@@ -15,12 +15,18 @@ from lrm.errors import Cause
 from lrm.fanout import Selector
 from lrm.kind import Kind
 from lrm.registry import Registry
+from lrm.writes import Propagation
 
 _NAME = re.compile(r"[a-z0-9]([-a-z0-9]*[a-z0-9])?(\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*")
 _NAMESPACE = re.compile(r"[a-z0-9]([-a-z0-9]*[a-z0-9])?")
 _COUNT = re.compile(r"[0-9]{1,9}")
 _REVISION = re.compile(r"0|[1-9][0-9]{0,18}")
-_PROPAGATION = ("", "Background", "Foreground", "Orphan")
+_PROPAGATION: dict[str, Propagation] = {
+    "": "",
+    "Background": "Background",
+    "Foreground": "Foreground",
+    "Orphan": "Orphan",
+}
 _VALIDATION = ("Strict", "Warn", "Ignore")
 
 
@@ -96,7 +102,7 @@ class DeleteOptions:
     """What comes in the body or the query of a DELETE."""
 
     dry_run: bool
-    propagation: str
+    propagation: Propagation
     uid: str
     resource_version: str
 
@@ -111,9 +117,9 @@ def delete_options(request: web.Request, body: dict[str, Any]) -> DeleteOptions:
     dry = request.query.getall("dryRun", []) or body.get("dryRun") or []
     if not isinstance(dry, list) or any(value != "All" for value in dry):
         raise _invalid("dryRun", "the only value is All")
-    propagation = request.query.get("propagationPolicy") or body.get("propagationPolicy") or ""
-    if propagation not in _PROPAGATION:
-        raise _invalid("propagationPolicy", "must be Background, Foreground or Orphan")
+    propagation = _propagation(
+        request.query.get("propagationPolicy") or body.get("propagationPolicy") or "", body.get("orphanDependents")
+    )
     found: dict[str, str] = {}
     for field in ("uid", "resourceVersion"):
         value = preconditions.get(field)
@@ -121,6 +127,17 @@ def delete_options(request: web.Request, body: dict[str, Any]) -> DeleteOptions:
             raise _invalid(f"preconditions.{field}", "must be a text")
         found[field] = value or ""
     return DeleteOptions(bool(dry), propagation, found["uid"], found["resourceVersion"])
+
+
+def _propagation(policy: object, orphan: object) -> Propagation:
+    """The policy; `orphanDependents` is what older clients send in its place."""
+    if not isinstance(policy, str) or policy not in _PROPAGATION:
+        raise _invalid("propagationPolicy", "must be Background, Foreground or Orphan")
+    if orphan is None:
+        return _PROPAGATION[policy]
+    if policy or not isinstance(orphan, bool):
+        raise _invalid("orphanDependents", "must be true or false, and is not given beside propagationPolicy")
+    return "Orphan" if orphan else "Background"
 
 
 @dataclass(frozen=True, slots=True)

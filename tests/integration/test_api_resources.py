@@ -271,6 +271,9 @@ async def test_a_deletion_of_one_state_does_not_delete_another_that_came_meanwhi
     ("body", "code"),
     [
         ({"propagationPolicy": "Sideways"}, 422),
+        ({"propagationPolicy": ["Orphan"]}, 422),
+        ({"orphanDependents": "yes"}, 422),
+        ({"orphanDependents": True, "propagationPolicy": "Orphan"}, 422),
         ({"dryRun": ["Some"]}, 422),
         ({"dryRun": "All"}, 422),
         ({"preconditions": 5}, 422),
@@ -293,16 +296,51 @@ async def test_a_protected_object_cannot_be_deleted(api: Served) -> None:
     assert "lab.neuroglia.io/protect" in refused.body["message"]
 
 
-async def test_a_deletion_that_leaves_dependants_says_so(api: Served) -> None:
-    owner = await api.make("owner")
-    reference = {"apiVersion": GROUP, "kind": "Telescope", "name": "owner", "uid": owner["metadata"]["uid"]}
-    await api.make("child", ownerReferences=[reference])
-    await api.get(path_of())
-    quiet = await api.call("DELETE", path_of("owner"), {"propagationPolicy": "Orphan", "dryRun": ["All"]})
-    assert quiet.warnings == []
-    told = await api.call("DELETE", path_of("owner"), {"propagationPolicy": "Foreground"})
-    assert told.status == 200
-    assert any("not removed with it" in warning for warning in told.warnings)
+async def test_a_deletion_says_what_becomes_of_dependants_and_the_last_word_holds(api: Served) -> None:
+    await api.make("owner", finalizers=["example.io/hold"])
+
+    async def finalizers_after(body: dict[str, Any], **options: Any) -> list[str]:
+        answer = await api.call("DELETE", path_of("owner"), body, **options)
+        assert answer.status == 200, answer.raw
+        found: list[str] = answer.body["metadata"]["finalizers"]
+        return found
+
+    assert await finalizers_after({"propagationPolicy": "Orphan", "dryRun": ["All"]}) == ["example.io/hold", "orphan"]
+    assert await finalizers_after({}) == ["example.io/hold"]
+    assert await finalizers_after({"propagationPolicy": "Foreground"}) == ["example.io/hold", "foregroundDeletion"]
+    assert await finalizers_after({}) == ["example.io/hold", "foregroundDeletion"]
+    assert await finalizers_after({"orphanDependents": True}) == ["example.io/hold", "orphan"]
+    background = {"params": {"propagationPolicy": "Background"}}
+    assert await finalizers_after({"propagationPolicy": "Orphan"}, **background) == ["example.io/hold"]
+
+
+async def test_an_owner_must_exist_and_live_when_an_object_is_given_to_it(api: Served) -> None:
+    owner = (await api.make("owner", finalizers=["example.io/hold"]))["metadata"]
+    right = {"apiVersion": GROUP, "kind": "Telescope", "name": "owner", "uid": owner["uid"]}
+    wrong = {
+        "another incarnation": {**right, "uid": "of-another-incarnation"},
+        "no such name": {**right, "name": "nobody"},
+        "no such kind": {**right, "kind": "Observatory"},
+    }
+    for why, reference in wrong.items():
+        document = telescope("child", ownerReferences=[right, reference])
+        for params in ({}, {"dryRun": "All"}):
+            refused = await api.post(path_of(), document, params=params)
+            assert (refused.status, [*refused.causes]) == (422, ["metadata.ownerReferences[1]"]), why
+        refused = await api.post(f"/apis/{GROUP}", document)
+        assert (refused.status, [*refused.causes]) == (422, ["[0].metadata.ownerReferences[1]"]), why
+    await api.make("child", ownerReferences=[right])
+    child = (await api.get(path_of("child"))).body["metadata"]
+    circle = {"metadata": {"ownerReferences": [{**right, "name": "child", "uid": child["uid"]}]}}
+    for params in ({}, {"dryRun": "All"}):
+        refused = await api.merge(path_of("owner"), circle, params=params)
+        assert refused.status == 422
+        assert "own dependants" in refused.body["message"]
+    await api.call("DELETE", path_of("owner"))
+    late = await api.post(path_of(), telescope("late", ownerReferences=[right]))
+    assert late.status == 422
+    assert "is being deleted" in late.body["message"]
+    assert [e["metadata"]["name"] for e in (await api.get(path_of())).body["items"]] == ["child", "owner"]
 
 
 async def test_a_kind_that_only_the_system_creates_is_403_with_the_reason(api: Served) -> None:
