@@ -90,6 +90,10 @@ class Member:
     version: str = ""
     leader: bool = False
     db_size: int = 0
+    """Bytes of its database file, free pages included: what it holds against its quota. 0 where it did not say."""
+    db_size_in_use: int = 0
+    quota: int = 0
+    """Bytes at which it refuses writes."""
     alarms: tuple[str, ...] = ()
     error: str = ""
 

@@ -26,7 +26,7 @@ from storage.errors import (
 )
 from storage.etcd_errors import LostReply
 from storage.etcd_gateway import Gateway, ResponseTooLarge, TlsConfig
-from storage.etcd_health import health
+from storage.etcd_health import DEFAULT_QUOTA_BYTES, health
 from storage.etcd_watch import EtcdWatch, Liveness, Source
 from storage.etcd_wire import (
     Json,
@@ -76,10 +76,13 @@ class EtcdStorage:
         request_timeout: float = 5.0,
         liveness_silence: float = 10.0,
         liveness_deadline: float = 10.0,
+        quota_bytes: int = DEFAULT_QUOTA_BYTES,
     ) -> None:
+        """`quota_bytes` is what members are held to have that do not tell their own (etcd before 3.6)."""
         self._gateway = Gateway(
             endpoints, clock=clock, tls=tls, user=user, password=password, request_timeout=request_timeout
         )
+        self._quota_bytes = quota_bytes
         self._clock = clock
         self._instance = instance
         self._epoch_key = f"{root}/epoch"
@@ -220,7 +223,7 @@ class EtcdStorage:
             raise FutureRevision(revision, await self.current_revision()) from None
 
     async def health(self) -> Health:
-        return await health(self._gateway, self._epoch_key, self.read)
+        return await health(self._gateway, self._epoch_key, self.read, self._quota_bytes)
 
     async def aclose(self) -> None:
         """End every watch with `Unavailable` and close every connection."""

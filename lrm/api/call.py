@@ -16,6 +16,7 @@ from lrm.cache import Cache
 from lrm.client import Client
 from lrm.fanout import Fanout
 from lrm.registry import Registry
+from lrm.telemetry import Telemetry
 from storage.base import Storage
 from storage.clock import Clock
 
@@ -57,6 +58,8 @@ class Api:
     clock: Clock
     settings: ApiSettings
     status: StatusSource
+    telemetry: Telemetry = field(default_factory=Telemetry)
+    """What /metrics serves."""
     routes: Sequence[Callable[[web.Application, Api], None]] = ()
     """Plug-ins' own endpoints: authenticated, recorded, and their errors answered as `Status`. A handler that acts in
     a namespace calls `call_of(request).principal.require(...)`."""

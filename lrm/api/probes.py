@@ -1,6 +1,6 @@
 """How the daemon is: probes for machines, and what it says about itself for people.
 
-`/livez` and `/readyz` are open to everybody and say one line; `/api/status/…` needs the right to read.
+`/livez` and `/readyz` are open to everybody and say one line; `/api/status/…` and `/metrics` need the right to read.
 """
 
 from __future__ import annotations
@@ -15,11 +15,12 @@ OPEN_PATHS = frozenset({"/livez", "/readyz", "/version"})
 
 
 def add_probe_routes(app: web.Application) -> None:
-    """The probes and /api/status."""
+    """The probes, /api/status and /metrics."""
     app.add_routes(
         [
             web.get("/livez", _livez),
             web.get("/readyz", _readyz),
+            web.get("/metrics", _metrics),
             web.get("/api/status/health", _health),
             web.get("/api/status/ready", _ready),
             web.get("/api/status/status", _status),
@@ -57,6 +58,14 @@ async def _status(request: web.Request) -> web.Response:
 async def _leader(request: web.Request) -> web.Response:
     _readable(request)
     return await respond(negotiate(request), dict(request.app[API].status.leader()))
+
+
+async def _metrics(request: web.Request) -> web.Response:
+    """For Prometheus: its text format, or OpenMetrics where that is accepted."""
+    _readable(request)
+    accepted = ",".join(request.headers.getall("Accept", ()))
+    body, content_type = request.app[API].telemetry.exposition(accepted)
+    return web.Response(body=body, headers={"Content-Type": content_type})
 
 
 def _readable(request: web.Request) -> None:

@@ -1,0 +1,174 @@
+"""Measurements as OpenTelemetry instruments, served in Prometheus' text formats at /metrics.
+
+What *happens* is counted on `Telemetry.meter`, which lives as long as the process. What *is* (a queue's depth, who
+leads) is told by observers: each scrape gives them a fresh meter, on which they write what they see. So nothing is
+computed while nobody scrapes, and what belongs to an object that is gone is gone with it; a lasting meter would
+remember every label it ever had. Registries belong to the object, so two daemons in one process do not meet.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from importlib.metadata import version
+
+from opentelemetry.exporter.prometheus import PrometheusMetricReader
+from opentelemetry.metrics import Meter
+from opentelemetry.sdk.metrics import MeterProvider
+from opentelemetry.sdk.resources import Resource
+from prometheus_client import CollectorRegistry
+from prometheus_client.exposition import choose_encoder
+from prometheus_client.metrics_core import Metric
+
+from lrm.cache import Cache
+from lrm.led import Led
+from lrm.status import DaemonStatus
+from storage.base import Health
+
+Observer = Callable[[Meter], None]
+"""Creates gauges and counters on the meter that it is given and sets each to what is so now; on the event loop."""
+
+
+class Telemetry:
+    """See the module. Names are `lrm_…`; a unit (`s`, `By`) and `_total` are part of the name that is served."""
+
+    def __init__(self, *, instance: str = "") -> None:
+        self._resource = Resource(
+            {"service.name": "lrm", "service.version": version("lrm"), "service.instance.id": instance}
+        )
+        self._events = CollectorRegistry()
+        self._observers: list[Observer] = []
+        self.meter: Meter = self._meter(self._events, target_info=False)
+        """For counters and histograms of what happens; label values come from a small fixed set."""
+
+    def observe(self, observer: Observer) -> None:
+        """Ask `observer` at each scrape; what it raises fails the scrape."""
+        self._observers.append(observer)
+
+    def exposition(self, accept: str = "") -> tuple[bytes, str]:
+        """All measurements as they are now, and their content type; OpenMetrics where `accept` asks for it."""
+        present = CollectorRegistry()
+        meter = self._meter(present, target_info=True)
+        for observer in self._observers:
+            observer(meter)
+        encode, content_type = choose_encoder(accept)
+        return encode(_Together(self._events, present)), content_type
+
+    def _meter(self, registry: CollectorRegistry, *, target_info: bool) -> Meter:
+        reader = PrometheusMetricReader(
+            disable_target_info=not target_info, scope_info_enabled=False, registry=registry
+        )
+        provider = MeterProvider([reader], resource=self._resource, shutdown_on_exit=False)
+        return provider.get_meter("lrm")
+
+
+class _Together(CollectorRegistry):
+    """Several registries as one."""
+
+    def __init__(self, *registries: CollectorRegistry) -> None:
+        super().__init__()
+        self._registries = registries
+
+    def collect(self) -> Iterable[Metric]:
+        for registry in self._registries:
+            yield from registry.collect()
+
+
+def observe_daemon(
+    telemetry: Telemetry,
+    status: DaemonStatus,
+    *,
+    cache: Cache,
+    store: Callable[[], Health | None],
+    lags: Callable[[], Mapping[str, int]],
+) -> None:
+    """Serve a daemon's own measurements.
+
+    `store` is the last that was heard of the store (None: nothing yet), `lags` the revisions that each watcher's
+    bookmark is behind.
+    """
+    telemetry.observe(lambda meter: _leadership(meter, status))
+    telemetry.observe(lambda meter: _work(meter, status.led))
+    telemetry.observe(lambda meter: _cache(meter, cache))
+    telemetry.observe(lambda meter: _store(meter, store()))
+    telemetry.observe(lambda meter: _bookmarks(meter, lags()))
+
+
+def _leadership(meter: Meter, status: DaemonStatus) -> None:
+    absent = meter.create_gauge(
+        "lrm_leader_absent", "s", "Time for which a lock has had no leader, as this daemon sees it; 0 while it has one."
+    )
+    leader = meter.create_gauge("lrm_leader", description="1 where this daemon leads the lock.")
+    elections = meter.create_counter("lrm_elections", description="Terms that this daemon has begun.")
+    for lock in status.leaders.locks:
+        absent.set(status.leaders.absent_seconds(lock), {"lock": lock})
+    for lock, election in status.elections.items():
+        leader.set(int(election.is_leader), {"lock": lock})
+        elections.add(election.terms, {"lock": lock})
+
+
+_DEPTHS = (
+    ("queued", "lrm_queue_depth", "", "Keys that wait to be reconciled now."),
+    ("delayed", "lrm_queue_delayed", "", "Keys that are due later."),
+    ("processing", "lrm_queue_processing", "", "Keys in hand."),
+    ("oldestQueuedSeconds", "lrm_queue_oldest", "s", "For how long the first key in the queue has waited."),
+    ("longestRunningSeconds", "lrm_reconcile_longest_running", "s", "Age of the oldest reconcile in hand."),
+)
+_COUNTS = (
+    ("reconciles", "lrm_reconciles", "", "Reconciles begun."),
+    ("failures", "lrm_reconcile_failures", "", "Reconciles that failed and are tried again."),
+    ("terminal", "lrm_reconcile_terminal_errors", "", "Reconciles that failed for good."),
+    ("finalized", "lrm_finalized", "", "Finalizers done."),
+    ("secondsTotal", "lrm_reconcile", "s", "Time spent in reconciles."),
+    ("compactions", "lrm_compactions", "", "Compactions of the store by this daemon."),
+)
+
+
+def _work(meter: Meter, led: Iterable[Led]) -> None:
+    """What is led tells only what it has: a compactor has no queue."""
+    depths = {key: meter.create_gauge(name, unit, text) for key, name, unit, text in _DEPTHS}
+    counts = {key: meter.create_counter(name, unit, text) for key, name, unit, text in _COUNTS}
+    for described in (one.describe() for one in led):
+        labels = {"controller": described["name"]}
+        for key in depths.keys() & described.keys():
+            depths[key].set(described[key], labels)
+        for key in counts.keys() & described.keys():
+            counts[key].add(described[key], labels)
+
+
+def _cache(meter: Meter, cache: Cache) -> None:
+    meter.create_gauge("lrm_cache_revision", description="Store revision that the cache holds.").set(cache.revision)
+    meter.create_gauge("lrm_cache_following", description="1 while the cache follows the store.").set(
+        int(not cache.error)
+    )
+    meter.create_gauge("lrm_objects_undecodable", description="Stored objects that cannot be decoded.").set(
+        cache.undecodable
+    )
+    objects = meter.create_gauge("lrm_objects", description="Objects in the cache.")
+    for plural, count in cache.counts().items():
+        objects.set(count, {"kind": plural})
+
+
+def _store(meter: Meter, health: Health | None) -> None:
+    if health is None:
+        return
+    meter.create_gauge("lrm_store_up", description="1 when the store last answered a linearizable read.").set(
+        int(health.ok)
+    )
+    size = meter.create_gauge("lrm_store_size", "By", "Size of a member's database file; etcd holds it to the quota.")
+    in_use = meter.create_gauge("lrm_store_size_in_use", "By", "The part of it that holds data.")
+    quota = meter.create_gauge("lrm_store_quota", "By", "Size at which etcd refuses writes.")
+    alarm = meter.create_gauge("lrm_store_alarm", description="1 for each alarm that a member has raised.")
+    for member in health.members:
+        labels = {"member": member.endpoint}
+        for name in member.alarms:
+            alarm.set(1, {**labels, "alarm": name})
+        if member.db_size:
+            size.set(member.db_size, labels)
+            in_use.set(member.db_size_in_use, labels)
+            quota.set(member.quota, labels)
+
+
+def _bookmarks(meter: Meter, lags: Mapping[str, int]) -> None:
+    lag = meter.create_gauge("lrm_bookmark_lag", description="Revisions between a watcher's bookmark and the store.")
+    for watcher, revisions in lags.items():
+        lag.set(revisions, {"watcher": watcher})
