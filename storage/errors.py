@@ -14,7 +14,8 @@
     ├── PermissionDenied    the credentials are refused
     ├── Unavailable         certainly not written; may be retried
     │   └── NoSpace         the store's quota is used up; only deletes and compaction pass
-    └── OutcomeUnknown      a write whose reply was lost and which could not be settled
+    ├── OutcomeUnknown      a write whose reply was lost and which could not be settled
+    └── RedisFailed         Redis did not give or take a bookmark; nothing depends on it but where work is resumed
 
 Whether an error may be retried is decided by its class: `Unavailable` only.
 """
@@ -118,3 +119,7 @@ class NoSpace(Unavailable):
 
 class OutcomeUnknown(StorageError):  # noqa: N818 - the name is the contract's
     """The write may or may not have been made, and could not be settled before the deadline."""
+
+
+class RedisFailed(StorageError):  # noqa: N818 - beside the others; `RedisError` is the client library's
+    """Redis is away, slow, full, read-only, or answers nonsense; what was sent may or may not have been done."""
