@@ -195,9 +195,9 @@ class Bookmark:
         self._saved, self._sent = None, 0
         self._bookmarks.purge_soon()
 
-    def describe(self, current_version: int) -> dict[str, Any]:
-        """One watcher of /api/status/bookmarks; what another daemon saved is not known here."""
-        saved = self._saved
+    def describe(self, current_version: int, found: SavedBookmark | None = None) -> dict[str, Any]:
+        """One watcher of /api/status/bookmarks; `found` is what another daemon has saved of it."""
+        saved = found or self._saved
         return {
             "watcher": self.watcher,
             "bookmark": saved.revision if saved else None,

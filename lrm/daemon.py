@@ -26,11 +26,14 @@ import structlog
 
 from lrm.api.app import Api, serve
 from lrm.api.settings import ApiSettings
+from lrm.bookmarks import Bookmarks
 from lrm.cache import Cache
 from lrm.client import Client
+from lrm.compactor import Compactor
 from lrm.election import Election, LeaderElection, LeaseElection, StaticElection, Term
 from lrm.errors import only_cause
 from lrm.fanout import Fanout
+from lrm.gc import GarbageCollector
 from lrm.leaders import Leaders
 from lrm.lease import DaemonLease
 from lrm.led import Led
@@ -40,11 +43,13 @@ from lrm.registry import Registry
 from lrm.secrets import Secrets
 from lrm.settings import Settings
 from lrm.status import DaemonStatus
+from lrm.telemetry import Telemetry, observe_daemon
 from storage.base import Storage
 from storage.clock import Clock, SystemClock
 from storage.errors import AlreadyExists, NotFound, OutcomeUnknown, Unavailable
 from storage.etcd import EtcdStorage
 from storage.etcd_gateway import TlsConfig
+from storage.redis_bookmarks import RedisBookmarks
 
 log = structlog.get_logger(__name__)
 
@@ -70,7 +75,34 @@ class Daemon:
             renew_deadline=settings.renew_deadline,
             retry_period=settings.retry_period,
         )
-        self.status = DaemonStatus(settings, self.storage, self.cache, self.leaders, self.clock)
+        self.bookmark_store = RedisBookmarks(settings.redis_url, self.clock, root=settings.etcd_root)
+        self.bookmarks = Bookmarks(self.bookmark_store, self.storage, self.clock, every=settings.bookmark_every)
+        self.compactor = Compactor(
+            self.storage,
+            self.cache,
+            self.clock,
+            root=settings.etcd_root,
+            every=settings.compact_every,
+            retention=settings.compact_retention,
+            is_led=lambda: self.leaders.holder(Compactor.lock_name) is not None,
+            compacts=settings.compact,
+        )
+        self.status = DaemonStatus(
+            settings,
+            self.clock,
+            storage=self.storage,
+            cache=self.cache,
+            leaders=self.leaders,
+            bookmarks=self.bookmarks,
+        )
+        self.telemetry = Telemetry(instance=settings.instance_id)
+        observe_daemon(
+            self.telemetry,
+            self.status,
+            cache=self.cache,
+            store=lambda: self.compactor.health,
+            lags=self.status.bookmark_lags,
+        )
         self.url = ""
         self._plugins = tuple(plugins)
         self._plugin_settings = {p.name: p.settings() for p in plugins}
@@ -92,6 +124,7 @@ class Daemon:
             clock=self.clock,
             settings=_api_settings(self.settings),
             status=self.status,
+            telemetry=self.telemetry,
             routes=tuple(r for p in self._plugins for r in p.routes),
         )
         try:
@@ -99,6 +132,8 @@ class Daemon:
                 following = [
                     tasks.create_task(self.cache.run(), name="cache"),
                     tasks.create_task(self.leaders.run(), name="leaders"),
+                    tasks.create_task(self.bookmarks.run(), name="bookmarks"),
+                    tasks.create_task(self.compactor.watch(), name="store watch"),
                 ]
                 if self.settings.leader == "lease":
                     following.append(tasks.create_task(self.lease.run(), name="lease"))
@@ -119,6 +154,7 @@ class Daemon:
         except BaseExceptionGroup as group:
             raise only_cause(group) from group
         finally:
+            await self.bookmark_store.aclose()
             await self.storage.aclose()
         log.info("daemon.stopped")
 
@@ -126,7 +162,7 @@ class Daemon:
         """Campaign for every lock and do what it stands for, for as long as the daemon lives."""
         installation = await self._installation()
         async with AsyncExitStack() as stack:
-            controllers: list[Controller[Any]] = []
+            work: list[Controller[Any] | Led] = []
             for plugin in self._plugins:
                 context = PluginContext(
                     settings=self._plugin_settings[plugin.name],
@@ -137,9 +173,14 @@ class Daemon:
                     secrets=Secrets(self.settings.secrets_allow),
                     installation=installation,
                     root=self.settings.etcd_root,
+                    bookmarks=self.bookmarks,
+                    telemetry=self.telemetry,
                 )
-                controllers += await stack.enter_async_context(plugin.controllers(context))
-            self.status.led = [self._runner(c) for c in controllers]
+                work += await stack.enter_async_context(plugin.controllers(context))
+            self.status.led = [
+                *(self._runner(w) if isinstance(w, Controller) else w for w in work),
+                *self._housekeeping(),
+            ]
             locks: dict[str, list[Led]] = {}
             for led in self.status.led:
                 locks.setdefault(led.lock_name, []).append(led)
@@ -150,6 +191,10 @@ class Daemon:
                     leading = tasks.create_task(_lead(election, group), name=f"lead {lock_name}")
                     self._leading.append((leading, group))
 
+    def _housekeeping(self) -> list[Led]:
+        collector = GarbageCollector(self.storage, self.registry, self.cache, self.client, self.clock)
+        return [collector, self.compactor] if self.settings.compact else [collector]
+
     def _runner(self, controller: Controller[Any]) -> Runner[Any]:
         return Runner(
             controller,
@@ -158,6 +203,7 @@ class Daemon:
             self.clock,
             observe_only=self.settings.observe_only,
             renew_deadline=self.settings.renew_deadline,
+            bookmark=self.bookmarks.of(controller.name),
         )
 
     def _election(self, lock_name: str) -> Election:

@@ -14,13 +14,16 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
+from lrm.bookmarks import Bookmarks
 from lrm.cache import Cache
 from lrm.errors import LrmError
 from lrm.kind import Kind
+from lrm.led import Led
 from lrm.reconcile import Controller
 from lrm.registry import Registry
 from lrm.secrets import Secrets
 from lrm.settings import LrmSettings
+from lrm.telemetry import Telemetry
 from storage.base import Storage
 from storage.clock import Clock
 
@@ -40,6 +43,10 @@ class PluginContext:
     """The installation's uuid, which everything outside carries."""
     root: str
     """Key prefix of the installation, for claims."""
+    bookmarks: Bookmarks
+    """For event consumers; controllers have theirs without asking."""
+    telemetry: Telemetry
+    """For measurements of the plug-in's own."""
 
 
 @dataclass(frozen=True)
@@ -70,8 +77,9 @@ class DevService:
     """Answers (any status below 500) when it is ready."""
 
 
-Controllers = Callable[[PluginContext], AbstractAsyncContextManager[Sequence[Controller[Any]]]]
-"""Opens the plug-in's outside clients, gives its controllers, and closes the clients at the end."""
+Controllers = Callable[[PluginContext], AbstractAsyncContextManager[Sequence[Controller[Any] | Led]]]
+"""Opens the plug-in's outside clients, gives its controllers and what else it does under a lock (event consumers), and
+closes the clients at the end."""
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,8 @@
 It promises: one reconcile per key at a time; each with a deadline; never before the caches hold what this controller
 wrote last; none after leadership ended; the finalizer is on the object before `reconcile` sees it, and goes only after
 `finalize` is done. A write's own echo does not wake its key: what is to be looked at again, `Result.after` says.
+A new term begins with what has changed since the last leader's bookmark; an object with the annotation `paused` is left
+alone, and a new value of `reconcile-now` is heard at once, whatever backoff its object is in.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from typing import Any, Generic
 
 import structlog
 
+from lrm.bookmarks import Bookmark, Watermark
 from lrm.cache import Cache, CacheUpdate, Change
 from lrm.client import Client, Written
 from lrm.clock import WallJumps
@@ -24,6 +27,7 @@ from lrm.election import Term
 from lrm.errors import CacheBehind, Fenced, NotLeading, ResourceConflict, ResourceNotFound, RetryLater, TerminalError
 from lrm.kind import R
 from lrm.queue import WorkQueue
+from lrm.resource import PAUSE_ANNOTATION, RECONCILE_ANNOTATION, AnyResource
 from storage.base import Guard
 from storage.clock import Clock
 from storage.errors import GuardFailed, NoSpace, StorageError, Unavailable
@@ -35,7 +39,8 @@ Key = tuple[str, str]
 
 _CREATING_MOST = 6.0
 _RESYNC_SPREAD = 0.1
-_STORE_RETRY = 0.5
+_IN_HAND = "in hand"
+"""Marks what was seen of a key while a worker had it: its own writes are told from others' only at the end."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,6 +133,9 @@ class Controller(ABC, Generic[R]):
     resync: float = 600.0
     """Seconds after which an object is looked at again even if nothing happened, ±10 %."""
 
+    poll: float = 60.0
+    """Seconds over which a new leader spreads its first look at objects that are settled."""
+
     def triggers(self) -> Sequence[Trigger]:
         """Changes of other kinds that concern this one."""
         return ()
@@ -135,6 +143,13 @@ class Controller(ABC, Generic[R]):
     def wakes(self, change: Change) -> bool:  # noqa: ARG002 - for subclasses
         """Whether a change of an own object is worth a reconcile."""
         return True
+
+    def settled(self, resource: R) -> bool:  # noqa: ARG002 - for subclasses
+        """Whether an object needs nothing before `poll` seconds have passed, if it has not changed meanwhile.
+
+        True only where no deadline and no wish of the object can be missed by that.
+        """
+        return False
 
     @abstractmethod
     async def reconcile(self, resource: R, ctx: Context) -> Result:
@@ -154,6 +169,14 @@ class Stats:
     terminal: int = 0
     finalized: int = 0
     seconds: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class _Outcome:
+    """Of one reconcile: what it wrote, and whether the events before it count as attended to."""
+
+    written: Written
+    attempted: bool
 
 
 @dataclass
@@ -176,6 +199,7 @@ class Runner(Generic[R]):
         *,
         observe_only: bool = False,
         renew_deadline: float = 10.0,
+        bookmark: Bookmark | None = None,
     ) -> None:
         self.controller = controller
         self.name = controller.name
@@ -191,6 +215,9 @@ class Runner(Generic[R]):
         self._jumps = WallJumps(clock)
         self._written: dict[Key, Written] = {}
         self._echoes: dict[Key, _Echoes] = {}
+        self._bookmark = bookmark
+        self._watermark: Watermark[tuple[str, ...]] = Watermark()
+        self._finalizing: set[Key] = set()
         self._gate = asyncio.Lock()
         self._store_was_away = False
         self._resets = 0
@@ -201,11 +228,12 @@ class Runner(Generic[R]):
         self.queue = WorkQueue(self._clock)
         self._written.clear()
         self._echoes.clear()
-        await self._catch_up()
+        self._watermark.clear()
+        await self._cache.catch_up(self.name)
+        resumed = await self._bookmark.begin(term, self._position) if self._bookmark else None
         unsubscribe = self._cache.subscribe(self._on_update)
         try:
-            for resource in self._cache.all(self.controller.model):
-                self.queue.add((resource.namespace, resource.name))
+            self._first_pass(resumed)
             async with asyncio.TaskGroup() as tasks:
                 workers = [tasks.create_task(self._work(term)) for _ in range(self.controller.workers)]
                 await term.wait_lost()
@@ -214,6 +242,8 @@ class Runner(Generic[R]):
                     worker.cancel()
         finally:
             unsubscribe()
+            if self._bookmark:
+                await self._bookmark.end()
 
     async def drain(self, seconds: float) -> None:
         """Give out no more keys and let the reconciles in hand end, for so long at most."""
@@ -225,8 +255,19 @@ class Runner(Generic[R]):
         except TimeoutError:
             log.warning("reconcile.drain_timed_out", controller=self.controller.name, left=self.queue.processing)
 
+    def finalizers(self) -> dict[str, Any]:
+        """How many objects wait for this controller's finalizer, are in its hand, and were let go by it."""
+        finalizer = self.controller.finalizer
+        deleting = [r for r in self._cache.all(self.controller.model) if r.deleting]
+        return {
+            "name": self.name,
+            "finalizer": finalizer,
+            "pending": sum(finalizer in r.metadata.finalizers for r in deleting) if finalizer else 0,
+            "processing": len(self._finalizing),
+            "completed": self.stats.finalized,
+        }
+
     def describe(self) -> dict[str, Any]:
-        """The controller's entry in the daemon's status."""
         queue, stats = self.queue, self.stats
         return {
             "name": self.name,
@@ -240,25 +281,28 @@ class Runner(Generic[R]):
             "failures": stats.failures,
             "terminal": stats.terminal,
             "finalized": stats.finalized,
+            "paused": sum(_paused(r) for r in self._cache.all(self.controller.model)),
             "secondsTotal": round(stats.seconds, 3),
         }
 
-    async def _catch_up(self) -> None:
-        """Wait until the caches hold every write of every earlier leader."""
-        await self._cache.wait_synced()
-        told = False
-        while True:
-            try:
-                await self._cache.barrier()
-            except NoSpace:
-                return  # no barrier can be written to a full store, and work must go on for it to get space
-            except (CacheBehind, StorageError) as error:
-                if not told:
-                    log.warning("reconcile.waiting_for_store", controller=self.controller.name, reason=str(error))
-                told = True
-                await self._clock.sleep(_STORE_RETRY)
+    def _first_pass(self, resumed: int | None) -> None:
+        """Every object once: first what changed after the bookmark, then what is not settled; the rest over `poll`."""
+        unsettled: list[Key] = []
+        for resource in self._cache.all(self.controller.model):
+            key, revision = (resource.namespace, resource.name), int(resource.metadata.resource_version)
+            if resumed is None or revision > resumed:
+                self._watermark.saw(key, revision)
+                self.queue.add(key)
+            elif resource.deleting or not self.controller.settled(resource):
+                unsettled.append(key)
             else:
-                return
+                self.queue.add_after(key, self.controller.poll * random.random())  # noqa: S311 - spreads work
+        for key in unsettled:
+            self.queue.add(key)
+
+    def _position(self) -> int:
+        """The bookmark: every event up to here has been attended to."""
+        return self._watermark.at(self._cache.revision)
 
     def _on_update(self, update: CacheUpdate) -> None:
         if update.relisted:
@@ -268,8 +312,10 @@ class Runner(Generic[R]):
         if update.reset:
             self._resets += 1
             self._written.clear()
-            for resource in self._cache.all(self.controller.model):
-                self.queue.add((resource.namespace, resource.name))
+            self._watermark.clear()
+            if self._bookmark:
+                self._bookmark.rebase()
+            self._first_pass(None)
         for change in update.changes:
             model = change.kind.model
             if model is self.controller.model:
@@ -277,6 +323,7 @@ class Runner(Generic[R]):
             mapper = self._triggers.get(model)
             if mapper is not None:
                 for key in mapper(change):
+                    self._watermark.saw(key, change.revision)
                     self.queue.add(key)
 
     def _on_own_change(self, change: Change, *, relisted: bool) -> None:
@@ -288,18 +335,25 @@ class Runner(Generic[R]):
                 return
             if self.queue.in_hand(key):
                 echoes.seen_meanwhile.add(change.revision)
+                self._watermark.saw((*key, _IN_HAND), change.revision)
                 return
-        if change.type == "DELETED" or self.controller.wakes(change):
+        asked = _asked(change)
+        if asked:
+            self.queue.forget_failures(key)
+        if asked or change.type == "DELETED" or self.controller.wakes(change):
+            self._watermark.saw(key, change.revision)
             self.queue.add(key)
 
     async def _work(self, term: Term) -> None:
         while (key := await self._next()) is not None:
             self._echoes.setdefault(key, _Echoes())
-            written = Written()
+            self._watermark.begin(key)
+            outcome = _Outcome(Written(), attempted=False)
             try:
-                written = await self._one(key, term)
+                outcome = await self._one(key, term)
             finally:
-                self._settle_echoes(key, written)
+                self._watermark.end(key, attempted=outcome.attempted)
+                self._settle_echoes(key, outcome.written)
                 self.queue.done(key)
             # A reconcile with nothing to do never waits: without this, thousands of them would hold the loop up.
             await self._clock.sleep(0)
@@ -311,7 +365,7 @@ class Runner(Generic[R]):
         """
         async with self._gate:
             if self._store_was_away:
-                await self._catch_up()
+                await self._cache.catch_up(self.name)
                 self._store_was_away = False
         return await self.queue.get()
 
@@ -319,24 +373,29 @@ class Runner(Generic[R]):
         echoes = self._echoes[key]
         own = {revision for revisions in written.revisions.values() for revision in revisions}
         echoes.own = {r for r in echoes.own | own if r > self._cache.revision}
-        if echoes.seen_meanwhile - own:
+        if foreign := echoes.seen_meanwhile - own:
+            self._watermark.saw(key, min(foreign))
             self.queue.add(key)
+        self._watermark.forget((*key, _IN_HAND))
         echoes.seen_meanwhile = set()
         if not echoes.own and self._cache.get(self.controller.model, *key) is None:
             del self._echoes[key]
 
-    async def _one(self, key: Key, term: Term) -> Written:
+    async def _one(self, key: Key, term: Term) -> _Outcome:
         name, queue = self.controller.name, self.queue
         bound = log.bind(controller=name, namespace=key[0], name=key[1], reconcile=uuid.uuid4().hex[:8])
         client = self._client.bind(owner=name, fence=term)
-        started, line = self._clock.monotonic(), self._resets
+        started, line, attempted = self._clock.monotonic(), self._resets, True
         try:
             await self._own_writes_visible(key)
             resource = self._cache.get(self.controller.model, *key)
             if resource is None:
                 queue.discard(key)
                 self._written.pop(key, None)
-                return client.written
+                return _Outcome(client.written, attempted)
+            if _paused(resource):
+                queue.forget_failures(key)
+                return _Outcome(client.written, attempted)
             term.check()
             context = Context(
                 client=client,
@@ -353,6 +412,7 @@ class Runner(Generic[R]):
                 result = await self._step(resource, context)
         except NotLeading as error:
             bound.warning("reconcile.not_leading", detail=str(error))
+            attempted = False
             term.lost()
         except ResourceNotFound:
             queue.add_after(key, 0.1)
@@ -361,8 +421,10 @@ class Runner(Generic[R]):
             bound.error("reconcile.terminal", reason=error.reason, detail=str(error))
             queue.forget_failures(key)
         except (ResourceConflict, CacheBehind) as error:
+            attempted = False
             bound.info("reconcile.again", detail=str(error), delay=queue.add_failed(key))
         except (RetryLater, StorageError, TimeoutError) as error:
+            attempted = not isinstance(error, StorageError)
             self._store_was_away |= isinstance(error, Unavailable) and not isinstance(error, NoSpace)
             self.stats.failures += 1
             reason = str(error) or f"deadline of {self.controller.deadline} s"
@@ -377,7 +439,7 @@ class Runner(Generic[R]):
         finally:
             self.stats.seconds += self._clock.monotonic() - started
             self._remember(key, client, line)
-        return client.written
+        return _Outcome(client.written, attempted)
 
     def _remember(self, key: Key, client: Client, line: int) -> None:
         """What the caches must hold before the key's next reconcile."""
@@ -393,15 +455,23 @@ class Runner(Generic[R]):
                 return Result.done()
             if not finalizer:
                 return await self.controller.reconcile(resource, ctx)
+            return await self._finalize(resource, ctx)
+        if finalizer and finalizer not in resource.metadata.finalizers:
+            resource = (await ctx.client.add_finalizer(resource, finalizer)).seal()
+        return await self.controller.reconcile(resource, ctx)
+
+    async def _finalize(self, resource: R, ctx: Context) -> Result:
+        key, finalizer = (resource.namespace, resource.name), self.controller.finalizer
+        self._finalizing.add(key)
+        try:
             result = await self.controller.finalize(resource, ctx)
             if result.again is None:
                 await ctx.client.remove_finalizer(resource, finalizer)
                 self.stats.finalized += 1
                 ctx.log.info("reconcile.finalized", finalizer=finalizer)
-            return result
-        if finalizer and finalizer not in resource.metadata.finalizers:
-            resource = (await ctx.client.add_finalizer(resource, finalizer)).seal()
-        return await self.controller.reconcile(resource, ctx)
+        finally:
+            self._finalizing.discard(key)
+        return result
 
     async def _own_writes_visible(self, key: Key) -> None:
         written = self._written.get(key)
@@ -411,3 +481,17 @@ class Runner(Generic[R]):
             await self._cache.barrier()
         await self._cache.wait_for(written.highest)
         self._written.pop(key, None)
+
+
+def _paused(resource: AnyResource) -> bool:
+    return resource.metadata.annotations.get(PAUSE_ANNOTATION, "false") != "false"
+
+
+def _asked(change: Change) -> bool:
+    """Whether a person has asked for a reconcile: by a new value of the annotation, or by ending a pause."""
+    new = change.new.resource if change.new else None
+    if new is None:
+        return False
+    old = change.old.resource if change.old else None
+    wish, wished = (r.metadata.annotations.get(RECONCILE_ANNOTATION) if r else None for r in (new, old))
+    return (wish is not None and wish != wished) or (old is not None and _paused(old) and not _paused(new))

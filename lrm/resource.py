@@ -20,6 +20,8 @@ RETRY_ANNOTATION = "lab.neuroglia.io/retry"
 """A new value lets a Failed object try again."""
 RECONCILE_ANNOTATION = "lab.neuroglia.io/reconcile-now"
 """A new value asks for a reconcile at once, with fresh observations."""
+PAUSE_ANNOTATION = "lab.neuroglia.io/paused"
+"""No controller touches the object while it is there and not "false": neither reconciled nor cleaned up."""
 PROTECT_ANNOTATION = "lab.neuroglia.io/protect"
 """Refuses deletion while it is there and not "false"."""
 

@@ -6,14 +6,17 @@ import uuid
 from importlib.metadata import version
 from typing import Any
 
+from lrm.bookmarks import Bookmarks
 from lrm.cache import Cache
 from lrm.election import LeaderElection
 from lrm.leaders import Leaders
 from lrm.led import Led
 from lrm.model import rfc3339
+from lrm.reconcile import Runner
 from lrm.settings import Settings
 from storage.base import Health, Storage
 from storage.clock import Clock
+from storage.errors import RedisFailed
 from storage.redis_health import redis_error
 
 _PROBE_SECONDS = 2.0
@@ -23,7 +26,16 @@ _PROBE_SECONDS = 2.0
 class DaemonStatus:
     """Filled by the daemon as it goes; asked by the API."""
 
-    def __init__(self, settings: Settings, storage: Storage, cache: Cache, leaders: Leaders, clock: Clock) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        clock: Clock,
+        *,
+        storage: Storage,
+        cache: Cache,
+        leaders: Leaders,
+        bookmarks: Bookmarks,
+    ) -> None:
         self.identity = f"{settings.instance_id}-{uuid.uuid4().hex[:8]}"
         """Unique to this process."""
         self.leaders = leaders
@@ -35,6 +47,7 @@ class DaemonStatus:
         self._settings = settings
         self._storage = storage
         self._cache = cache
+        self._bookmarks = bookmarks
         self._clock = clock
         self._started = clock.now()
 
@@ -112,6 +125,38 @@ class DaemonStatus:
             "error": self.leaders.error,
             "locks": locks,
         }
+
+    async def bookmarks(self) -> dict[str, Any]:
+        """How far each watcher has come, whoever leads it; the totals are the one furthest behind."""
+        current = self._cache.revision
+        watchers = {w: b.describe(current) for w, b in self._bookmarks.followed.items()}
+        try:
+            saved = await self._bookmarks.store.all()
+        except RedisFailed as error:
+            saved, problem = {}, str(error)
+        else:
+            problem = ""
+        for name, bookmark in saved.items():
+            watchers.setdefault(name, self._bookmarks.of(name).describe(current, bookmark))
+        revisions = [w["bookmark"] for w in watchers.values() if w["bookmark"] is not None]
+        return {
+            "bookmark": min(revisions, default=None),
+            "current_version": current,
+            "lag": max(0, current - min(revisions, default=current)),
+            "error": problem or self._bookmarks.error,
+            "watchers": [watchers[name] for name in sorted(watchers)],
+        }
+
+    def bookmark_lags(self) -> dict[str, int]:
+        """By watcher that this daemon leads: the revisions between its bookmark and the cache."""
+        described = (b.describe(self._cache.revision) for b in self._bookmarks.followed.values())
+        return {w["watcher"]: w["lag"] for w in described if w["lag"] is not None}
+
+    def finalizers(self) -> dict[str, Any]:
+        """How many objects wait for a finalizer, are being cleaned up by this daemon, and were let go by it."""
+        controllers = [led.finalizers() for led in self.led if isinstance(led, Runner) and led.controller.finalizer]
+        totals = {key: sum(c[key] for c in controllers) for key in ("pending", "processing", "completed")}
+        return {**totals, "controllers": controllers}
 
     def _lock(self, name: str) -> dict[str, Any]:
         holder, election = self.leaders.holder(name), self.elections.get(name)

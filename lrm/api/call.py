@@ -36,6 +36,14 @@ class StatusSource(Protocol):
         """Which locks this daemon holds."""
         ...
 
+    async def bookmarks(self) -> Mapping[str, Any]:
+        """How far each watcher has come."""
+        ...
+
+    def finalizers(self) -> Mapping[str, Any]:
+        """What waits to be cleaned up."""
+        ...
+
     async def health(self) -> Mapping[str, Any]:
         """What it depends on; `status` is ok, degraded or unhealthy."""
         ...

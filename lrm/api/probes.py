@@ -25,6 +25,8 @@ def add_probe_routes(app: web.Application) -> None:
             web.get("/api/status/ready", _ready),
             web.get("/api/status/status", _status),
             web.get("/api/status/leader", _leader),
+            web.get("/api/status/bookmarks", _bookmarks),
+            web.get("/api/status/finalizers", _finalizers),
         ]
     )
 
@@ -58,6 +60,16 @@ async def _status(request: web.Request) -> web.Response:
 async def _leader(request: web.Request) -> web.Response:
     _readable(request)
     return await respond(negotiate(request), dict(request.app[API].status.leader()))
+
+
+async def _bookmarks(request: web.Request) -> web.Response:
+    _readable(request)
+    return await respond(negotiate(request), dict(await request.app[API].status.bookmarks()))
+
+
+async def _finalizers(request: web.Request) -> web.Response:
+    _readable(request)
+    return await respond(negotiate(request), dict(request.app[API].status.finalizers()))
 
 
 async def _metrics(request: web.Request) -> web.Response:

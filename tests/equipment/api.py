@@ -162,6 +162,12 @@ class FixedStatus:
     def leader(self) -> Mapping[str, Any]:
         return {"is_leader": False, "identity": "test", "locks": []}
 
+    async def bookmarks(self) -> Mapping[str, Any]:
+        return {"bookmark": None, "current_version": 0, "lag": 0, "watchers": []}
+
+    def finalizers(self) -> Mapping[str, Any]:
+        return {"pending": 0, "processing": 0, "completed": 0, "controllers": []}
+
     async def health(self) -> Mapping[str, Any]:
         return {"status": self.state}
 

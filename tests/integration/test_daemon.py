@@ -59,7 +59,14 @@ async def test_it_serves_reconciles_and_cleans_up(daemon: DaemonProcess) -> None
     assert stored["metadata"]["finalizers"] == ["test.neuroglia.io/follow"]
     _, leader = await daemon.request("GET", "/api/status/leader")
     assert leader["is_leader"] is True
-    assert leader["locks"][0]["lock_name"] == "widgets"
+    assert [lock["lock_name"] for lock in leader["locks"] if lock["is_leader"]] == ["compactor", "gc", "widgets"]
+    _, finalizers = await daemon.request("GET", "/api/status/finalizers")
+    assert (finalizers["pending"], finalizers["processing"], finalizers["completed"]) == (0, 0, 0)
+    assert finalizers["controllers"][0]["finalizer"] == "test.neuroglia.io/follow"
+    _, bookmarks = await daemon.request("GET", "/api/status/bookmarks")
+    assert bookmarks["bookmark"] is None, "there is no Redis"
+    assert bookmarks["current_version"] > 0
+    assert bookmarks["error"]
     _, health = await daemon.request("GET", "/api/status/health")
     assert health["etcd"]["ok"] is True
     assert health["redis"]["ok"] is False
@@ -72,6 +79,8 @@ async def test_it_serves_reconciles_and_cleans_up(daemon: DaemonProcess) -> None
         return await phase(daemon) is None
 
     await eventually(gone)
+    _, finalizers = await daemon.request("GET", "/api/status/finalizers")
+    assert finalizers["completed"] == 1
 
 
 async def test_it_waits_for_etcd_says_so_and_becomes_ready_when_it_comes(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 
 from equipment.widget import registry
+from lrm.bookmarks import Bookmarks
 from lrm.cache import Cache
 from lrm.leaders import Leaders
 from lrm.settings import Settings
@@ -12,6 +13,7 @@ from lrm.status import DaemonStatus
 from lrm.testing import VirtualClock
 from storage.base import Health
 from storage.memory import MemoryStorage
+from storage.redis_bookmarks import RedisBookmarks
 
 
 class HangingStorage(MemoryStorage):
@@ -26,8 +28,14 @@ async def test_a_store_that_hangs_is_told_within_seconds() -> None:
     clock = VirtualClock()
     storage = HangingStorage(clock=clock)
     settings = Settings(redis_url="redis://127.0.0.1:1/0")
+    bookmarks = Bookmarks(RedisBookmarks(settings.redis_url, clock), storage, clock, every=1)
     status = DaemonStatus(
-        settings, storage, Cache(storage, registry(), clock), Leaders(storage, clock, root="/lrm"), clock
+        settings,
+        clock,
+        storage=storage,
+        cache=Cache(storage, registry(), clock),
+        leaders=Leaders(storage, clock, root="/lrm"),
+        bookmarks=bookmarks,
     )
     asked = asyncio.create_task(status.health())
     await clock.advance(1.9)
