@@ -153,7 +153,7 @@ async def tell(story: Story, stage: Stage) -> None:
     world = World(stage.folder / "world")
     world.folder.mkdir(parents=True, exist_ok=True)
     story.chapter("1. A daemon with this file as its plug-in")
-    daemon = stage.daemon("lrm", "demo_finalizers", LRM_LEADER="static", LRM_DEMO_WORLD=str(world.folder))
+    daemon = stage.daemon("lrm", LRM_PLUGINS="demo_finalizers", LRM_LEADER="static", LRM_DEMO_WORLD=str(world.folder))
     daemon.start()
     await daemon.ready()
     story.line(f"ready at {daemon.api.base_url}, root {stage.root}")
@@ -215,6 +215,10 @@ async def killed_in_the_middle(story: Story, daemon: Daemon, world: World) -> No
     story.check("container and allocation are gone, the network is not", things(world, "bgp") == {"network"})
     story.check(
         "with one finalizer left it is still there, marked for deletion", stack["metadata"].get("deletionTimestamp")
+    )
+    counts = await daemon.get("/api/status/finalizers")
+    story.line(
+        "/api/status/finalizers: " + ", ".join(f"{counts[n]} {n}" for n in ("pending", "processing", "completed"))
     )
     daemon.kill()
     story.line("kill -9")

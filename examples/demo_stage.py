@@ -26,6 +26,7 @@ from rich.markup import escape
 
 from lrm.devservers import EtcdServer, RedisServer
 from lrm.errors import only_cause
+from lrm.logs import configure_logs
 from lrm.processes import ChildProcess, ProcessError, free_port
 from lrm.settings import Settings
 from storage.clock import SystemClock
@@ -79,15 +80,16 @@ class Story:
         return value
 
     async def eventually(self, what: str, condition: Callable[[], Awaitable[Any]], seconds: float = 20.0) -> Any:
-        """`until` for coroutines; a daemon that does not answer yet is asked again."""
+        """`until` for coroutines; a condition may raise `NotShown` to tell what it still misses."""
         deadline = time.monotonic() + seconds
         while True:
+            missed = ""
             try:
                 if value := await condition():
                     return value
-            except httpx.TransportError as error:
-                self._in_time(f"{what} ({type(error).__name__} {error})", deadline, seconds)
-            self._in_time(what, deadline, seconds)
+            except (httpx.TransportError, NotShown) as error:
+                missed = f" ({str(error) or type(error).__name__})"
+            self._in_time(what + missed, deadline, seconds)
             await asyncio.sleep(0.02)
 
     @staticmethod
@@ -175,7 +177,7 @@ class Stage:
                 redis = await stack.enter_async_context(RedisServer(self.folder / "redis"))
                 self.etcd_endpoints, self.redis_url = etcd.endpoint, redis.url
             else:
-                await self._servers_answer()
+                await servers_answer(self.etcd_endpoints.split(","), self.redis_url)
                 stack.push_async_callback(self._clear)
             stack.push_async_callback(self._stop_daemons)
             self._stack = stack.pop_all()
@@ -184,8 +186,8 @@ class Stage:
     async def __aexit__(self, *_: object) -> None:
         await self._stack.aclose()
 
-    def daemon(self, name: str, plugin: str, *, argv: Sequence[str] = (), **settings: str) -> Daemon:
-        """A daemon (not yet started) with a plug-in of examples/: `lrm serve`, unless `argv` says otherwise."""
+    def daemon(self, name: str, *, argv: Sequence[str] = (), **settings: str) -> Daemon:
+        """A daemon, not yet started, that finds the plug-ins of examples/: `lrm serve`, unless `argv` differs."""
         port = str(free_port())
         env = {
             **{k: v for k, v in os.environ.items() if not k.startswith(("LRM_", "AWS_"))},
@@ -195,7 +197,6 @@ class Stage:
             "LRM_REDIS_URL": self.redis_url,
             "LRM_API_PORT": port,
             "LRM_INSTANCE_ID": name,
-            "LRM_PLUGINS": plugin,
             **settings,
         }
         command = [part.format(port=port) for part in argv] or ["-m", "lrm", "serve"]
@@ -212,24 +213,6 @@ class Stage:
         for daemon in self.daemons:
             await daemon.api.aclose()
 
-    async def _servers_answer(self) -> None:
-        storage = self.storage()
-        try:
-            async with asyncio.timeout(3):
-                await storage.current_revision()
-        except (StorageError, TimeoutError) as error:
-            raise Missing(
-                f"no etcd answers at {self.etcd_endpoints} ({type(error).__name__}): start one, name it with --etcd or "
-                "LRM_ETCD_ENDPOINTS, or let --self-contained start everything"
-            ) from error
-        finally:
-            await storage.aclose()
-        if problem := await redis_error(self.redis_url, SystemClock()):
-            raise Missing(
-                f"no Redis answers at the URL of --redis or LRM_REDIS_URL ({problem}): start one, name it, "
-                "or let --self-contained start everything"
-            )
-
     async def _clear(self) -> None:
         """Leave nothing of the demo in an etcd that stays."""
         storage = self.storage()
@@ -238,6 +221,22 @@ class Stage:
                 await storage.delete(entry.key, expected_revision=entry.revision)
         finally:
             await storage.aclose()
+
+
+async def servers_answer(etcd_endpoints: Sequence[str], redis_url: str) -> None:
+    """Raise `Missing`, saying what to do, unless etcd and Redis answer."""
+    remedy = "start one, name it, or let --self-contained start everything"
+    storage = EtcdStorage(etcd_endpoints)
+    try:
+        async with asyncio.timeout(3):
+            await storage.current_revision()
+    except (StorageError, TimeoutError) as error:
+        where = ", ".join(etcd_endpoints)
+        raise Missing(f"no etcd answers at {where} (--etcd, LRM_ETCD_ENDPOINTS): {remedy}") from error
+    finally:
+        await storage.aclose()
+    if problem := await redis_error(redis_url, SystemClock()):
+        raise Missing(f"no Redis answers at the URL of --redis or LRM_REDIS_URL ({problem}): {remedy}")
 
 
 def arguments(description: str) -> argparse.ArgumentParser:
@@ -268,6 +267,7 @@ def arguments(description: str) -> argparse.ArgumentParser:
 def play(title: str, tell: Callable[[Story, Stage], Awaitable[None]], options: argparse.Namespace) -> int:
     """Tell a story on a stage: 0 if every claim was observed, 1 if not (the last lines say which), 130 on Ctrl-C."""
     story = Story()
+    configure_logs("console", "warning")
     out.print(f"[bold]{title}[/bold]")
     try:
         asyncio.run(_play(story, tell, options))
@@ -297,7 +297,9 @@ async def _play(story: Story, tell: Callable[[Story, Stage], Awaitable[None]], o
             for daemon in stage.daemons:
                 tail = daemon.process.log_tail() if daemon.pids else []
                 out.print(f"\nthe end of {daemon.log_path.name}:", *tail, sep="\n  ", markup=False)
-            raise only_cause(error) if isinstance(error, BaseExceptionGroup) else error from error
+            if isinstance(error, BaseExceptionGroup):
+                raise only_cause(error) from error
+            raise
     pids = [pid for daemon in stage.daemons for pid in daemon.pids]
     left = [pid for pid in pids if running(pid)]
     story.check(f"all {len(pids)} daemon processes of this story have ended", not left, left)
