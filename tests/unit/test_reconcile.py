@@ -3,92 +3,24 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
 
 import pytest
 
+from equipment.runner_world import WidgetController, world
 from equipment.widget import Note, Phase, Widget, registry, widget
 from lrm.cache import Cache
 from lrm.client import Client
 from lrm.clock import WallJumps
-from lrm.election import StaticElection, StaticTerm
+from lrm.election import StaticElection
 from lrm.errors import ResourceNotFound, TerminalError
-from lrm.reconcile import Context, Controller, Result, Runner, Trigger
+from lrm.reconcile import Context, Result, Runner
 from lrm.testing import VirtualClock
 from storage.base import Batch, Entry, Guard, Watch
 from storage.clock import SystemClock
 from storage.errors import Unavailable
 from storage.memory import MemoryStorage
-
-Step = Callable[[Widget, Context], Awaitable[Result]]
-
-
-class WidgetController(Controller[Widget]):
-    name = "widgets"
-    lock_name = "widgets"
-    model = Widget
-    deadline = 0.5
-
-    def __init__(self, step: Step, *, finalizer: str = "", cleanup: Step | None = None) -> None:
-        self.finalizer = finalizer
-        self._step = step
-        self._cleanup = cleanup
-
-    def triggers(self) -> list[Trigger]:
-        return [Trigger(Note, lambda change: [(change.item.namespace, change.item.name)])]
-
-    async def reconcile(self, resource: Widget, ctx: Context) -> Result:
-        return await self._step(resource, ctx)
-
-    async def finalize(self, resource: Widget, ctx: Context) -> Result:
-        return await self._cleanup(resource, ctx) if self._cleanup else Result.done()
-
-
-@dataclass
-class World:
-    storage: MemoryStorage
-    client: Client
-    cache: Cache
-    runner: Runner[Widget]
-    election: StaticElection
-    term: StaticTerm
-    running: asyncio.Task[None]
-    calls: list[str] = field(default_factory=list)
-
-    async def until(self, condition: Callable[[], bool], seconds: float = 5) -> None:
-        async with asyncio.timeout(seconds):
-            while not condition():
-                await asyncio.sleep(0.005)
-
-    async def quiet(self) -> None:
-        """Until the cache holds everything written and the queue has nothing in it and nothing in hand."""
-        await self.cache.barrier()
-        await self.until(lambda: len(self.runner.queue) == 0 and self.runner.queue.processing == 0)
-        await self.cache.barrier()
-
-
-@asynccontextmanager
-async def world(
-    controller: WidgetController, *existing: Widget, observe_only: bool = False, storage: MemoryStorage | None = None
-) -> AsyncIterator[World]:
-    storage, clock = storage or MemoryStorage(), SystemClock()
-    client = Client(storage, registry(), clock, owner="widgets")
-    for resource in existing:
-        await client.create(resource)
-    cache = Cache(storage, registry(), clock)
-    caching = asyncio.create_task(cache.run())
-    runner = Runner(controller, client, cache, clock, observe_only=observe_only)
-    election = StaticElection(storage, clock, root="/lrm", lock_name="widgets", identity="test")
-    term = await election.acquire()
-    running = asyncio.create_task(runner.run(term))
-    try:
-        yield World(storage, client, cache, runner, election, term, running)
-    finally:
-        for task in (running, caching):
-            task.cancel()
-        await asyncio.gather(running, caching, return_exceptions=True)
 
 
 async def test_existing_and_new_objects_are_reconciled_and_unchanged_ones_are_left_alone() -> None:

@@ -1,0 +1,177 @@
+"""What a term begins with, what its bookmark may say, and what people can ask of a runner by annotation."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+
+from equipment.runner_world import WidgetController, World, world
+from equipment.widget import Note, Widget, widget
+from lrm.errors import RetryLater
+from lrm.reconcile import Context, Result
+from lrm.resource import PAUSE_ANNOTATION, RECONCILE_ANNOTATION
+from storage.errors import Unavailable
+
+
+def annotate(key: str, value: str | None) -> Callable[[Widget], None]:
+    def change(w: Widget) -> None:
+        if value is None:
+            del w.metadata.annotations[key]
+        else:
+            w.metadata.annotations[key] = value
+
+    return change
+
+
+def paused(name: str) -> Widget:
+    made = widget(name)
+    made.metadata.annotations[PAUSE_ANNOTATION] = "true"
+    return made
+
+
+async def test_a_paused_object_is_neither_reconciled_nor_cleaned_up_until_the_pause_ends() -> None:
+    steps: list[str] = []
+
+    async def step(w: Widget, _ctx: Context) -> Result:
+        steps.append(f"reconcile {w.name}")
+        return Result.done()
+
+    async def cleanup(w: Widget, _ctx: Context) -> Result:
+        steps.append(f"finalize {w.name}")
+        return Result.done()
+
+    async with world(WidgetController(step, finalizer="test/f", cleanup=cleanup), paused("p"), widget("w")) as it:
+        await it.until(lambda: steps == ["reconcile w"])
+        held = await it.client.get(Widget, "default", "p")
+        await it.client.update(held, lambda w: setattr(w.spec, "count", 9))
+        await it.quiet()
+        assert it.runner.describe()["paused"] == 1
+        assert not (await it.client.get(Widget, "default", "p")).metadata.finalizers
+        await it.client.update(held, annotate(PAUSE_ANNOTATION, "false"))
+        await it.until(lambda: steps == ["reconcile w", "reconcile p"])
+        held = await it.client.get(Widget, "default", "p")
+        await it.client.update(held, annotate(PAUSE_ANNOTATION, "true"))
+        await it.client.delete(held)
+        await it.quiet()
+        assert steps == ["reconcile w", "reconcile p"]
+        assert it.runner.finalizers()["pending"] == 1
+        held = await it.client.get(Widget, "default", "p")
+        await it.client.update(held, annotate(PAUSE_ANNOTATION, None))
+        await it.until(lambda: steps[-1] == "finalize p")
+        await it.quiet()
+        assert it.cache.get(Widget, "default", "p") is None
+        assert it.runner.finalizers() == {
+            "name": "widgets",
+            "finalizer": "test/f",
+            "pending": 0,
+            "processing": 0,
+            "completed": 1,
+        }
+
+
+async def test_a_pause_ends_also_for_a_controller_that_is_not_woken_by_annotations() -> None:
+    seen: list[str] = []
+
+    async def step(w: Widget, _ctx: Context) -> Result:
+        seen.append(w.name)
+        return Result.done()
+
+    asleep = paused("w1")
+    asleep.metadata.labels["asleep"] = "yes"
+    async with world(WidgetController(step), asleep) as it:
+        await it.quiet()
+        held = await it.client.get(Widget, "default", "w1")
+        await it.client.update(held, annotate("other", "x"))
+        await it.quiet()
+        assert seen == []
+        await it.client.update(held, annotate(PAUSE_ANNOTATION, None))
+        await it.until(lambda: seen == ["w1"])
+        await it.client.update(held, annotate("other", "y"))
+        await it.quiet()
+        assert seen == ["w1"]
+        await it.client.update(held, annotate(RECONCILE_ANNOTATION, "1"))
+        await it.until(lambda: seen == ["w1", "w1"])
+
+
+async def test_reconcile_now_ends_a_backoff() -> None:
+    tries = 0
+
+    async def step(_w: Widget, _ctx: Context) -> Result:
+        nonlocal tries
+        tries += 1
+        if tries < 5:
+            raise RetryLater("the world outside is not ready")
+        return Result.done()
+
+    async with world(WidgetController(step), widget()) as it:
+        for expected in range(1, 5):
+            await it.until(lambda expected=expected: tries == expected)
+            held = await it.client.get(Widget, "default", "w1")
+            await it.client.update(held, annotate(RECONCILE_ANNOTATION, str(expected)))
+        await it.until(lambda: tries == 5)
+        await it.quiet()
+        assert it.runner.queue.waiting <= 1, "only the resync"
+
+
+async def position(it: World) -> int:
+    await it.cache.barrier()
+    return it.runner._position()
+
+
+async def test_the_position_stays_below_what_was_not_attempted_and_passes_what_was() -> None:
+    hold, fail = asyncio.Event(), ["store", "outside", "mistake"]
+
+    async def step(w: Widget, ctx: Context) -> Result:
+        if w.name == "held":
+            await hold.wait()
+        if w.name == "failing" and fail:
+            match fail.pop(0):
+                case "store":
+                    raise Unavailable("no member answers")
+                case "outside":
+                    raise RetryLater("not yet")
+                case _:
+                    raise RuntimeError("a defect")
+        await ctx.client.update_status(w, lambda x: setattr(x.status, "seen", x.spec.count))
+        return Result.done()
+
+    controller = WidgetController(step)
+    controller.deadline = 30
+    async with world(controller) as it:
+        held = await it.client.create(widget("held"))
+        other = await it.client.create(widget("other", count=3))
+        await it.until(lambda: it.runner.stats.reconciles == 2 and it.runner.queue.processing == 1)
+        below = int(held.metadata.resource_version) - 1
+        assert await position(it) == below
+        # A foreign write to what is in hand waits for an attempt of its own.
+        foreign = await it.client.update(held, lambda w: setattr(w.spec, "count", 9))
+        assert foreign is not None
+        assert await position(it) == below
+        hold.set()
+        await it.until(lambda: it.runner.stats.reconciles == 3)
+        await it.quiet()
+        assert it.runner._position() == it.cache.revision
+        # Own writes move it too, and so do failures that were not the store's.
+        failing = await it.client.create(widget("failing"))
+        await it.until(lambda: fail == [])
+        await it.until(lambda: it.runner.queue.processing == 0 and it.runner.queue.waiting == 3)
+        assert await position(it) > int(failing.metadata.resource_version)
+        await it.client.create(Note.model_validate({**other.wire(), "kind": "Note", "metadata": {"name": "other"}}))
+        await it.quiet()
+        assert it.runner._position() == it.cache.revision
+
+
+async def test_a_failure_of_the_store_leaves_the_position_where_it_was() -> None:
+    away = True
+
+    async def step(_w: Widget, _ctx: Context) -> Result:
+        if away:
+            raise Unavailable("no member answers")
+        return Result.done()
+
+    async with world(WidgetController(step)) as it:
+        made = await it.client.create(widget())
+        await it.until(lambda: it.runner.stats.failures >= 2)
+        assert await position(it) == int(made.metadata.resource_version) - 1
+        away = False
+        await it.until(lambda: it.runner._position() == it.cache.revision)
