@@ -13,7 +13,7 @@ import os
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -89,13 +89,14 @@ class SharedEtcds:
 class Gateway:
     """Raw calls to one etcd's gateway, past every piece of our own code: to prepare, and to look afterwards."""
 
-    def __init__(self, endpoint: str, **session_options: Any) -> None:
+    def __init__(self, endpoint: str, *, timeout: float = 10, **session_options: Any) -> None:
         self._endpoint = endpoint
+        self._timeout = timeout
         self._options = session_options
 
     async def call(self, path: str, body: dict[str, Any], *, token: str = "") -> dict[str, Any]:
         headers = {"Authorization": token} if token else {}
-        timeout = aiohttp.ClientTimeout(total=10)
+        timeout = aiohttp.ClientTimeout(total=self._timeout)
         async with (
             aiohttp.ClientSession(timeout=timeout, **self._options) as session,
             session.post(f"{self._endpoint}/v3/{path}", json=body, headers=headers) as reply,
@@ -203,14 +204,15 @@ def snapshot(server: EtcdServer, path: Path) -> None:
     _tool("etcdctl", "--endpoints", server.endpoint, "snapshot", "save", str(path))
 
 
-def restore(server: EtcdServer, path: Path) -> None:
-    """Replace a stopped single member's data by a snapshot: the usual runbook, with the same name and peers."""
+def restore(server: EtcdServer, path: Path, *, peers: Mapping[str, str] | None = None) -> None:
+    """Replace a stopped member's data by a snapshot: the usual runbook, with the same name and peers (name → URL)."""
     shutil.rmtree(server.data_dir)
-    peer = f"http://127.0.0.1:{server.peer_port}"
+    peers = peers or {server.name: f"http://127.0.0.1:{server.peer_port}"}
+    cluster = ",".join(f"{name}={url}" for name, url in peers.items())
     _tool(
         "etcdutl",
         *("snapshot", "restore", str(path), "--name", server.name, "--data-dir", str(server.data_dir)),
-        *("--initial-cluster", f"{server.name}={peer}", "--initial-advertise-peer-urls", peer),
+        *("--initial-cluster", cluster, "--initial-advertise-peer-urls", peers[server.name]),
     )
 
 

@@ -34,6 +34,8 @@ class TcpLink:
         self._target_port = target_port
         self._origin_of = origin_of
         self.port = port
+        self.delay = 0.0
+        """Seconds by which bytes come later, in each direction: a slow network, or a slow server."""
         self._server: asyncio.Server | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self._connections: set[_Connection] = set()
@@ -91,8 +93,8 @@ class TcpLink:
             far_reader, far_writer = await asyncio.open_connection("127.0.0.1", self._target_port)
             try:
                 async with asyncio.TaskGroup() as group:
-                    group.create_task(_carry(reader, far_writer, connection.gate), name="tcp-link")
-                    group.create_task(_carry(far_reader, writer, connection.gate), name="tcp-link")
+                    group.create_task(self._carry(reader, far_writer, connection.gate), name="tcp-link")
+                    group.create_task(self._carry(far_reader, writer, connection.gate), name="tcp-link")
             finally:
                 far_writer.close()
         except* OSError:
@@ -103,14 +105,15 @@ class TcpLink:
             with suppress(OSError):
                 await writer.wait_closed()
 
-
-async def _carry(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, gate: asyncio.Event) -> None:
-    while data := await reader.read(65_536):
+    async def _carry(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, gate: asyncio.Event) -> None:
+        while data := await reader.read(65_536):
+            if self.delay:
+                await asyncio.sleep(self.delay)  # what comes meanwhile goes together, so that nothing piles up
+            await gate.wait()
+            writer.write(data)
+            await writer.drain()
         await gate.wait()
-        writer.write(data)
-        await writer.drain()
-    await gate.wait()
-    writer.write_eof()
+        writer.write_eof()
 
 
 def holder_of(port: int, pids: dict[str, int]) -> str:

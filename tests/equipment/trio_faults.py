@@ -1,0 +1,393 @@
+"""Everything that is done to a trio, by name: each strikes, waits until it has told, and heals.
+
+A fault waits for what it causes (a later term, progress of the others), never for a time alone.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
+
+import redis.asyncio
+
+from equipment.etcd import Gateway
+from equipment.fault_proxy import FaultProxy, How, Request, Rule, When
+from equipment.trio import Node, Trio
+from equipment.trio_plugin import set_wall
+from equipment.trio_scene import Scene
+from equipment.waiting import until
+from lrm.devservers import EtcdServer
+
+Fault = Callable[[Scene], Awaitable[None]]
+FAULTS: dict[str, Fault] = {}
+
+
+def fault(act: Fault) -> Fault:
+    """Enter a fault into the table under its name."""
+    FAULTS[act.__name__.replace("_", "-")] = act  # type: ignore[attr-defined]
+    return act
+
+
+# Daemons
+
+
+@fault
+async def leader_daemon_killed(s: Scene) -> None:
+    node, term = await _leader(s)
+    node.kill()
+    await s.trio.later_term(term)
+    await s.progress()
+    await node.process.start_ready(40)
+
+
+@fault
+async def leader_daemon_paused_past_its_lease(s: Scene) -> None:
+    """It wakes up as a leader of the past, with reconciles in the middle of their writes."""
+    node, term = await _leader(s)
+    node.pause()
+    await s.trio.later_term(term)
+    await s.progress()
+    node.resume()
+    await s.progress()
+
+
+@fault
+async def standby_daemon_killed(s: Scene) -> None:
+    node = await s.trio.standby()
+    node.kill()
+    await s.progress(15, 8)
+    await node.process.start_ready(40)
+
+
+@fault
+async def standby_daemon_paused(s: Scene) -> None:
+    node = await s.trio.standby()
+    node.pause()
+    await s.progress(30, 15)
+    node.resume()
+    await s.progress()
+
+
+@fault
+async def leader_daemon_stopped_gracefully(s: Scene) -> None:
+    node, term = await _leader(s)
+    node.process.terminate()
+    await s.trio.later_term(term)
+    assert await node.process.exit_code(30) == 0
+    await s.progress()
+    await node.process.start_ready(40)
+
+
+@fault
+async def leader_daemon_killed_in_a_launch(s: Scene) -> None:
+    """EC2 has made the instance; the daemon dies before it hears of it."""
+    async with asyncio.timeout(60):
+        node, term = await _leader(s, "workers")
+        with _held(node.aws, "Action=RunInstances") as rule:
+            await s.trio.post_worker(s.worker)
+            await rule.hit()
+            node.kill()
+        await s.trio.later_term(term, "workers")
+        await _worker_ready(s)
+        await node.process.start_ready(40)
+
+
+@fault
+async def leader_daemon_paused_in_a_launch(s: Scene) -> None:
+    """The answer of a RunInstances waits until another has finished the work, and then wakes the first one up."""
+    node, term = await _leader(s, "workers")
+    with _held(node.aws, "Action=RunInstances") as rule:
+        await s.trio.post_worker(s.worker)
+        await rule.hit()
+        node.pause()
+        await s.trio.later_term(term, "workers")
+        await _worker_ready(s)
+    node.resume()
+    await s.progress()
+
+
+@fault
+async def leader_daemon_paused_in_a_registration(s: Scene) -> None:
+    """The same with a CML that takes a licence: no seat is taken twice, and none is lost."""
+    node, term = await _leader(s, "workers")
+    with _held(node.cml, "", "licensing/registration") as rule:
+        await s.trio.post_worker(s.worker)
+        await rule.hit()
+        node.pause()
+        await s.trio.later_term(term, "workers")
+        await _worker_ready(s)
+    node.resume()
+    await s.progress()
+
+
+@fault
+async def wall_clock_of_the_leader_set(s: Scene) -> None:
+    """An hour ahead, then an hour behind: leases run on the monotonic clock, and nothing is ended for it."""
+    node, term = await _leader(s)
+    await s.trio.post_worker(s.worker)
+    await _worker_ready(s)
+    for hours in (1, -1):
+        set_wall(node.wall, hours * 3600)
+        await s.progress(20, 10)
+    set_wall(node.wall, 0)
+    assert (await s.trio.holder("gadgets")) == (node.name, term), "the lock changed hands"
+
+
+# etcd
+
+
+@fault
+async def etcd_leader_killed(s: Scene) -> None:
+    await _member_killed(s, leader=True)
+
+
+@fault
+async def etcd_follower_killed(s: Scene) -> None:
+    await _member_killed(s, leader=False)
+
+
+@fault
+async def etcd_leader_paused(s: Scene) -> None:
+    await _member_paused(s, leader=True)
+
+
+@fault
+async def etcd_follower_paused(s: Scene) -> None:
+    await _member_paused(s, leader=False)
+
+
+@fault
+async def etcd_leader_cut_off_from_its_peers(s: Scene) -> None:
+    """Daemons still reach it, and it knows nothing of what the others decide."""
+    await _member_isolated(s, leader=True)
+
+
+@fault
+async def etcd_follower_cut_off_from_its_peers(s: Scene) -> None:
+    await _member_isolated(s, leader=False)
+
+
+@fault
+async def etcd_without_a_majority(s: Scene) -> None:
+    """Two of three die: nothing is written, nobody leads for ever, and everything resumes by itself."""
+    leader = await s.trio.cluster.leader()
+    victims = [server for name, server in s.trio.cluster.members.items() if name != leader]
+    told = s.load.told["refused"] + s.load.told["unknown"]
+    for server in victims:
+        server.kill()
+    await until(lambda: s.load.told["refused"] + s.load.told["unknown"] >= told + 6, "requests that fail", 40)
+    async with asyncio.TaskGroup() as tasks:
+        for server in victims:
+            tasks.create_task(server.start())
+    await s.progress()
+
+
+@fault
+async def etcd_slow(s: Scene) -> None:
+    """Every byte to and from every member comes 0.2 s later."""
+    for link in s.trio.members.values():
+        link.delay = 0.2
+    await s.progress(15, 8, timeout=60)
+    for link in s.trio.members.values():
+        link.delay = 0
+
+
+@fault
+async def replies_of_etcd_lost(s: Scene) -> None:
+    """Writes are carried out and nobody hears of it: each daemon loses the next replies of each member."""
+    rules = [
+        proxy.inject(When.AFTER, s.draw.choice([How.RESET, How.CLOSE, How.TRUNCATE]), "/v3/kv/txn", times=5, keep=40)
+        for node in s.trio.nodes.values()
+        for proxy in node.etcd.values()
+    ]
+    await until(lambda: sum(rule.hits for rule in rules) >= 12, "lost replies", 40)
+    for node in s.trio.nodes.values():
+        for proxy in node.etcd.values():
+            proxy.clear()
+    await s.progress()
+
+
+@fault
+async def writes_to_etcd_late(s: Scene) -> None:
+    """A leader's writes wait on the way until it has been deposed, and arrive then: the fence must refuse them."""
+    node, term = await _leader(s)
+    rules = [proxy.inject(When.BEFORE, How.PASS, "/v3/kv/txn", held=True, times=0) for proxy in node.etcd.values()]
+    silent = [proxy.inject(When.BEFORE, How.SILENCE, "/v3/lease", times=0) for proxy in node.etcd.values()]
+    await s.trio.later_term(term)
+    await s.progress()
+    assert any(rule.hits for rule in rules)
+    assert any(rule.hits for rule in silent)
+    for proxy in node.etcd.values():
+        proxy.clear()
+    await s.progress()
+
+
+@fault
+async def history_compacted(s: Scene) -> None:
+    """To the head, three times, under load: whoever needs what is gone must say so or start anew."""
+    for _ in range(3):
+        revision = await s.reference.mark()
+        await Gateway(_someone(s.trio).endpoint).compact(revision)
+        for node in s.trio.nodes.values():
+            for proxy in node.etcd.values():
+                proxy.abort("/v3/watch")
+        await s.progress()
+
+
+# The links of one daemon
+
+
+@fault
+async def leader_daemon_cut_off_from_etcd(s: Scene) -> None:
+    node, term = await _leader(s)
+    node.cut_etcd()
+    await s.trio.later_term(term)
+    await s.progress()
+    node.heal()
+    await s.progress()
+
+
+@fault
+async def standby_daemon_cut_off_from_etcd(s: Scene) -> None:
+    node = await s.trio.standby()
+    node.cut_etcd()
+    await s.progress(25, 12)
+    node.heal()
+    await s.progress()
+
+
+@fault
+async def leader_daemon_cut_off_from_redis(s: Scene) -> None:
+    """Nothing stops for want of a bookmark, and the lock does not change hands."""
+    node, term = await _leader(s)
+    node.redis.cut()
+    await s.progress(25, 12)
+    node.redis.heal()
+    assert (await s.trio.holder("gadgets")) == (node.name, term), "the lock changed hands"
+    await s.progress()
+
+
+@fault
+async def leader_daemon_cut_off_from_ec2(s: Scene) -> None:
+    node, _ = await _leader(s, "workers")
+    node.aws.freeze()
+    await s.trio.post_worker(s.worker)
+    await until(lambda: node.aws.serving() > 0, "a call that waits", 20)
+    await s.progress(25, 12)
+    node.aws.thaw()
+    await _worker_ready(s)
+
+
+@fault
+async def leader_daemon_cut_off_from_cml(s: Scene) -> None:
+    node, _ = await _leader(s, "workers")
+    node.cml.freeze()
+    await s.trio.post_worker(s.worker)
+    await until(lambda: node.cml.serving() > 0, "a call that waits", 30)
+    await s.progress(25, 12)
+    node.cml.thaw()
+    await _worker_ready(s)
+
+
+# Redis
+
+
+@fault
+async def redis_killed(s: Scene) -> None:
+    """It comes back with an empty memory; bookmarks are written again."""
+    s.trio.redis_era += 1
+    s.trio.redis.kill()
+    await s.progress(15, 8)
+    await s.trio.redis.start()
+    era = s.trio.redis_era
+    await until(lambda: any(mark.era == era for mark in s.history.marks), "bookmarks again", 20)
+
+
+@fault
+async def redis_paused(s: Scene) -> None:
+    s.trio.redis.pause()
+    await s.progress(25, 12)
+    s.trio.redis.resume()
+    await s.progress()
+
+
+@fault
+async def redis_full(s: Scene) -> None:
+    """Every write is refused for want of memory, then there is room again and the bookmarks move on."""
+    client = redis.asyncio.Redis.from_url(s.trio.redis.url)
+    try:
+        await client.config_set("maxmemory-policy", "noeviction")
+        await client.config_set("maxmemory", "1")
+        await s.progress(15, 8)
+        await client.config_set("maxmemory", "0")
+        head = await s.reference.mark()
+        await until(lambda: any(mark.revision >= head for mark in s.history.marks), "a bookmark past the fault", 20)
+    finally:
+        await client.config_set("maxmemory", "0")
+        await client.aclose()
+
+
+async def _leader(s: Scene, lock: str = "gadgets") -> tuple[Node, int]:
+    """The leading daemon and its term."""
+    node = await s.trio.leader(lock)
+    name, term = await s.trio.holder(lock)
+    assert name == node.name, f"{lock} changed hands before the fault"
+    return node, term
+
+
+async def _worker_ready(s: Scene) -> None:
+    async def ready() -> bool:
+        workers = await s.trio.stored("/lrm/r/labworkers/")
+        return any(key.endswith(f"/{s.worker}") and w["status"].get("phase") == "Ready" for key, w in workers.items())
+
+    await until(ready, f"{s.worker} Ready", 60)
+
+
+@contextmanager
+def _held(proxy: FaultProxy, words: str, path: str = "") -> Iterator[Rule]:
+    """The answer of the first such request waits until the end of the block."""
+
+    def matches(request: Request) -> bool:
+        return words.encode() in request.body and path in request.path and not request.head.startswith(b"GET")
+
+    rule = proxy.inject(When.AFTER, How.PASS, held=True, matches=matches)
+    try:
+        yield rule
+    finally:
+        proxy.clear()
+
+
+def _someone(trio: Trio) -> EtcdServer:
+    return next(server for server in trio.cluster.members.values() if server.running)
+
+
+async def _member(s: Scene, *, leader: bool) -> EtcdServer:
+    name = await s.trio.cluster.leader()
+    if not leader:
+        name = s.draw.choice([other for other in s.trio.cluster.members if other != name])
+    return s.trio.cluster.members[name]
+
+
+async def _member_killed(s: Scene, *, leader: bool) -> None:
+    server = await _member(s, leader=leader)
+    server.kill()
+    await s.progress(15, 8)
+    await server.start()
+    await s.progress()
+
+
+async def _member_paused(s: Scene, *, leader: bool) -> None:
+    server = await _member(s, leader=leader)
+    server.pause()
+    await s.progress(15, 8)
+    server.resume()
+    await s.progress()
+
+
+async def _member_isolated(s: Scene, *, leader: bool) -> None:
+    server = await _member(s, leader=leader)
+    s.trio.cluster.isolate(server.name)
+    await s.progress(15, 8)
+    s.trio.cluster.heal()
+    await s.progress()
