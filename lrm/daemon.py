@@ -289,6 +289,7 @@ def _open_storage(settings: Settings, clock: Clock) -> EtcdStorage:
         request_timeout=settings.etcd_timeout,
         liveness_silence=settings.etcd_silence,
         liveness_deadline=10.0,
+        quota_bytes=settings.etcd_quota_bytes,
     )
 
 

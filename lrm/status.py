@@ -84,6 +84,8 @@ class DaemonStatus:
                         "version": m.version,
                         "leader": m.leader,
                         "dbSizeBytes": m.db_size,
+                        "dbSizeInUseBytes": m.db_size_in_use,
+                        "dbQuotaBytes": m.quota,
                         "alarms": list(m.alarms),
                         "error": m.error,
                     }

@@ -66,6 +66,7 @@ ACTIONS: dict[str, tuple[str, str, Any, dict[str, str]]] = {
     "discover": ("GET", "/apis", None, {}),
     "openapi": ("GET", "/openapi/v3", None, {}),
     "daemon": ("GET", "/api/status/status", None, {}),
+    "metrics": ("GET", "/metrics", None, {}),
     "create": ("POST", path_of(namespace="lab"), telescope("new"), {"dryRun": "All"}),
     "create other": ("POST", path_of(namespace="other"), telescope("new"), {"dryRun": "All"}),
     "apply": ("POST", f"/apis/{GROUP}", telescope("new", namespace="lab"), {"dryRun": "All"}),
@@ -87,7 +88,7 @@ ACTIONS: dict[str, tuple[str, str, Any, dict[str, str]]] = {
     ),
     "force": ("PATCH", path_of("hubble", namespace="lab", sub="status"), STATUS, {"dryRun": "All", "force": "true"}),
 }
-READS_LAB = {"read", "list", "watch", "discover", "openapi", "daemon"}
+READS_LAB = {"read", "list", "watch", "discover", "openapi", "daemon", "metrics"}
 READS = READS_LAB | {"list other", "list all", "watch all"}
 WRITES_LAB = {"create", "apply", "patch", "put", "delete"}
 WRITES = WRITES_LAB | {"create other", "apply other"}
@@ -136,7 +137,7 @@ async def test_each_role_may_what_it_may_and_nothing_else(api: Served, who: str)
 async def test_without_a_known_token_nothing_is_answered_but_the_probes(
     api: Served, headers: dict[str, str], tmp_path: Path
 ) -> None:
-    for path in (path_of(), "/apis", "/api", "/openapi/v3", "/api/status/health", "/nothing"):
+    for path in (path_of(), "/apis", "/api", "/openapi/v3", "/api/status/health", "/metrics", "/nothing"):
         refused = await api.get(path, headers=headers)
         assert (refused.status, refused.body["reason"]) == (401, "Unauthorized")
         assert refused.headers["WWW-Authenticate"].startswith("Bearer")
