@@ -6,7 +6,7 @@
 
 It starts serving before the store answers (`/readyz` is false until the caches were filled once) and lives through
 outages of etcd and Redis. A clean stop: not ready → each lock drains the work in hand, saves its bookmarks and gives
-its key back → the lease is revoked → the API closes → everything else. A static leader that is deposed stops with
+its key back → the API closes → the lease is revoked → everything else. A static leader that is deposed stops with
 `Deposed`.
 """
 

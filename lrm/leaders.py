@@ -1,4 +1,4 @@
-"""Who leads which lock, as the store shows it: a mirror of `{root}/leader/` kept by a live watch of its own.
+"""Who leads which lock, as the store shows it: a mirror of `{root}/leader/` kept by a watch of its own.
 
 Standbys wait on it, a term that another has replaced is ended by it, and status and metrics are answered from it.
 It is a mirror: only a create under `{root}/leader/` decides who leads, and only the guard of a write whether it counts.
@@ -108,7 +108,7 @@ class Leaders:
             try:
                 if not self._listed:
                     await self._list()
-                async with self._storage.watch(self.prefix, self.revision, live=True) as watch:
+                async with self._storage.watch(self.prefix, self.revision) as watch:
                     self.error, delay = "", _RETRY_FIRST
                     async for batch in watch:
                         self._apply(batch)
