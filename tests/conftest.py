@@ -16,7 +16,7 @@ from equipment.debian import NotHere
 from equipment.etcd import VERSIONS, WHEEL, SharedEtcds, scratch_dir
 from lrm.devservers import EtcdServer, RedisServer
 
-pytest_plugins = ["equipment.aws"]
+pytest_plugins = ["equipment.aws", "equipment.engine"]
 
 BUDGET_SECONDS = 20 * 60
 _began = pytest.StashKey[float]()

@@ -10,6 +10,7 @@ import re
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 CACHE = Path(__file__).parents[2] / ".cache"
@@ -36,16 +37,18 @@ def mirror() -> str:
     raise NotHere("apt on this machine knows no Debian archive")
 
 
-def fetch(suite: str, package: str, programs: list[str], folder: Path) -> str:
-    """Unpack `programs` (paths inside the package) of a suite's package into `folder`/VERSION; return the version.
+def fetch(suite: str, packages: Mapping[str, Sequence[str]], folder: Path) -> str:
+    """Put files out of a suite's packages (name → paths inside) into `folder`/VERSION; return the version.
 
-    The version is the upstream one. Two runs may do this at once: the folder appears whole or not at all.
+    The version is the upstream one of the first package. Two runs may do this at once: the folder appears whole or not
+    at all.
     """
+    first = next(iter(packages))
     for tool in ("apt-get", "dpkg"):
         if shutil.which(tool) is None:
-            raise NotHere(f"{package} comes from Debian packages, and {tool} is not here")
+            raise NotHere(f"{first} comes from Debian packages, and {tool} is not here")
     if not _KEYRING.exists():
-        raise NotHere(f"{package} comes from Debian packages, and {_KEYRING} is not here")
+        raise NotHere(f"{first} comes from Debian packages, and {_KEYRING} is not here")
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder, prefix=".fetch-") as name:
         work = Path(name)
@@ -65,11 +68,12 @@ def fetch(suite: str, package: str, programs: list[str], folder: Path) -> str:
         }
         apt = ["apt-get", "-q", *(word for key, value in options.items() for word in ("-o", f"{key}={value}"))]
         _run([*apt, "update"], work)
-        _run([*apt, "download", package], work)
-        archive = next(work.glob("*.deb"))
-        _run(["dpkg", "-x", str(archive), str(work / "unpacked")], work)
-        for program in programs:
-            shutil.copy2(work / "unpacked" / program, work / "programs")
+        _run([*apt, "download", *packages], work)
+        for archive in work.glob("*.deb"):
+            _run(["dpkg", "-x", str(archive), str(work / "unpacked")], work)
+        for path in (path for paths in packages.values() for path in paths):
+            shutil.copy2(work / "unpacked" / path, work / "programs")
+        archive = next(work.glob(f"{first}_*.deb"))
         version = re.split(r"[-+]", archive.name.split("_")[1].rpartition("%3a")[2])[0]
         if not (folder / version).exists():
             (work / "programs").rename(folder / version)

@@ -30,7 +30,7 @@ def cached(line: str) -> Path | None:
 def bring(line: str) -> Path:
     """The etcd of a line, fetched if need be. Raises `NotHere`."""
     if (path := cached(line)) is None:
-        version = fetch(SUITES[line], "etcd-server", ["usr/bin/etcd"], FOLDER)
+        version = fetch(SUITES[line], {"etcd-server": ["usr/bin/etcd"]}, FOLDER)
         if (path := cached(line)) is None:
             raise NotHere(f"Debian {SUITES[line]} has etcd {version}, which is not of the line {line}")
     return path

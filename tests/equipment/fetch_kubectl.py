@@ -23,7 +23,7 @@ def bring() -> Path:
     for place in filter(None, places):
         if _version(place) >= OLDEST:
             return Path(place)
-    version = fetch("testing", "kubectl", ["usr/bin/kubectl"], FOLDER)
+    version = fetch("testing", {"kubectl": ["usr/bin/kubectl"]}, FOLDER)
     return FOLDER / version / "kubectl"
 
 
