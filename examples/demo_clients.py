@@ -21,10 +21,15 @@ class Stream:
         self.acknowledged: dict[str, int] = {}
         self.writes = self.refused = 0
         self._daemons = daemons
+        self._ending = False
+
+    def end(self) -> None:
+        """Let `run` return when the write in hand is acknowledged: cancelled, it would have an unknown outcome."""
+        self._ending = True
 
     async def run(self) -> None:
         n = 0
-        while True:
+        while not self._ending:
             await self._write("POST", API, f"stream-{n}", 1, exercise(f"stream-{n}"))
             if n >= 5:
                 name = f"stream-{n - 5}"

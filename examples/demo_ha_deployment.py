@@ -16,6 +16,7 @@ import os
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -51,24 +52,28 @@ async def one_instance(settings: Settings) -> None:
 
 async def tell_leadership(instance: str, url: str) -> None:
     """Print what /api/status/leader says whenever it says something else."""
-    body = '{"apiVersion": "demo.neuroglia.io/v1", "kind": "Exercise", "metadata": {"generateName": "e-"}}'
+    body = '{"apiVersion": "demo.neuroglia.io/v1", "kind": "Exercise", "metadata": {"generateName": "e-"}, "spec": {}}'
     before = ""
     async with httpx.AsyncClient(base_url=url) as api:
         while True:
-            try:
-                lock = the_lock((await api.get("/api/status/leader")).raise_for_status().json())
-            except (httpx.HTTPError, NotShown):
-                lock = {"is_leader": False, "holder": None}
-            now = "leads" if lock["is_leader"] else f"waits: {lock['holder']} leads" if lock["holder"] else before
-            if now != before:
+            with suppress(httpx.TransportError, NotShown):  # not serving yet, or no longer
+                now = standing(the_lock((await api.get("/api/status/leader")).raise_for_status().json()))
                 if not before:
                     narrate(instance, f"serves at {url}; give it something to reconcile with")
                     print(f"  curl -fsS -X POST -H 'Content-Type: application/json' -d '{body}' {url}{API}", flush=True)
-                if before == "leads":
+                if before.startswith("leads") and now != before:
                     narrate(instance, "has lost leadership")
-                narrate(instance, f"{now} (term {lock['term']})")
+                if now != before:
+                    narrate(instance, now)
                 before = now
-            await asyncio.sleep(0.1)
+            await asyncio.sleep(0.2)
+
+
+def standing(lock: dict[str, Any]) -> str:
+    """Where an instance stands."""
+    if lock["is_leader"]:
+        return f"leads, in term {lock['term']}"
+    return f"is a standby: {lock['holder']} leads" if lock["holder"] else "is a standby: nobody leads"
 
 
 def the_lock(document: dict[str, Any]) -> dict[str, Any]:
@@ -208,7 +213,8 @@ async def rolling_restart(story: Story, stage: Stage, deployment: Deployment) ->
             code = await instance.process.wait()
             story.check(f"{instance.name} was restarted, with exit code 0", code == 0, code)
             await back(story, instance)
-        writing.cancel()
+        stream.end()
+        await writing
         await deployment.create(deployment.instances[0], "last")
         wanted = {**stream.acknowledged, "last": 1}
         await story.eventually("every write reconciled", lambda: all_done(deployment, wanted))

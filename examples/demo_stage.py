@@ -32,6 +32,7 @@ from lrm.settings import Settings
 from storage.clock import SystemClock
 from storage.errors import StorageError
 from storage.etcd import EtcdStorage
+from storage.redis_bookmarks import RedisBookmarks
 from storage.redis_health import redis_error
 
 EXAMPLES = Path(__file__).parent
@@ -53,8 +54,11 @@ class Story:
     def __init__(self) -> None:
         self.started = time.monotonic()
         self.shown = 0
+        self.title = ""
+        """Of the chapter that is being told."""
 
     def chapter(self, title: str) -> None:
+        self.title = title
         out.print(f"\n[bold]{title}[/bold]")
 
     def line(self, text: str, mark: str = "·") -> None:
@@ -214,12 +218,15 @@ class Stage:
             await daemon.api.aclose()
 
     async def _clear(self) -> None:
-        """Leave nothing of the demo in an etcd that stays."""
-        storage = self.storage()
+        """Leave nothing of the demo in servers that stay."""
+        storage, bookmarks = self.storage(), RedisBookmarks(self.redis_url, SystemClock(), root=self.root)
         try:
             for entry in (await storage.list(f"{self.root}/")).entries:
                 await storage.delete(entry.key, expected_revision=entry.revision)
+            for watcher, saved in (await bookmarks.all()).items():
+                await bookmarks.forget(watcher, saved)
         finally:
+            await bookmarks.aclose()
             await storage.aclose()
 
 
@@ -228,7 +235,7 @@ async def servers_answer(etcd_endpoints: Sequence[str], redis_url: str) -> None:
     remedy = "start one, name it, or let --self-contained start everything"
     storage = EtcdStorage(etcd_endpoints)
     try:
-        async with asyncio.timeout(3):
+        async with asyncio.timeout(2):
             await storage.current_revision()
     except (StorageError, TimeoutError) as error:
         where = ", ".join(etcd_endpoints)
@@ -275,7 +282,8 @@ def play(title: str, tell: Callable[[Story, Stage], Awaitable[None]], options: a
         out.print(f"[bold red]cannot begin[/bold red]: {escape(str(error))}")
         return 1
     except (NotShown, httpx.HTTPError, ProcessError) as error:
-        out.print(f"\n[bold red]not shown[/bold red]: {escape(str(error) or repr(error))}")
+        where = "" if isinstance(error, NotShown) else f"{story.title}: {type(error).__name__}: "
+        out.print(f"\n[bold red]not shown[/bold red]: {escape(f'{where}{error}')}")
         return 1
     except (KeyboardInterrupt, asyncio.CancelledError):
         out.print("\ninterrupted; everything that was started has been ended")
