@@ -45,18 +45,25 @@ local function bookmark(text)
   return nil
 end
 local function one_line(a, b) return a.cluster_id == b.cluster_id and a.epoch == b.epoch end
-local held, new, replaced = bookmark(redis.pcall('GET', KEYS[1])), bookmark(ARGV[1]), bookmark(ARGV[2])
-local disproved = held and replaced and one_line(held, replaced)
-  and held.revision == replaced.revision and held.term == replaced.term
-if held and one_line(held, new) and not disproved then
-  if held.term > new.term then return 'older term' end
-  if held.revision > new.revision then
-    redis.call('EXPIRE', KEYS[1], ARGV[3])
-    return 'behind'
+local function save(key, text, replaces, seconds)
+  local held, new, replaced = bookmark(redis.pcall('GET', key)), bookmark(text), bookmark(replaces)
+  local disproved = held and replaced and one_line(held, replaced)
+    and held.revision == replaced.revision and held.term == replaced.term
+  if held and one_line(held, new) and not disproved then
+    if held.term > new.term then return 'older term' end
+    if held.revision > new.revision then
+      redis.call('EXPIRE', key, seconds)
+      return 'behind'
+    end
   end
+  redis.call('SET', key, text, 'EX', seconds)
+  return 'saved'
 end
-redis.call('SET', KEYS[1], ARGV[1], 'EX', ARGV[3])
-return 'saved'
+local outcomes = {}
+for i, key in ipairs(KEYS) do
+  outcomes[i] = save(key, ARGV[2 * i], ARGV[2 * i + 1], ARGV[1])
+end
+return outcomes
 """
 _SAVE_SHA = hashlib.sha1(_SAVE.encode(), usedforsecurity=False).hexdigest()
 
@@ -116,8 +123,10 @@ class RedisBookmarks:
         self._client = Redis.from_url(
             url,
             protocol=2,
-            socket_timeout=timeout,
-            socket_connect_timeout=timeout,
+            # The timeout is ours: with one of its own the client sends by `asyncio.wait_for`, which up to Python 3.11
+            # can swallow a cancellation, and then a daemon that stops waits for ever.
+            socket_timeout=None,
+            socket_connect_timeout=None,
             retry=Retry(NoBackoff(), 0),  # the next save is the retry
             decode_responses=False,
         )
@@ -133,12 +142,12 @@ class RedisBookmarks:
 
     async def save(self, saves: Sequence[Save]) -> list[Outcome]:
         """Write bookmarks in one round trip, each judged on its own. Raises `RedisFailed`: then any may be written."""
-        arguments = [
-            (self.key(s.watcher), s.bookmark.encode(), s.replaces.encode() if s.replaces else b"", EXPIRES_SECONDS)
-            for s in saves
-        ]
-        answers = await self._within(self._run(arguments))
-        return [_outcome(answer) for answer in answers]
+        keys = [self.key(s.watcher) for s in saves]
+        values = [v for s in saves for v in (s.bookmark.encode(), s.replaces.encode() if s.replaces else b"")]
+        outcomes = await self._within(self._run([len(keys), *keys, EXPIRES_SECONDS, *values]))
+        if not isinstance(outcomes, list) or len(outcomes) != len(saves):
+            raise RedisFailed("redis answered the script that saves bookmarks with something else")
+        return [_outcome(outcome) for outcome in outcomes]
 
     async def all(self) -> dict[str, SavedBookmark]:
         """Every bookmark of this installation, by watcher. Raises `RedisFailed`."""
@@ -162,34 +171,17 @@ class RedisBookmarks:
         """Close every connection."""
         await self._client.aclose()
 
-    async def _run(self, arguments: Sequence[tuple[str, bytes, bytes, int]]) -> list[Any]:
-        answers = await self._pipeline([("EVALSHA", _SAVE_SHA, 1, *a) for a in arguments])
-        unknown = [i for i, answer in enumerate(answers) if isinstance(answer, NoScriptError)]
-        again = await self._pipeline([("EVAL", _SAVE, 1, *arguments[i]) for i in unknown])
-        for i, answer in zip(unknown, again, strict=True):
-            answers[i] = answer
-        for answer in answers:
-            if isinstance(answer, Exception):
-                raise answer
-        return answers
+    async def _run(self, arguments: Sequence[Any]) -> Any:
+        """The script's answer; `arguments` are the number of keys, the keys, and the rest."""
+        try:
+            return await self._client.evalsha(_SAVE_SHA, *arguments)
+        except NoScriptError:  # it was restarted, or another one has taken over
+            return await self._client.eval(_SAVE, *arguments)
 
     async def _load(self, keys: Sequence[str]) -> list[SavedBookmark | None]:
-        """The bookmarks at keys; none where there is a value of another kind."""
-        found: list[SavedBookmark | None] = []
-        for answer in await self._within(self._pipeline([("GET", key) for key in keys])):
-            if isinstance(answer, Exception) and not str(answer).startswith("WRONGTYPE"):
-                raise self._failed(answer)
-            found.append(SavedBookmark.decode(answer) if isinstance(answer, bytes) else None)
-        return found
-
-    async def _pipeline(self, commands: Sequence[tuple[Any, ...]]) -> list[Any]:
-        """The answer to each command, or its error."""
-        if not commands:
-            return []
-        async with self._client.pipeline(transaction=False) as pipe:
-            for command in commands:
-                pipe.execute_command(*command)
-            return list(await pipe.execute(raise_on_error=False))
+        """The bookmarks at keys; to MGET a value of another kind is none."""
+        found = await self._within(self._client.mget(keys)) if keys else []
+        return [SavedBookmark.decode(value) if isinstance(value, bytes) else None for value in found]
 
     async def _within(self, call: Awaitable[T]) -> T:
         """A call's answer within the timeout; every failure is a `RedisFailed`."""
