@@ -64,7 +64,7 @@ class Load:
         self._count = 0
         self._shunned: dict[str, float] = {}
         self._asking: list[asyncio.Task[None]] = []
-        self._stopped = False
+        self._stopped = self._ended = False
         self.told: Counter[str] = Counter()
 
     @asynccontextmanager
@@ -80,6 +80,7 @@ class Load:
             try:
                 yield
             finally:
+                self._stopped = self._ended = True  # a cancellation may meet a time limit of aiohttp's and be lost
                 for task in (*watching, *self._asking):
                     task.cancel()
 
@@ -208,7 +209,7 @@ class Load:
         """List, then watch; go on elsewhere from the last event when a connection ends, list again after a 410."""
         stretches = self._history.watchers.setdefault(name, [])
         listed = False
-        while True:
+        while not self._ended:
             if not listed:
                 revision = await self._list()
                 if not revision:

@@ -31,6 +31,7 @@ class Reference:
         self.seen = 0
         self.state: dict[str, Change] = {}
         self.changes: list[Change] = []
+        self.ended = False
         self.failure = ""
         """Why nothing more can be told; a test that goes on without its reference shows nothing."""
 
@@ -46,7 +47,7 @@ class Reference:
     async def run(self) -> None:
         """Follow until cancelled, or until what follows is no longer to be had (`failure`)."""
         turn = 0
-        while not self.failure:
+        while not self.failure and not self.ended:
             try:
                 await self._follow(self._endpoints[turn % len(self._endpoints)])
             except (OSError, aiohttp.ClientError, TimeoutError):

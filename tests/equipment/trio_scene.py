@@ -23,6 +23,7 @@ from equipment.load import Load
 from equipment.reference import Reference
 from equipment.trio import ROOT, Trio
 from equipment.waiting import until
+from lrm.errors import only_cause
 
 SETTLED_SECONDS = 45.0
 """Longest time from the end of the trouble to a world that is as wished: several leases, and back-offs."""
@@ -170,7 +171,7 @@ class Scene:
         """Look into Redis several times a second, past every link; Redis may be away."""
         client = redis.asyncio.Redis.from_url(self.trio.redis.url, socket_timeout=1, socket_connect_timeout=1)
         try:
-            while True:
+            while not self.reference.ended:
                 try:
                     await self._sample(client)
                 except (RedisError, OSError, TimeoutError):
@@ -208,16 +209,20 @@ async def scene(trio: Trio, draw: random.Random) -> AsyncIterator[Scene]:
     await trio.heal()
     found = Scene(trio, draw)
     await found.reference.begin()
-    async with asyncio.TaskGroup() as tasks:
-        helpers = [tasks.create_task(found.reference.run()), tasks.create_task(found.sample_bookmarks())]
-        try:
-            async with found.load.running():
-                await found.progress()
-                yield found
+    try:
+        async with asyncio.TaskGroup() as tasks:
+            helpers = [tasks.create_task(found.reference.run()), tasks.create_task(found.sample_bookmarks())]
+            try:
+                async with found.load.running():
+                    await found.progress()
+                    yield found
+                    if not found.over:
+                        await found.end()
                 if not found.over:
-                    await found.end()
-            if not found.over:
-                await found.judge()
-        finally:
-            for helper in helpers:
-                helper.cancel()
+                    await found.judge()
+            finally:
+                found.reference.ended = True  # a cancellation may meet a time limit of a client's and be lost
+                for helper in helpers:
+                    helper.cancel()
+    except BaseExceptionGroup as group:
+        raise only_cause(group) from None

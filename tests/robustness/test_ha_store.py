@@ -84,7 +84,7 @@ async def _fill(member: Gateway) -> None:
 
     async def full() -> bool:
         try:
-            await member.put(_FILLER, os.urandom(1_000_000))
+            await member.put(_FILLER, os.urandom(500_000))
         except RuntimeError as error:
             if "space" not in str(error):
                 raise
