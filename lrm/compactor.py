@@ -123,7 +123,7 @@ class Compactor:
         self.health: Health | None = None
         """What the store said of itself at the last look, at most a minute ago; None before the first."""
         self.error = ""
-        """Why the last turn failed; empty when it did not."""
+        """Why the last turn failed, or the last look where another leads; empty when it did not."""
         self._storage = storage
         self._clock = clock
         self._key = f"{root}/compactor"
@@ -140,15 +140,20 @@ class Compactor:
         self._compactions = 0
         self._barriers_deleted = 0
         self._in_hand = asyncio.Lock()
+        self._leading = False
         self._stopping = False
         cache.subscribe(self._on_update)
 
     async def run(self, term: Term) -> None:
         """Take turns until the term is lost (returns) or the task is cancelled."""
-        async with asyncio.TaskGroup() as tasks:
-            turns = tasks.create_task(self._lead(term), name="compactor's turns")
-            await term.wait_lost()
-            turns.cancel()
+        self._leading = True
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                turns = tasks.create_task(self._lead(term), name="compactor's turns")
+                await term.wait_lost()
+                turns.cancel()
+        finally:
+            self._leading = False
 
     async def drain(self, seconds: float) -> None:
         """Begin no turn more and let the one in hand end."""
@@ -168,6 +173,9 @@ class Compactor:
                     await self.compact_in_need()
             except StorageError as error:
                 self._failed(error)
+            else:
+                if not self._leading:
+                    self.error = ""
             await self._clock.sleep(self._tick)
 
     async def look(self) -> Health:

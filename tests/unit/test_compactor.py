@@ -361,6 +361,18 @@ async def test_a_store_that_is_away_is_told_and_tried_again() -> None:
         assert scene.store.compacted
 
 
+async def test_a_standby_tells_only_what_is_wrong_now() -> None:
+    scene = Scene()
+    standby = scene.compactor(is_led=True)
+    with ended(asyncio.create_task(standby.watch())):
+        scene.store.away = True
+        await scene.clock.advance(61)
+        assert "No member answers" in standby.error
+        scene.store.away = False
+        await scene.clock.advance(61)
+        assert standby.error == ""
+
+
 async def test_a_drain_waits_for_the_turn_in_hand_and_none_follows() -> None:
     scene = Scene()
     async with scene.leading() as compactor:
