@@ -39,6 +39,8 @@ class WorkQueue(Generic[K]):
         self._due: dict[K, float] = {}  # key → when it is added, the earliest asked for
         self._timers: list[tuple[float, int, K]] = []
         self._sequence = itertools.count()
+        self._line = asyncio.Lock()
+        """Of all workers that wait only the first in line watches the clock: a key that falls due wakes one of them."""
         self._wake = asyncio.Event()
         self._closed = False
 
@@ -63,7 +65,8 @@ class WorkQueue(Generic[K]):
             return
         self._due[key] = due
         heapq.heappush(self._timers, (due, next(self._sequence), key))
-        self._wake.set()
+        if self._timers[0][2] == key:
+            self._wake.set()
 
     def add_failed(self, key: K) -> float:
         """Reconcile a key again with growing delay; the seconds until then."""
@@ -88,19 +91,20 @@ class WorkQueue(Generic[K]):
 
     async def get(self) -> K | None:
         """Take the next key in hand; None when the queue was closed."""
-        while not self._closed:
-            self._promote()
-            if self._queued:
-                key, _ = self._queued.popitem(last=False)
-                self._processing[key] = self._clock.monotonic()
-                return key
-            self._wake.clear()
-            next_due = self._timers[0][0] - self._clock.monotonic() if self._timers else None
-            try:
-                async with self._clock.timeout(next_due):
-                    await self._wake.wait()
-            except TimeoutError:
-                continue
+        async with self._line:
+            while not self._closed:
+                self._promote()
+                if self._queued:
+                    key, _ = self._queued.popitem(last=False)
+                    self._processing[key] = self._clock.monotonic()
+                    return key
+                self._wake.clear()
+                next_due = self._timers[0][0] - self._clock.monotonic() if self._timers else None
+                try:
+                    async with self._clock.timeout(next_due):
+                        await self._wake.wait()
+                except TimeoutError:
+                    continue
         return None
 
     def done(self, key: K) -> None:

@@ -99,6 +99,23 @@ async def test_close_wakes_every_worker_and_adds_nothing_more() -> None:
     assert len(queue) == 0
 
 
+async def test_of_many_waiting_workers_one_keeps_the_time_and_the_next_goes_on_when_it_is_cancelled() -> None:
+    clock = VirtualClock()
+    queue = make(clock)
+    queue.add_after("late", 10)
+    first, second, third = [asyncio.create_task(queue.get()) for _ in range(3)]
+    await clock.advance(1)
+    queue.add_after("early", 2)
+    first.cancel()
+    await clock.advance(2)
+    assert second.done()
+    assert await second == "early"
+    assert not third.done()
+    await clock.advance(7)
+    assert third.done()
+    assert await third == "late"
+
+
 async def test_ages_are_told() -> None:
     clock = VirtualClock()
     queue = make(clock)
