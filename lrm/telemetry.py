@@ -1,9 +1,9 @@
 """Measurements as OpenTelemetry instruments, served in Prometheus' text formats at /metrics.
 
-What *happens* is counted on `Telemetry.meter`, which lives as long as the process. What *is* (a queue's depth, who
-leads) is told by observers: each scrape gives them a fresh meter, on which they write what they see. So nothing is
-computed while nobody scrapes, and what belongs to an object that is gone is gone with it; a lasting meter would
-remember every label it ever had. Registries belong to the object, so two daemons in one process do not meet.
+What *happens* is counted on `Telemetry.meter`, whose sums last as long as the process. What *is* (a queue's depth, who
+leads) is told by observers: at each scrape they write what they see for a reader that is made for this scrape. So
+nothing is computed while nobody scrapes, and what belongs to an object that is gone is gone with it; a reader that
+lasts would remember every label it ever saw. Registries belong to the object: two daemons in one process do not meet.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ class Telemetry:
     """See the module. Names are `lrm_…`; a unit (`s`, `By`) and `_total` are part of the name that is served."""
 
     def __init__(self, *, instance: str = "") -> None:
-        self._resource = Resource(
-            {"service.name": "lrm", "service.version": version("lrm"), "service.instance.id": instance}
-        )
-        self._events = CollectorRegistry()
-        self._observers: list[Observer] = []
-        self.meter: Meter = self._meter(self._events, target_info=False)
+        resource = Resource({"service.name": "lrm", "service.version": version("lrm"), "service.instance.id": instance})
+        self._happened = CollectorRegistry()
+        lasting = PrometheusMetricReader(disable_target_info=True, scope_info_enabled=False, registry=self._happened)
+        self.meter: Meter = MeterProvider([lasting], resource=resource, shutdown_on_exit=False).get_meter("lrm")
         """For counters and histograms of what happens; label values come from a small fixed set."""
+        self._present = MeterProvider(resource=resource, shutdown_on_exit=False)
+        self._observers: list[Observer] = []
 
     def observe(self, observer: Observer) -> None:
         """Ask `observer` at each scrape; what it raises fails the scrape."""
@@ -46,19 +46,17 @@ class Telemetry:
 
     def exposition(self, accept: str = "") -> tuple[bytes, str]:
         """All measurements as they are now, and their content type; OpenMetrics where `accept` asks for it."""
-        present = CollectorRegistry()
-        meter = self._meter(present, target_info=True)
-        for observer in self._observers:
-            observer(meter)
         encode, content_type = choose_encoder(accept)
-        return encode(_Together(self._events, present)), content_type
-
-    def _meter(self, registry: CollectorRegistry, *, target_info: bool) -> Meter:
-        reader = PrometheusMetricReader(
-            disable_target_info=not target_info, scope_info_enabled=False, registry=registry
-        )
-        provider = MeterProvider([reader], resource=self._resource, shutdown_on_exit=False)
-        return provider.get_meter("lrm")
+        registry = CollectorRegistry()
+        reader = PrometheusMetricReader(scope_info_enabled=False, registry=registry)
+        self._present.add_metric_reader(reader)
+        try:
+            meter = self._present.get_meter("lrm")
+            for observer in self._observers:
+                observer(meter)
+            return encode(_Together(self._happened, registry)), content_type
+        finally:
+            self._present.remove_metric_reader(reader)
 
 
 class _Together(CollectorRegistry):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
 from typing import Any
 
@@ -105,6 +106,21 @@ def test_what_belongs_to_an_object_goes_with_it() -> None:
         assert len(scraped(telemetry)["lrm_worker_labs"]) == 1000
     workers.clear()
     assert "lrm_worker_labs" not in scraped(telemetry)
+
+
+def test_a_scrape_leaves_nothing_behind() -> None:
+    telemetry = Telemetry()
+    telemetry.observe(lambda meter: meter.create_gauge("lrm_depth").set(1, {"controller": "a"}))
+
+    def objects() -> int:
+        gc.collect()
+        return len(gc.get_objects())
+
+    telemetry.exposition()
+    before = objects()
+    for _ in range(100):
+        telemetry.exposition()
+    assert objects() - before < 100
 
 
 def test_what_happened_stays_counted_over_scrapes() -> None:
