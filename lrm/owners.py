@@ -78,16 +78,19 @@ class Owners:
         """Guards on the owners that `new` has and `old` had not. Raises `Invalid` for owners it may not be given.
 
         An owner must exist, must not be being deleted, and must not be among the object's own dependants. One whose
-        key is `guarded` already is left out.
+        key is `guarded` already is left out. A reference that begins to block its owner counts as a new one.
         """
-        had = {reference.uid for reference in old.metadata.owner_references} if old is not None else set()
+        had = {_claim(r) for r in old.metadata.owner_references} if old is not None else set()
+        had |= {(*claim[:-1], False) for claim in had}
         left_out = {guard.key for guard in guarded}
         found: dict[Guard, None] = {}
         added: list[AnyResource] = []
         causes: list[Cause] = []
         for i, reference in enumerate(new.metadata.owner_references):
             kind = kind_of(self._registry, reference)
-            if reference.uid in had or (kind and self._registry.key(kind, new.namespace, reference.name) in left_out):
+            if _claim(reference) in had or (
+                kind and self._registry.key(kind, new.namespace, reference.name) in left_out
+            ):
                 continue
             owner = await self.find(new.namespace, reference)
             if owner.resource is None or owner.guard is None:
@@ -135,6 +138,12 @@ def kind_of(registry: Registry, reference: OwnerReference) -> Kind[Any] | None:
     """The kind that a reference names, in whatever version of its group; None when it is not known here."""
     kind = registry.by_name(reference.kind)
     return kind if kind is not None and kind.group == reference.api_version.rpartition("/")[0] else None
+
+
+def _claim(reference: OwnerReference) -> tuple[str, str, str, str, bool]:
+    """What a reference says of an owner that has to be true."""
+    blocks = bool(reference.block_owner_deletion)
+    return reference.api_version, reference.kind, reference.name, reference.uid, blocks
 
 
 def _unfound(reference: OwnerReference, namespace: str, kind: Kind[Any] | None, standing: Standing) -> str:
