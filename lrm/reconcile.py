@@ -220,6 +220,8 @@ class Runner(Generic[R]):
         self._finalizing: set[Key] = set()
         self._gate = asyncio.Lock()
         self._store_was_away = False
+        self._seen = 0
+        """The revision of the last update; what comes with a list may have begun right after it."""
         self._resets = 0
         """Lines of the store's history that have ended; revisions of a former one mean nothing."""
 
@@ -231,6 +233,7 @@ class Runner(Generic[R]):
         self._watermark.clear()
         await self._cache.catch_up(self.name)
         resumed = await self._bookmark.begin(term, self._position) if self._bookmark else None
+        self._seen = self._cache.revision
         unsubscribe = self._cache.subscribe(self._on_update)
         try:
             self._first_pass(resumed)
@@ -291,7 +294,8 @@ class Runner(Generic[R]):
         for resource in self._cache.all(self.controller.model):
             key, revision = (resource.namespace, resource.name), int(resource.metadata.resource_version)
             if resumed is None or revision > resumed:
-                self._watermark.saw(key, revision)
+                # Its revision is that of its last event; which was the first that nobody attended to is not known.
+                self._watermark.saw(key, (resumed or 0) + 1)
                 self.queue.add(key)
             elif resource.deleting or not self.controller.settled(resource):
                 unsettled.append(key)
@@ -316,17 +320,20 @@ class Runner(Generic[R]):
             if self._bookmark:
                 self._bookmark.rebase()
             self._first_pass(None)
+        # What a list tells is of its last event; the first that was missed came right after what was seen before.
+        missed = 1 if update.reset else self._seen + 1 if update.relisted else 0
+        self._seen = update.revision
         for change in update.changes:
-            model = change.kind.model
+            model, since = change.kind.model, missed or change.revision
             if model is self.controller.model:
-                self._on_own_change(change, relisted=update.relisted)
+                self._on_own_change(change, since, relisted=update.relisted)
             mapper = self._triggers.get(model)
             if mapper is not None:
                 for key in mapper(change):
-                    self._watermark.saw(key, change.revision)
+                    self._watermark.saw(key, since)
                     self.queue.add(key)
 
-    def _on_own_change(self, change: Change, *, relisted: bool) -> None:
+    def _on_own_change(self, change: Change, since: int, *, relisted: bool) -> None:
         key = (change.item.namespace, change.item.name)
         echoes = self._echoes.get(key)
         if echoes is not None and not relisted:
@@ -341,7 +348,7 @@ class Runner(Generic[R]):
         if asked:
             self.queue.forget_failures(key)
         if asked or change.type == "DELETED" or self.controller.wakes(change):
-            self._watermark.saw(key, change.revision)
+            self._watermark.saw(key, since)
             self.queue.add(key)
 
     async def _work(self, term: Term) -> None:

@@ -138,6 +138,7 @@ async def test_the_position_stays_below_what_was_not_attempted_and_passes_what_w
     controller = WidgetController(step)
     controller.deadline = 30
     async with world(controller) as it:
+        await it.until(lambda: it.runner._seen > 0)  # the first pass is over
         held = await it.client.create(widget("held"))
         other = await it.client.create(widget("other", count=3))
         await it.until(lambda: it.runner.stats.reconciles == 2 and it.runner.queue.processing == 1)
@@ -170,6 +171,7 @@ async def test_a_failure_of_the_store_leaves_the_position_where_it_was() -> None
         return Result.done()
 
     async with world(WidgetController(step)) as it:
+        await it.until(lambda: it.runner._seen > 0)
         made = await it.client.create(widget())
         await it.until(lambda: it.runner.stats.failures >= 2)
         assert await position(it) == int(made.metadata.resource_version) - 1
