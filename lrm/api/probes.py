@@ -21,6 +21,7 @@ def add_probe_routes(app: web.Application) -> None:
             web.get("/livez", _livez),
             web.get("/readyz", _readyz),
             web.get("/metrics", _metrics),
+            web.get("/api/status/metrics", _metrics),
             web.get("/api/status/health", _health),
             web.get("/api/status/ready", _ready),
             web.get("/api/status/status", _status),

@@ -157,6 +157,7 @@ async def test_it_is_served_in_the_format_that_is_asked_for(accept: str, content
     async with served(MemoryStorage()) as api:
         api.api.telemetry.meter.create_counter("lrm_calls").add(4)
         answer = await api.get("/metrics", headers={"Accept": accept or None})
+        assert (await api.get("/api/status/metrics", headers={"Accept": accept or None})).raw == answer.raw
     assert answer.status == 200
     assert answer.headers["Content-Type"].startswith(content_type)
     families = list(_families(answer.raw.decode(), answer.headers["Content-Type"]))
