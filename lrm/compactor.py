@@ -127,7 +127,7 @@ class Compactor:
         self._storage = storage
         self._clock = clock
         self._key = f"{root}/compactor"
-        self._barriers = tuple(f"{root}/{folder}/{BARRIER_SEGMENT}" for folder in ("r", "leader"))
+        self._barriers = f"{root}/r/{BARRIER_SEGMENT}"
         self._every = every
         self._retention = retention
         self._is_led = is_led
@@ -272,14 +272,13 @@ class Compactor:
     async def _delete_barriers(self, term: Term) -> None:
         """Delete the keys of watches that are gone; one that is written meanwhile stays. Raises `GuardFailed`."""
         old = self._samples.older_than(BARRIER_SECONDS, self._clock.monotonic())
-        for folder in self._barriers:
-            for entry in (await self._storage.list(folder)).entries:
-                if entry.revision <= old:
-                    try:
-                        await self._storage.delete(entry.key, expected_revision=entry.revision, guards=_guards(term))
-                    except Conflict:
-                        continue
-                    self._barriers_deleted += 1
+        for entry in (await self._storage.list(self._barriers)).entries:
+            if entry.revision <= old:
+                try:
+                    await self._storage.delete(entry.key, expected_revision=entry.revision, guards=_guards(term))
+                except Conflict:
+                    continue
+                self._barriers_deleted += 1
 
     async def _write_down(self, kept: Entry | None, term: Term) -> None:
         """Let the samples outlive this process. Raises `GuardFailed`, and `Conflict` when another has written."""

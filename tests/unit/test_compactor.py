@@ -107,9 +107,10 @@ class Scene:
             await self.clock.advance(60)
             self.judge()
 
-    async def write_barrier(self, prefix: str) -> None:
-        """As a daemon's live watch does."""
-        async with self.store.watch(prefix, await self.store.current_revision(), live=True) as watch:
+    async def write_barrier(self, instance: str) -> None:
+        """As the live watch of a daemon does."""
+        self.store._instance = instance
+        async with self.store.watch("/lrm/r/", await self.store.current_revision(), live=True) as watch:
             waiting = asyncio.create_task(watch.barrier())
             async for _ in watch:
                 break
@@ -273,15 +274,15 @@ async def test_samples_of_revisions_that_do_not_exist_are_not_believed() -> None
 
 async def test_barriers_of_daemons_that_are_gone_are_deleted() -> None:
     scene = Scene()
-    await scene.write_barrier("/lrm/r/")
-    await scene.write_barrier("/lrm/leader/")
+    await scene.write_barrier("gone")
+    await scene.write_barrier("here")
     async with scene.leading() as compactor:
         await scene.minutes(50)
-        await scene.write_barrier("/lrm/r/")
+        await scene.write_barrier("here")
         await scene.minutes(20)
         with pytest.raises(NotFound):
-            await scene.store.get("/lrm/leader/.barrier/memory")
-        assert await scene.store.get("/lrm/r/.barrier/memory"), "written 20 minutes ago"
+            await scene.store.get("/lrm/r/.barrier/gone")
+        assert await scene.store.get("/lrm/r/.barrier/here"), "written 20 minutes ago"
         assert compactor.describe()["barriersDeleted"] == 1
 
 
