@@ -15,7 +15,8 @@ import pytest
 import yaml
 
 from equipment import certificates
-from equipment.api import Served, path_of, served, telescope, tokens_file
+from equipment.api import GROUP, Served, Telescope, path_of, served, telescope, tokens_file
+from equipment.gc_scene import collecting
 from equipment.waiting import until
 from storage.memory import MemoryStorage
 
@@ -225,6 +226,19 @@ async def test_delete_by_label_and_all(kubectl: Kubectl, api: Served) -> None:
     assert (await kubectl("delete", "tel", "-l", "odd=1")).count("deleted") == 2
     assert (await kubectl("delete", "tel", "--all")).count("deleted") == 2
     assert (await api.get(path_of())).body["items"] == []
+
+
+async def test_delete_cascades_as_it_is_told(kubectl: Kubectl, api: Served) -> None:
+    """The program waits for what it deletes: in the foreground that is longer than its dependants live."""
+    async with collecting(api.storage, api.cache, api.api.clock):
+        for cascade, left in (("background", set()), ("foreground", set()), ("orphan", {"child"})):
+            owner = await api.make("owner")
+            reference = {"apiVersion": GROUP, "kind": "Telescope", "name": "owner", "uid": owner["metadata"]["uid"]}
+            await api.make("child", ownerReferences=[{**reference, "blockOwnerDeletion": True}])
+            assert "deleted" in await kubectl("delete", "tel", "owner", f"--cascade={cascade}", "--timeout=30s")
+            if cascade == "background":
+                await until(lambda: not api.cache.all(Telescope), "the child to follow its owner")
+            assert {item["metadata"]["name"] for item in (await api.get(path_of())).body["items"]} == left
 
 
 async def test_wait_sees_conditions_and_fields_as_they_come(kubectl: Kubectl, api: Served) -> None:

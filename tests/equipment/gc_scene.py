@@ -21,6 +21,8 @@ from lrm.kind import Kind
 from lrm.registry import Registry
 from lrm.resource import ObjectMeta, OwnerReference, Resource
 from lrm.testing import VirtualClock
+from storage.base import Storage
+from storage.clock import Clock
 from storage.memory import MemoryStorage
 
 
@@ -129,3 +131,19 @@ async def gc_scene(
         await scene.kill()
         caching.cancel()
         await asyncio.gather(caching, return_exceptions=True)
+
+
+@asynccontextmanager
+async def collecting(
+    storage: Storage, cache: Cache, clock: Clock, *, root: str = "/lrm"
+) -> AsyncIterator[GarbageCollector]:
+    """A collector at work beside whatever else uses this store and cache."""
+    client = Client(storage, cache.registry, clock)
+    collector = GarbageCollector(storage, cache.registry, cache, client, clock)
+    election = StaticElection(storage, clock, root=root, lock_name=LOCK, identity="test")
+    running = asyncio.create_task(collector.run(await election.acquire()))
+    try:
+        yield collector
+    finally:
+        running.cancel()
+        await asyncio.gather(running, return_exceptions=True)
