@@ -127,6 +127,21 @@ class Attempt:
 
 
 @dataclass(frozen=True, slots=True)
+class Delivered:
+    """A delivery that the event consumer's handler has taken, in its own words; `process` is one run of a daemon.
+
+    A RESYNC bears the revision of the state that follows it, and no name.
+    """
+
+    at: float
+    identity: str
+    process: str
+    type: str
+    name: str
+    revision: int
+
+
+@dataclass(frozen=True, slots=True)
 class Ruled:
     """Keys that leaders of one of these locks write; of `shared` ones users write all but status and finalizers."""
 
@@ -154,7 +169,11 @@ class History:
     surprises: list[str] = field(default_factory=list)
     """Answers that nobody may get whatever happens, as a 500."""
     ruled: Sequence[Ruled] = ()
+    deliveries: list[Delivered] = field(default_factory=list)
+    """In the order in which they were taken; those of other objects are left out."""
     watcher_of_gadgets: str = "gadgets"
+    consumer: str = "recorder"
+    """The event consumer, its lock and its bookmark."""
     lock_of_gadgets: str = "gadgets"
 
 
@@ -208,6 +227,7 @@ def check(history: History) -> list[str]:
         *found.watches(),
         *found.terms(),
         *found.bookmarks(),
+        *found.deliveries(),
     ]
     return broken[:MOST_TOLD]
 
@@ -431,6 +451,45 @@ class _Checker:
                 if not made and not self._ended_by(change, name, mark.at):
                     yield f"the bookmark {mark} passes {name} at {change.revision}, which was not attempted"
                     break
+
+    def deliveries(self) -> Iterator[str]:
+        """A consumer is told of every event, in order in each term, or that there was a gap; its bookmark is no lie."""
+        truth = {(c.revision, c.key): self._as_told(c) for c in self._gadgets}
+        taken: dict[tuple[int, str], float] = {}
+        gaps = [(d.revision, d.at) for d in self._history.deliveries if d.type == "RESYNC"]
+        latest: dict[str, int] = {}
+        since: dict[str, set[tuple[int, str]]] = defaultdict(set)
+        steps_back: dict[str, int] = defaultdict(int)
+        for d in self._history.deliveries:
+            if d.type in ("RESYNC", "SYNC"):
+                latest[d.process] = d.revision if d.type == "RESYNC" else latest.get(d.process, 0)
+                continue
+            known = truth.get((d.revision, self._key(d.name)))
+            if d.revision > self._history.base and (known is None or known.type != d.type):
+                yield f"the consumer was told {d}, and it is {known}"
+            if d.revision < latest.get(d.process, 0) or (d.revision, d.name) in since[d.process]:
+                steps_back[d.identity] += 1
+                since[d.process].clear()
+            latest[d.process] = d.revision
+            since[d.process].add((d.revision, d.name))
+            taken.setdefault((d.revision, self._key(d.name)), d.at)
+        terms: dict[str, int] = defaultdict(int)
+        for change in self._lines.get(f"{self._history.leaders}{self._history.consumer}", ()):
+            if change.value is not None:
+                terms[orjson.loads(change.value).get("identity", "")] += 1
+        for identity, count in steps_back.items():
+            begun = sum(n for who, n in terms.items() if who.startswith(identity))
+            if count > begun:
+                yield f"the consumer of {identity} went back {count} times in {begun} terms"
+        marks = [mark for mark in self._history.marks if mark.watcher == self._history.consumer]
+        for change in self._gadgets:
+            at = taken.get((change.revision, change.key))
+            told = [t for revision, t in gaps if revision >= change.revision] + ([at] if at is not None else [])
+            if not told:
+                yield f"the consumer was never told of {change.key} at {change.revision}"
+            lies = [mark for mark in marks if mark.revision >= change.revision and mark.at < min(told, default=0.0)]
+            if lies:
+                yield f"the bookmark {lies[0]} passes {change.key} at {change.revision}, which was not delivered"
 
     def _ended_by(self, change: Change, name: str, at: float) -> bool:
         """Whether the object may have been gone at that time: then there is nothing left to attempt."""

@@ -65,6 +65,8 @@ class Load:
         self._shunned: dict[str, float] = {}
         self._asking: list[asyncio.Task[None]] = []
         self._stopped = self._ended = False
+        self.avoided: set[str] = set()
+        """Daemons that no user asks for now."""
         self.told: Counter[str] = Counter()
 
     @asynccontextmanager
@@ -114,8 +116,9 @@ class Load:
 
     def _choose(self) -> str:
         now = time.monotonic()
-        good = [name for name in self._daemons if self._shunned.get(name, 0) < now]
-        return self._draw.choice(good or list(self._daemons))
+        allowed = [name for name in self._daemons if name not in self.avoided]
+        good = [name for name in allowed if self._shunned.get(name, 0) < now]
+        return self._draw.choice(good or allowed)
 
     async def _write(self, live: int) -> None:
         while not self._stopped:

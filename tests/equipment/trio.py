@@ -115,7 +115,7 @@ class Trio:
         self.redis = RedisServer(folder / "redis")
         self.redis_era = 0
         """How many times Redis has lost its memory."""
-        self.attempts = folder / "attempts"
+        self.attempts, self.deliveries = folder / "attempts", folder / "deliveries"
         self.members: dict[str, TcpLink] = {}
         """Member → the link through which every daemon reaches it."""
         self.nodes: dict[str, Node] = {}
@@ -169,6 +169,7 @@ class Trio:
             AWS_SECRET_ACCESS_KEY="testing",
             AWS_EC2_METADATA_DISABLED="true",
             TRIO_ATTEMPTS=str(self.attempts),
+            TRIO_DELIVERIES=str(self.deliveries),
             TRIO_WALL=str(wall),
             **{PASSWORD_ENV: FAST_CML.password, TOKEN_ENV: TOKEN},
             **SPEED,

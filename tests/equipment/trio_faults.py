@@ -6,12 +6,12 @@ A fault waits for what it causes (a later term, progress of the others), never f
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 
 import redis.asyncio
 
-from equipment.etcd import Gateway
+from equipment.etcd import Gateway, b64
 from equipment.fault_proxy import FaultProxy, How, Request, Rule, When
 from equipment.trio import Node, Trio
 from equipment.trio_plugin import set_wall
@@ -43,11 +43,13 @@ async def leader_daemon_killed(s: Scene) -> None:
 
 @fault
 async def leader_daemon_paused_past_its_lease(s: Scene) -> None:
-    """It wakes up as a leader of the past, with reconciles in the middle of their writes."""
+    """It wakes up as a leader of the past in the middle of a write, which it would like to try once more."""
     node, term = await _leader(s)
-    node.pause()
-    await s.trio.later_term(term)
-    await s.progress()
+    async with _held_writes(s, node) as rules:
+        await until(lambda: sum(rule.hits for rule in rules) >= 1, "a write of the controller", 20)
+        node.pause()
+        await s.trio.later_term(term)
+        await s.progress()
     node.resume()
     await s.progress()
 
@@ -210,16 +212,19 @@ async def replies_of_etcd_lost(s: Scene) -> None:
 
 @fault
 async def writes_to_etcd_late(s: Scene) -> None:
-    """A leader's writes wait on the way until it has been deposed, and arrive then: the fence must refuse them."""
+    """A leader's writes wait on the way, arrive in the next term before its leader has written, and must be refused."""
     node, term = await _leader(s)
-    rules = [proxy.inject(When.BEFORE, How.PASS, "/v3/kv/txn", held=True, times=0) for proxy in node.etcd.values()]
-    silent = [proxy.inject(When.BEFORE, How.SILENCE, "/v3/lease", times=0) for proxy in node.etcd.values()]
-    await s.trio.later_term(term)
-    await s.progress()
-    assert any(rule.hits for rule in rules)
-    assert any(rule.hits for rule in silent)
-    for proxy in node.etcd.values():
-        proxy.clear()
+    async with AsyncExitStack() as stack:
+        async with _held_writes(s, node) as rules:
+            await until(lambda: sum(rule.hits for rule in rules) >= 3, "writes of the controller", 20)
+            for other in s.trio.nodes.values():
+                if other is not node:
+                    await stack.enter_async_context(_held_writes(s, other, avoid=False))
+            for proxy in node.etcd.values():
+                proxy.inject(When.BEFORE, How.SILENCE, "/v3/lease", times=0)
+            await s.trio.later_term(term)
+        async with asyncio.timeout(20):
+            await asyncio.gather(*(rule.over.wait() for rule in rules if rule.hits))
     await s.progress()
 
 
@@ -356,6 +361,27 @@ def _held(proxy: FaultProxy, words: str, path: str = "") -> Iterator[Rule]:
         yield rule
     finally:
         proxy.clear()
+
+
+@asynccontextmanager
+async def _held_writes(s: Scene, node: Node, *, avoid: bool = True) -> AsyncIterator[list[Rule]]:
+    """What a daemon writes of the scene's gadgets waits until the end of the block, and goes on to etcd then.
+
+    Users avoid the daemon meanwhile, so that these are its controller's writes; or all users' are held up, too.
+    """
+    key = b64(s.prefix)[: len(s.prefix) // 3 * 4].encode()
+    rules = [
+        proxy.inject(When.BEFORE, How.PASS, "/v3/kv/txn", held=True, times=0, matches=lambda r: key in r.body)
+        for proxy in node.etcd.values()
+    ]
+    if avoid:
+        s.load.avoided.add(node.name)
+    try:
+        yield rules
+    finally:
+        for proxy in node.etcd.values():
+            proxy.clear()
+        s.load.avoided.discard(node.name)
 
 
 def _someone(trio: Trio) -> EtcdServer:

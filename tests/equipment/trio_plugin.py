@@ -2,7 +2,8 @@
 
 A Gadget's status names the term and the identity under which it was written, and a serial of each write. Every attempt
 is a line in a file (`TRIO_ATTEMPTS`) that survives any kill, written when the attempt has succeeded and before the
-runner hears of it: what a bookmark claims can be held against it. `TRIO_WALL` names a file whose content, a number of
+runner hears of it: what a bookmark claims can be held against it. An event consumer does the same with every delivery
+of a Gadget (`TRIO_DELIVERIES`). `TRIO_WALL` names a file whose content, a number of
 seconds, is added to this process's wall time: somebody sets the machine's clock.
 """
 
@@ -19,7 +20,9 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+from lrm.consumer import Delivery, EventConsumer, Handler
 from lrm.kind import Kind
+from lrm.led import Led
 from lrm.model import Model
 from lrm.plugin import Plugin, PluginContext
 from lrm.reconcile import Context, Controller, Result
@@ -27,6 +30,8 @@ from lrm.resource import Resource, Status
 from storage.clock import SystemClock
 
 GADGETS_LOCK = "gadgets"
+RECORDER = "recorder"
+"""The event consumer, its lock and its bookmark."""
 FINALIZER = "test.neuroglia.io/assemble"
 
 
@@ -118,9 +123,36 @@ def set_wall(path: Path, seconds: float) -> None:
         file.write(struct.pack("d", seconds))
 
 
+def recorder(log: Log, identity: str) -> Handler:
+    """Writes each delivery down, and is through with it then."""
+    process = uuid.uuid4().hex[:8]
+
+    async def record(delivery: Delivery) -> None:
+        log.add(
+            identity=identity,
+            process=process,
+            type=delivery.type,
+            namespace=delivery.namespace,
+            name=delivery.name,
+            revision=delivery.revision,
+        )
+
+    return record
+
+
 @asynccontextmanager
-async def controllers(_context: PluginContext) -> AsyncIterator[Sequence[Controller[Any]]]:
-    yield (Assemble(Log(os.environ["TRIO_ATTEMPTS"]), os.environ["LRM_INSTANCE_ID"]),)
+async def controllers(context: PluginContext) -> AsyncIterator[Sequence[Controller[Any] | Led]]:
+    identity = os.environ["LRM_INSTANCE_ID"]
+    consumer = EventConsumer(
+        RECORDER,
+        recorder(Log(os.environ["TRIO_DELIVERIES"]), identity),
+        context.storage,
+        context.registry,
+        context.clock,
+        context.bookmarks,
+        kinds=(GADGETS,),
+    )
+    yield Assemble(Log(os.environ["TRIO_ATTEMPTS"]), identity), consumer
 
 
 plugin = Plugin(name="gadgets", kinds=(GADGETS,), controllers=controllers)

@@ -13,12 +13,13 @@ import time
 import uuid
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 import redis.asyncio
 from redis.exceptions import RedisError
 
-from equipment.history import Attempt, History, Mark, Ruled, check, facts
+from equipment.history import Attempt, Delivered, History, Mark, Ruled, check, facts
 from equipment.load import Load
 from equipment.reference import Reference
 from equipment.trio import ROOT, Trio
@@ -43,6 +44,7 @@ class Scene:
     def __init__(self, trio: Trio, draw: random.Random) -> None:
         self.trio = trio
         self.draw = draw
+        self._began = time.monotonic()
         self.over = False
         """Set by a test that has judged the scene itself, before it took the store away."""
         self.namespace = f"s{uuid.uuid4().hex[:8]}"
@@ -106,6 +108,7 @@ class Scene:
             f"every watcher at {last}: {self.load.positions()}",
             20,
         )
+        await until(lambda: any(d.revision >= last for d in self._deliveries()), f"the event consumer at {last}", 20)
 
     async def _until_nothing(self, left: Any, what: str) -> None:
         seen = [""]
@@ -159,6 +162,7 @@ class Scene:
         await reference.mark()
         history.base, history.state, history.changes = reference.base, reference.state, reference.changes
         history.attempts = attempts(self.trio)
+        history.deliveries = self._deliveries()
         told = self.load.told
         assert told["done"] > 20, f"the load was none: {told}"
         gadgets = [mark for mark in history.marks if mark.watcher == history.watcher_of_gadgets]
@@ -166,6 +170,14 @@ class Scene:
         assert gadgets[-1].revision > reference.base, f"the bookmark stands still: {gadgets[-1]}"
         broken = check(history)
         assert not broken, "\n".join(broken)
+
+    def _deliveries(self) -> list[Delivered]:
+        """What the event consumers of all daemons have written down about this scene's gadgets."""
+        return [
+            Delivered(d["at"], d["identity"], d["process"], d["type"], d["name"], d["revision"])
+            for d in _lines(self.trio.deliveries)
+            if d["namespace"] == self.namespace or (d["type"] == "RESYNC" and d["at"] > self._began)
+        ]
 
     async def sample_bookmarks(self) -> None:
         """Look into Redis several times a second, past every link; Redis may be away."""
@@ -195,12 +207,11 @@ class Scene:
 
 def attempts(trio: Trio) -> list[Attempt]:
     """What the controllers have written down of themselves, all daemons together."""
-    found: list[Attempt] = []
-    if trio.attempts.exists():
-        for line in trio.attempts.read_text().splitlines():
-            a = json.loads(line)
-            found.append(Attempt(a["at"], a["term"], a["name"], a["revision"], a["identity"]))
-    return found
+    return [Attempt(a["at"], a["term"], a["name"], a["revision"], a["identity"]) for a in _lines(trio.attempts)]
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 @asynccontextmanager

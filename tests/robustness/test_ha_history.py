@@ -12,7 +12,21 @@ from typing import Any
 
 import pytest
 
-from equipment.history import LABEL, Attempt, Change, History, Listing, Mark, Read, Ruled, Stretch, Told, Write, check
+from equipment.history import (
+    LABEL,
+    Attempt,
+    Change,
+    Delivered,
+    History,
+    Listing,
+    Mark,
+    Read,
+    Ruled,
+    Stretch,
+    Told,
+    Write,
+    check,
+)
 
 PREFIX, LEADERS = "/x/r/gadgets/n/", "/x/leader/"
 FINALIZER = "test/finalizer"
@@ -62,11 +76,14 @@ def true_history() -> History:
     """Created, led by term 11, changed, taken over by term 16, labelled, deleted; all told rightly."""
     line, a = Line(), f"{PREFIX}a"
     line.add(11, f"{LEADERS}gadgets", b"{}")
+    line.add(11, f"{LEADERS}recorder", b'{"identity": "lrm-1-x"}')
     line.add(12, a, gadget("op1", finalizers=()))
     line.add(13, a, gadget("op1"))
     line.add(14, a, gadget("op1", seen="op1", term=11, serial="s1"))
     line.add(15, f"{LEADERS}gadgets", None)
+    line.add(15, f"{LEADERS}recorder", None)
     line.add(16, f"{LEADERS}gadgets", b"{}")
+    line.add(16, f"{LEADERS}recorder", b'{"identity": "lrm-2-x"}')
     line.add(17, a, gadget("op2", seen="op1", term=11, serial="s1"))
     line.add(18, a, gadget("op2", seen="op2", term=16, serial="s2"))
     line.add(19, a, gadget("op2", seen="op2", term=16, serial="s2", labels={LABEL: "op3"}))
@@ -109,7 +126,15 @@ def true_history() -> History:
             ],
             "listed again": [Stretch(11, told[:2], listed=True), Stretch(17, told[4:], listed=True)],
         },
-        marks=[Mark("gadgets", 11, 11, 1.05), Mark("gadgets", 16, 11, 1.5), Mark("gadgets", 21, 16, 6.0)],
+        marks=[
+            *(Mark("gadgets", *rest) for rest in ((11, 11, 1.05), (16, 11, 1.5), (21, 16, 6.0))),
+            *(Mark("recorder", *rest) for rest in ((12, 11, 1.3), (17, 16, 2.5), (21, 16, 6.0))),
+        ],
+        # The first one dies after 14 with its bookmark at 12: the second one is told 13 and 14 again.
+        deliveries=[
+            *(Delivered(t.revision / 10, "lrm-1", "p1", t.type, "a", t.revision) for t in told[:3]),
+            *(Delivered(t.revision / 10 + 0.3, "lrm-2", "p2", t.type, "a", t.revision) for t in told[1:]),
+        ],
         attempts=[
             Attempt(1.4, 11, "a", 13),
             Attempt(2.2, 16, "a", 17),
@@ -264,6 +289,27 @@ BROKEN = [
         lambda h: h.marks.append(Mark("gadgets", 22, 11, 6.1)), "back to", id="a bookmark taken by an older term"
     ),
     pytest.param(_set(surprises=["a 500"]), "a 500", id="an answer that nobody may get"),
+    pytest.param(lambda h: h.deliveries.pop(5), "never told of", id="an event that was not delivered"),
+    pytest.param(
+        lambda h: h.marks.insert(4, Mark("recorder", 14, 11, 1.35)),
+        "was not delivered",
+        id="a consumer's bookmark too early",
+    ),
+    pytest.param(
+        lambda h: h.deliveries.append(replace(h.deliveries[-1], revision=22)),
+        "and it is None",
+        id="delivered out of nowhere",
+    ),
+    pytest.param(
+        lambda h: h.deliveries.append(replace(h.deliveries[-1], type="ADDED")),
+        "and it is Told",
+        id="delivered otherwise",
+    ),
+    pytest.param(
+        lambda h: h.deliveries.extend([h.deliveries[-2], h.deliveries[-3]]),
+        "went back 2 times",
+        id="delivered out of order",
+    ),
 ]
 
 
@@ -273,6 +319,14 @@ def test_each_way_to_break_a_promise_is_found(spoil: Callable[[History], None], 
     spoil(history)
     broken = check(history)
     assert any(told in sentence for sentence in broken), broken
+
+
+def test_a_gap_that_the_consumer_is_told_of_is_none() -> None:
+    history = true_history()
+    del history.deliveries[5:8]
+    assert check(history) != []
+    history.deliveries.insert(5, Delivered(1.9, "lrm-2", "p2", "RESYNC", "", 19))
+    assert check(history) == []
 
 
 def test_after_redis_has_lost_its_memory_a_bookmark_may_begin_anew() -> None:
@@ -293,6 +347,7 @@ def test_events_of_one_revision_may_be_told_again_whole_at_a_resume() -> None:
     ]
     first, second = Told("ADDED", "a", 11, "op1"), Told("ADDED", "b", 11, "op2")
     history.watchers = {"w": [Stretch(10, [first], listed=True), Stretch(11, [first, second])]}
+    history.deliveries = [Delivered(1.1, "lrm-1", "p1", "ADDED", name, 11) for name in "ab"]
     assert check(history) == []
     history.watchers["w"].pop()
     assert check(history) != []
