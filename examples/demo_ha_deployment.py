@@ -26,6 +26,7 @@ import orjson
 from demo_clients import Stream, Watcher, changes_in_store
 from demo_plugin import API, LOCK, Effect, exercise, narrate, plugin
 from demo_stage import Daemon, Missing, NotShown, Stage, Story, arguments, out, play, servers_answer
+from rich.markup import escape
 
 from lrm.api.app import ApiError
 from lrm.daemon import run_daemon
@@ -291,7 +292,7 @@ def main() -> int:
     try:
         asyncio.run(one_instance(Settings()))
     except (Missing, ApiError) as error:
-        out.print(f"[bold red]cannot begin[/bold red]: {error}", markup=True)
+        out.print(f"[bold red]cannot begin[/bold red]: {escape(str(error))}")
         return 1
     return 0
 

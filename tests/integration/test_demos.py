@@ -71,7 +71,7 @@ def exists(pid: int) -> bool:
     return Path(f"/proc/{pid}").exists()
 
 
-@pytest.mark.parametrize(("name", "claims"), [("finalizers", 12), ("ha_deployment", 15)])
+@pytest.mark.parametrize(("name", "claims"), [("finalizers", 12), ("ha_deployment", 15), ("bookmarks", 18)])
 def test_it_shows_all_its_claims(name: str, claims: int) -> None:
     code, output = played(name, "--self-contained")
     assert code == 0, output
@@ -108,6 +108,16 @@ def test_an_effect_of_a_second_instance_is_told_and_fails_the_demo(tmp_path: Pat
     assert "not shown: each was reconciled exactly once (observed: 31)" in output
 
 
+def test_a_lost_delivery_is_told_and_fails_the_demo(tmp_path: Path) -> None:
+    with playing("bookmarks", "--self-contained", "--data-dir", str(tmp_path)) as demo:
+        lines_until(demo, "it stopped cleanly")
+        file = tmp_path / "deliveries" / "audit.jsonl"
+        file.write_bytes(b"".join(file.read_bytes().splitlines(keepends=True)[:-1]))
+        output, _ = demo.communicate()
+    assert demo.returncode == 1
+    assert "not shown: audit: each of 100 changes exactly once, in order (observed: 99)" in output
+
+
 def test_a_daemon_that_dies_unasked_fails_the_demo() -> None:
     with playing("finalizers", "--self-contained") as demo:
         lines_until(demo, "1. A daemon")
@@ -121,7 +131,7 @@ def test_a_daemon_that_dies_unasked_fails_the_demo() -> None:
     assert "not shown: 2. POST a Stack" in output
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.soak)])
 def test_interrupted_it_ends_everything_that_it_started(number: signal.Signals) -> None:
     with playing("finalizers", "--self-contained") as demo:
         lines_until(demo, "ready at")
@@ -133,9 +143,9 @@ def test_interrupted_it_ends_everything_that_it_started(number: signal.Signals) 
     assert [pid for pid in started if exists(pid)] == []
 
 
-@pytest.mark.parametrize("name", ["finalizers", "ha_deployment"])
-def test_without_servers_it_says_what_is_missing(name: str) -> None:
-    code, output = played(name, *NOWHERE)
+@pytest.mark.parametrize("command", [("bookmarks",), ("ha_deployment", "--instance-id", "instance-1")])
+def test_without_servers_it_says_what_is_missing(command: tuple[str, ...]) -> None:
+    code, output = played(*command, *NOWHERE)
     assert code == 1
     assert "no etcd answers at http://127.0.0.1:1 (--etcd, LRM_ETCD_ENDPOINTS)" in output
     assert "Traceback" not in output
