@@ -123,6 +123,43 @@ def simulate(context: typer.Context, name: Annotated[str, typer.Argument(help="W
     services[name].main(context.args)
 
 
+@app.command("restore-done")
+def restore_done() -> None:
+    """Declare that etcd was restored from a backup: daemons then read everything anew and trust no old bookmark.
+
+    Run it once after each restore, when etcd answers; daemons may run or not.
+    """
+    import uuid
+
+    from lrm.daemon import open_storage
+    from lrm.settings import Settings
+    from storage.clock import SystemClock
+    from storage.errors import OutcomeUnknown, StorageError
+
+    settings = _checked(Settings)
+
+    async def begin_epoch() -> str:
+        storage = open_storage(settings, SystemClock())
+        try:
+            before = await storage.line()
+            epoch = str(uuid.uuid4())
+            revision = await storage.set(f"{settings.etcd_root}/epoch", epoch.encode())
+        finally:
+            await storage.aclose()
+        return (
+            f"{settings.etcd_root}/epoch is now {epoch} (it was {before.epoch or 'not set'}), revision {revision}.\n"
+            "Every running daemon notices within some 20 seconds, reads everything anew, and goes on; watches end and "
+            "begin again. Bookmarks of before no longer count: event consumers get one RESYNC and the current state."
+        )
+
+    try:
+        typer.echo(_run(begin_epoch()))
+    except OutcomeUnknown as error:
+        _fail(f"the new epoch may have been written; run it again: {error}")
+    except (StorageError, OSError) as error:
+        _fail(f"no new epoch was written: {error}")
+
+
 @app.command("version")
 def version_() -> None:
     """Print the version."""

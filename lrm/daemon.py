@@ -62,7 +62,7 @@ class Daemon:
     def __init__(self, settings: Settings, plugins: Sequence[Plugin], *, clock: Clock | None = None) -> None:
         self.settings = settings
         self.clock = clock or SystemClock()
-        self.storage: Storage = _open_storage(settings, self.clock)
+        self.storage: Storage = open_storage(settings, self.clock)
         self.registry = Registry((k for p in plugins for k in p.kinds), root=settings.etcd_root)
         self.cache = Cache(self.storage, self.registry, self.clock)
         self.client = Client(self.storage, self.registry, self.clock)
@@ -274,7 +274,8 @@ def _give_up() -> None:
     os._exit(1)
 
 
-def _open_storage(settings: Settings, clock: Clock) -> EtcdStorage:
+def open_storage(settings: Settings, clock: Clock) -> EtcdStorage:
+    """The store that the settings name; nothing is connected yet."""
     tls = None
     if settings.etcd_ca or settings.etcd_cert:
         tls = TlsConfig(ca=settings.etcd_ca, cert=settings.etcd_cert, key=settings.etcd_key)

@@ -231,6 +231,29 @@ async def test_kill_9_loses_nothing_that_was_acknowledged(daemon: DaemonProcess)
     await eventually(all_followed)
 
 
+async def test_restore_done_begins_an_epoch_that_a_running_daemon_notices(
+    daemon: DaemonProcess, own_etcd: EtcdServer
+) -> None:
+    """Its caches are filled anew, and go on following."""
+    await daemon.start_ready()
+    done = run_cli("restore-done", LRM_ETCD_ENDPOINTS=own_etcd.endpoint)
+    assert done.returncode == 0, done.stderr
+    assert "(it was not set)" in done.stdout
+    assert await keys_below(own_etcd, "/lrm/epoch") == ["/lrm/epoch"]
+
+    async def noticed() -> bool:
+        await daemon.request("GET", WIDGETS)  # a consistent list writes a barrier, and barriers see the epoch
+        return "cache.relist" in daemon.log()
+
+    await eventually(noticed)
+    assert (await daemon.request("POST", WIDGETS, widget_document()))[0] == 201
+
+    async def followed() -> bool:
+        return await phase(daemon) == "Ready"
+
+    await eventually(followed)
+
+
 async def keys_below(server: EtcdServer, prefix: str) -> list[str]:
     from storage.etcd import EtcdStorage
 
@@ -315,6 +338,13 @@ def test_a_token_is_printed_once_and_only_its_hash_is_for_the_file() -> None:
     assert entry["namespaces"] == ["a", "b"]
     assert len(entry["sha256"]) == 64
     assert token not in done.stdout
+
+
+def test_restore_done_without_etcd_is_exit_code_1_and_a_sentence() -> None:
+    done = run_cli("restore-done", LRM_ETCD_TIMEOUT="1s")
+    assert done.returncode == 1
+    assert done.stderr.startswith("lrm: no new epoch was written: ")
+    assert "Traceback" not in done.stderr
 
 
 def test_version_is_told() -> None:
