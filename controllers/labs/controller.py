@@ -17,7 +17,7 @@ from controllers.cml.errors import CmlCircuitOpen, CmlClosed, CmlError, CmlLogin
 from controllers.cml.inventory import Inventory, read_inventory
 from controllers.cml.models import Lab
 from controllers.cml.sessions import CmlSessions
-from controllers.labs.due import apart, asked_for, due_in
+from controllers.labs.due import apart, asked_for, at_rest, due_in
 from controllers.labs.history import first_status, is_news, mark_listed, mark_missing, observe
 from controllers.labs.homes import can_be_asked
 from controllers.labs.kind import (
@@ -91,6 +91,7 @@ class LabsController(Controller[LabWorker]):
         self._cache = cache
         self._sessions = sessions
         self._settings = settings
+        self.poll = min(self.poll, settings.labs_refresh_interval)
         self._synced: set[str] = set()
         """Uids of the workers that this process has synced; one that is gone is dropped when it goes."""
 
@@ -103,6 +104,15 @@ class LabsController(Controller[LabWorker]):
         if change.old is None or change.new is None:
             return True
         return _concerns(change.old.resource) != _concerns(change.new.resource)
+
+    def settled(self, worker: LabWorker) -> bool:
+        """No CML to ask, or labs in their records that nobody wants synced before their time; and held."""
+        if self.finalizer not in worker.metadata.finalizers:
+            return False
+        if not can_be_asked(worker):
+            return True
+        records = records_of_worker(self._cache, worker.namespace, worker.name)
+        return worker.status.phase != Phase.DRAINING and not worker.status.labs_sync_error and at_rest(worker, records)
 
     async def reconcile(self, worker: LabWorker, ctx: Context) -> Result:
         """Sync the worker's labs if that is due."""

@@ -51,6 +51,15 @@ def due_in(
     return max(0.0, (min(times) - now).total_seconds())
 
 
+def at_rest(worker: LabWorker, records: Iterable[LabRecord]) -> bool:
+    """Whether a worker was synced, and nothing that has happened since asks for a sync before its time."""
+    synced, asked = worker.status.labs_synced_at, asked_for(worker)
+    if synced is None or (asked is not None and asked != worker.status.labs_asked):
+        return False
+    turns = [_turned(worker, READY), *(_turned(record, DESIRED_STATE) for record in records)]
+    return all(turn is None or turn <= synced for turn in turns)
+
+
 def _turned(resource: LabWorker | LabRecord, condition: str) -> datetime | None:
     """When the condition became True; None where it is not."""
     found = resource.status.condition(condition)

@@ -94,6 +94,10 @@ class LabRecordsController(Controller[LabRecord]):
         record = change.new.resource if change.new else None
         return isinstance(record, LabRecord) and (record.deleting or _unsettled(record))
 
+    def settled(self, record: LabRecord) -> bool:
+        """No wish is open, and the record is held: there is nothing to do for it."""
+        return self.finalizer in record.metadata.finalizers and not _unsettled(record)
+
     async def reconcile(self, record: LabRecord, ctx: Context) -> Result:
         """Bring the lab to its desired state, once for each generation of the spec."""
         if not _unsettled(record):

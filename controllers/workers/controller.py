@@ -18,7 +18,7 @@ from controllers.workers.arrival import Arrival
 from controllers.workers.claims import Claims
 from controllers.workers.cml_side import CmlSide, trouble_of
 from controllers.workers.conditions import FAILED_CHECKS
-from controllers.workers.decisions import Goal, goal_of, may_license, may_retry, retry_of
+from controllers.workers.decisions import Goal, at_rest, goal_of, may_license, may_retry, retry_of
 from controllers.workers.departure import Departure
 from controllers.workers.kind import INSTANCE_FINALIZER, LABS, WORKERS, LabWorker
 from controllers.workers.pace import Pace
@@ -43,6 +43,7 @@ class WorkersController(Controller[LabWorker]):
         self._ec2 = provisioner
         self._cml = cml
         self._pace = Pace(settings)
+        self.poll = settings.worker_rest_interval
         self._departure = Departure(provisioner, cml, claims, self._pace, busy=is_busy, check=self.check)
         self._arrival = Arrival(provisioner, cml, claims, self._departure, self._pace)
 
@@ -56,6 +57,10 @@ class WorkersController(Controller[LabWorker]):
         if old is None or new is None or old.resource is None or new.resource is None:
             return True
         return _concerning(old.resource) != _concerning(new.resource)
+
+    def settled(self, resource: LabWorker) -> bool:
+        """At rest, and held: what is outside is looked at again by the time it would have been anyway."""
+        return self.finalizer in resource.metadata.finalizers and at_rest(resource)
 
     async def reconcile(self, resource: LabWorker, ctx: Context) -> Result:
         return await self._step(Work(resource, ctx))

@@ -12,6 +12,7 @@ from enum import Enum, auto
 
 from controllers.aws.ec2 import Ec2Instance, LaunchParameters
 from controllers.workers.kind import DRAIN_ANNOTATION, Ec2Status, LabWorker, Problem
+from controllers.workers.phases import Conditions, Phase
 from lrm.resource import RETRY_ANNOTATION
 
 UID_TAG, INSTALLATION_TAG = "lrm/uid", "lrm/installation"
@@ -77,6 +78,30 @@ def may_license(worker: LabWorker) -> bool:
         or done.failed is None
         or (done.generation, done.retry) != (worker.metadata.generation, retry_of(worker))
     )
+
+
+def at_rest(worker: LabWorker) -> bool:
+    """Whether the next look at a worker may come as late as `worker_rest_interval` allows: nothing is on its way.
+
+    Every wish was carried out or given up, nothing is wrong or in doubt, and no deadline runs.
+    """
+    status, goal = worker.status, goal_of(worker)
+    steady = status.condition(Conditions.CLOCK_STEADY)
+    if status.observed_generation != worker.metadata.generation or (steady is not None and steady.status == "False"):
+        return False
+    well = status.ec2.last_error is None and status.cml.last_error is None and status.cml.failed_checks == 0
+    match status.phase:
+        case Phase.TERMINATED:
+            return True
+        case Phase.FAILED:
+            return goal is not Goal.TERMINATED and not may_retry(worker)
+        case Phase.STOPPED:
+            return well and goal in (Goal.STOPPED, Goal.DRAINING) and status.ec2.state == "stopped"
+        case Phase.READY | Phase.READY_UNLICENSED | Phase.ACTIVE:
+            serves = well and goal is Goal.READY and status.cml.ready and status.ec2.state == "running"
+            licensing = status.phase == Phase.READY_UNLICENSED and (status.cml.licensed or may_license(worker))
+            return serves and not licensing
+    return False
 
 
 def over(since: datetime | None, seconds: float, now: datetime) -> bool:

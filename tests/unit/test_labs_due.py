@@ -6,7 +6,7 @@ from datetime import UTC, datetime, timedelta
 
 import pytest
 
-from controllers.labs.due import apart, due_in
+from controllers.labs.due import apart, at_rest, due_in
 from controllers.labs.kind import LabRecord, LabRecordSpec
 from controllers.workers.kind import LabWorker, LabWorkerSpec
 from lrm.resource import RECONCILE_ANNOTATION, ObjectMeta
@@ -100,3 +100,20 @@ def test_the_interval_is_spread_by_a_tenth_and_the_same_whenever_asked() -> None
         assert waits[-1] == due_in(one, [], interval=HOUR, now=NOW)
     assert 0.9 * HOUR <= min(waits) < 0.92 * HOUR
     assert 1.08 * HOUR < max(waits) <= 1.1 * HOUR
+
+
+@pytest.mark.parametrize(
+    ("subject", "records", "expected", "why"),
+    [
+        (worker(synced=ago(9 * HOUR)), [], True, "that its time has come is noticed in the course of the poll"),
+        (worker(synced=ago(9), asked="1", honoured="1", ready=ago(60)), [record(ago(10))], True, "all of it was seen"),
+        (worker(synced=None), [], False, "never synced"),
+        (worker(synced=ago(9), asked="2", honoured="1"), [], False, "somebody asks"),
+        (worker(synced=ago(9), ready=ago(5)), [], False, "Ready since then"),
+        (worker(synced=ago(9)), [record(None), record(ago(5))], False, "a lab has got where it was wanted"),
+    ],
+)
+def test_a_new_leader_takes_its_time_only_where_nothing_is_asked(
+    subject: LabWorker, records: list[LabRecord], expected: bool, why: str
+) -> None:
+    assert at_rest(subject, records) is expected, why

@@ -14,6 +14,7 @@ from controllers.workers.decisions import (
     KEEPABLE,
     Goal,
     absence_proves,
+    at_rest,
     choose,
     client_token,
     goal_of,
@@ -26,6 +27,7 @@ from controllers.workers.decisions import (
     problem,
 )
 from controllers.workers.kind import Ec2Status, Failure, LabWorker, Problem, Registration
+from controllers.workers.phases import Conditions
 
 NOW = datetime(2026, 5, 1, 12, tzinfo=UTC)
 STATES = ("pending", "running", "stopping", "stopped", "shutting-down", "terminated")
@@ -193,3 +195,70 @@ def test_the_same_problem_keeps_its_time() -> None:
     first = problem(None, "A", "text", ago(60))
     assert problem(first, "A", "text", NOW) is first
     assert problem(first, "A", "other", NOW).at == NOW
+
+
+def resting(phase: str, state: str, **spec: Any) -> LabWorker:
+    """A worker of which nothing is expected."""
+    worker = a_worker(**spec)
+    worker.status = worker.status.model_copy(update={"phase": phase, "observed_generation": 3})
+    worker.status.ec2.state, worker.status.cml.ready = state, phase != "Stopped"
+    if phase == "Failed":
+        worker.status.failure = Failure(reason="r", message="", at=NOW, generation=3, phase="Starting")
+    return worker
+
+
+RESTING = [
+    ("Ready", "running", {}),
+    ("ReadyUnlicensed", "running", {}),
+    ("Active", "running", {}),
+    ("Stopped", "stopped", {"desiredPhase": "Stopped"}),
+    ("Failed", "running", {}),
+    ("Terminated", "terminated", {"desiredPhase": "Terminated"}),
+]
+
+
+def _stir(worker: LabWorker, what: str) -> None:
+    """Something that will not wait."""
+    status, trouble = worker.status, Problem(reason="r", message="", at=NOW)
+    match what:
+        case "a new spec":
+            worker.metadata.generation = 4
+        case "another wish":
+            worker.spec.desired_phase = "Terminated" if status.phase != "Stopped" else "Ready"
+            status.observed_generation = worker.metadata.generation = 4
+        case "the clock was set":
+            status.set_condition(Conditions.CLOCK_STEADY, status=False, reason="r", message="", now=NOW)
+        case "EC2 failed":
+            status.ec2.last_error = trouble
+        case "CML failed":
+            status.cml.last_error, status.cml.failed_checks = trouble, 1
+        case "the instance changed":
+            status.ec2.state = "stopping"
+
+
+@pytest.mark.parametrize(("phase", "state", "spec"), RESTING)
+def test_a_worker_rests_while_nothing_is_wished_wrong_or_on_its_way(phase: str, state: str, spec: Any) -> None:
+    assert at_rest(resting(phase, state, **spec))
+    for what in ("a new spec", "the clock was set"):
+        worker = resting(phase, state, **spec)
+        _stir(worker, what)
+        assert not at_rest(worker), what
+    if phase != "Terminated":
+        worker = resting(phase, state, **spec)
+        _stir(worker, "another wish")
+        assert not at_rest(worker)
+    if phase not in {"Terminated", "Failed"}:
+        for what in ("EC2 failed", "CML failed", "the instance changed"):
+            worker = resting(phase, state, **spec)
+            _stir(worker, what)
+            assert not at_rest(worker), what
+
+
+def test_a_worker_on_its_way_or_that_could_have_a_licence_does_not_rest() -> None:
+    for phase in ("Pending", "ProvisioningEC2", "Starting", "Licensing", "Draining", "Unlicensing", "TerminatingEC2"):
+        assert not at_rest(resting(phase, "running")), phase
+    token = {"cml": {"licenseTokenFrom": {"env": "TOKEN"}}, "autoLicense": True}
+    assert not at_rest(resting("ReadyUnlicensed", "running", **token))
+    licensed = resting("ReadyUnlicensed", "running")
+    licensed.status.cml.licensed = True
+    assert not at_rest(licensed)
