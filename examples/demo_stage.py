@@ -15,6 +15,7 @@ import sys
 import tempfile
 import time
 import uuid
+from base64 import b64encode
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack
 from pathlib import Path
@@ -45,7 +46,7 @@ class NotShown(Exception):  # noqa: N818 - what happened
 
 
 class Missing(Exception):  # noqa: N818 - what happened
-    """A server that the demo needs does not answer."""
+    """Something that the demo needs is not there; the text says what to do."""
 
 
 class Story:
@@ -176,6 +177,8 @@ class Stage:
             else:
                 self.folder = self._data_dir.resolve()
                 self.folder.mkdir(parents=True, exist_ok=True)
+                if any(self.folder.glob("*.log")):
+                    raise Missing(f"{self.folder} keeps an earlier story: name another folder")
             if self._self_contained:
                 etcd = await stack.enter_async_context(EtcdServer(self.folder / "etcd"))
                 redis = await stack.enter_async_context(RedisServer(self.folder / "redis"))
@@ -219,15 +222,16 @@ class Stage:
 
     async def _clear(self) -> None:
         """Leave nothing of the demo in servers that stay."""
-        storage, bookmarks = self.storage(), RedisBookmarks(self.redis_url, SystemClock(), root=self.root)
+        first, behind = (b64encode(key.encode()).decode() for key in (f"{self.root}/", f"{self.root}0"))
+        async with httpx.AsyncClient(base_url=self.etcd_endpoints.split(",")[0]) as etcd:
+            reply = await etcd.post("/v3/kv/deleterange", json={"key": first, "range_end": behind})
+            reply.raise_for_status()
+        bookmarks = RedisBookmarks(self.redis_url, SystemClock(), root=self.root)
         try:
-            for entry in (await storage.list(f"{self.root}/")).entries:
-                await storage.delete(entry.key, expected_revision=entry.revision)
             for watcher, saved in (await bookmarks.all()).items():
                 await bookmarks.forget(watcher, saved)
         finally:
             await bookmarks.aclose()
-            await storage.aclose()
 
 
 async def servers_answer(etcd_endpoints: Sequence[str], redis_url: str) -> None:

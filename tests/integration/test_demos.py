@@ -6,17 +6,19 @@ import os
 import signal
 import subprocess
 import sys
+from base64 import b64encode
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
 
+import httpx
 import orjson
 import pytest
 from redis.asyncio import Redis
 
 from lrm.devservers import EtcdServer, RedisServer
 from lrm.processes import free_port
-from storage.etcd import EtcdStorage
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 NOWHERE = ("--etcd", "http://127.0.0.1:1", "--redis", "redis://127.0.0.1:1/0")
@@ -83,11 +85,9 @@ async def test_on_running_servers_it_leaves_nothing_in_them(etcd: EtcdServer, re
     """It finds them by the settings that lrm itself has."""
     code, output = played("finalizers", LRM_ETCD_ENDPOINTS=etcd.endpoint, LRM_REDIS_URL=redis_server.url)
     assert code == 0, output
-    storage = EtcdStorage([etcd.endpoint])
-    try:
-        assert (await storage.list("/lrm-demo-")).entries == ()
-    finally:
-        await storage.aclose()
+    first, behind = (b64encode(key).decode() for key in (b"/lrm-demo-", b"/lrm-demo."))
+    kept = httpx.post(f"{etcd.endpoint}/v3/kv/range", json={"key": first, "range_end": behind}).raise_for_status()
+    assert "kvs" not in kept.json()
     async with Redis.from_url(redis_server.url) as client:
         assert await client.keys("*") == []
 
@@ -106,6 +106,16 @@ def test_an_effect_of_a_second_instance_is_told_and_fails_the_demo(tmp_path: Pat
     code, output = played("ha_deployment", "--self-contained", "--data-dir", str(tmp_path))
     assert code == 1
     assert "not shown: each was reconciled exactly once (observed: 31)" in output
+
+
+def test_terms_that_overlap_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(EXAMPLES)
+    demo = import_module("demo_ha_deployment")
+    first, second = demo.Effect("instance-1", 3, "a", 1), demo.Effect("instance-2", 70, "b", 1)
+    late, twin = demo.Effect("instance-1", 3, "c", 1), demo.Effect("instance-3", 70, "d", 1)
+    assert demo.overlapping([first, first, second, second]) == []
+    assert demo.overlapping([first, second, late]) == [(second, late)]
+    assert demo.overlapping([first, second, twin]) == [(second, twin)]
 
 
 def test_a_lost_delivery_is_told_and_fails_the_demo(tmp_path: Path) -> None:
@@ -149,6 +159,14 @@ def test_without_servers_it_says_what_is_missing(command: tuple[str, ...]) -> No
     assert code == 1
     assert "no etcd answers at http://127.0.0.1:1 (--etcd, LRM_ETCD_ENDPOINTS)" in output
     assert "Traceback" not in output
+
+
+def test_a_folder_with_an_earlier_story_is_refused(tmp_path: Path) -> None:
+    """What that one left would be taken for what this one did."""
+    (tmp_path / "lrm.log").touch()
+    code, output = played("finalizers", "--self-contained", "--data-dir", str(tmp_path))
+    assert code == 1
+    assert "keeps an earlier story: name another folder" in output.replace("\n", " ")
 
 
 def test_one_instance_in_a_terminal_leads_reconciles_and_hands_over(
