@@ -27,7 +27,7 @@ soak: setup
 	$(BIN)/python -m pytest
 
 bench: setup
-	@echo "none yet"
+	PYTHONPATH=tests $(BIN)/python -m bench
 
 clean:
 	rm -rf $(VENV) .cache .mypy_cache .ruff_cache .pytest_cache

@@ -32,6 +32,19 @@ def test_every_make_target_that_it_names_exists() -> None:
     assert named <= targets
 
 
+def test_the_demos_that_it_names_are_those_that_test_demos_plays() -> None:
+    named = re.findall(r"^python examples/demo_(\w+)\.py --self-contained$", README, re.MULTILINE)
+    suite = (ROOT / "tests" / "integration" / "test_demos.py").read_text()
+    played = re.findall(r'\("(\w+)", \d+\)', suite)
+    assert sorted(named) == sorted(played)
+
+
+def test_every_file_that_it_links_to_exists() -> None:
+    links = re.findall(r"\]\(([^)#:]+)\)", README)
+    assert links
+    assert [link for link in links if not (ROOT / link).exists()] == []
+
+
 @pytest.mark.timeout(300)
 def test_every_command_does_what_it_should(tmp_path: Path, kubectl_program: Path) -> None:
     port = free_port()
