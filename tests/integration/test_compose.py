@@ -27,6 +27,8 @@ from lrm.settings import Settings, parse_duration
 ROOT = Path(__file__).parents[2]
 ETCDS = ("etcd-1", "etcd-2", "etcd-3")
 DAEMONS = ("lrm-1", "lrm-2", "lrm-3")
+MAKE_TOKEN = ("run", "--rm", "--no-deps", "-T", "lrm-1", "token", "create", "alice", "--role", "admin")
+UP = ("up", "--detach", "--wait")
 TOKEN = re.compile(r"token \(shown only now\): (\S+)")
 
 
@@ -125,6 +127,11 @@ def test_the_image_holds_the_three_packages_and_what_installing_them_takes() -> 
     assert all((ROOT / name).exists() for name in allowed)
 
 
+def test_its_first_lines_say_the_two_commands_that_these_tests_run() -> None:
+    text = (ROOT / "compose.yaml").read_text()
+    assert f"#   docker compose {' '.join(MAKE_TOKEN)} >> tokens.yaml\n#   docker compose {' '.join(UP)}\n" in text
+
+
 class Stack:
     """compose.yaml, brought up under a project name of its own with images of this machine's programs."""
 
@@ -175,7 +182,7 @@ class Stack:
         """The two commands at the top of compose.yaml."""
         with self._tokens_file.open("a") as tokens:
             made = subprocess.run(
-                [*self._argv, "run", "--rm", "--no-deps", "-T", "lrm-1", "token", "create", "alice", "--role", "admin"],
+                [*self._argv, *MAKE_TOKEN],
                 env=self._environment,
                 stdout=tokens,
                 stderr=subprocess.PIPE,
@@ -185,7 +192,7 @@ class Stack:
             )
         assert made.returncode == 0, made.stderr
         self.token = TOKEN.findall(made.stderr)[0]
-        done = self.compose("up", "--detach", "--wait", "--no-build")
+        done = self.compose(*UP, "--no-build")
         assert done.returncode == 0, done.stderr + self.compose("logs", "--tail=20").stdout
 
     def down(self) -> None:
