@@ -147,8 +147,9 @@ class Bookmark:
     async def begin(self, term: Term, position: Position) -> int | None:
         """Follow `position` from now on, and return the revision to resume after; None when there is none to trust.
 
-        A position must be of the line that the store is on when this is called, or of a later one. Redis being away is
-        None, too (after a second at most), unless this process knows where it was itself. Waits for the store.
+        It is not asked for before this has returned, and must be of the line that the store is on when this is called,
+        or of a later one. Redis being away is None, too (after a second at most), unless this process knows itself
+        where it was. Waits for the store.
         """
         self._term, self._position = term, position
         self._disproved, self._judged, self._sent, self.refused = None, False, 0, False

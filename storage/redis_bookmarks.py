@@ -1,7 +1,7 @@
 """Bookmarks in Redis: one small JSON value a watcher, moved by a script that judges and writes in one step.
 
 On one line of the store's history (cluster and epoch) a bookmark never goes back and is never moved for an older term;
-one of another line is replaced whole. Nobody renewing it for a week, it goes. Every call ends within `timeout` and
+one of another line is replaced whole. Nobody renewing it for a week, it goes. Every question ends within `timeout` and
 raises `RedisFailed`, whatever is wrong with Redis; a value that is no bookmark counts as none and is replaced.
 Two installations may share a Redis if their etcd roots differ: keys are `{root}:bookmark:{watcher}` without the root's
 first slash, hence `lrm:bookmark:{watcher}` where nothing else is set. Called by `lrm.bookmarks`.
@@ -150,7 +150,10 @@ class RedisBookmarks:
         return [_outcome(outcome) for outcome in outcomes]
 
     async def all(self) -> dict[str, SavedBookmark]:
-        """Every bookmark of this installation, by watcher. Raises `RedisFailed`."""
+        """Every bookmark of this installation, by watcher: one question for each thousand keys that Redis holds.
+
+        Raises `RedisFailed`.
+        """
         found: dict[str, SavedBookmark] = {}
         pattern = re.sub(r"([\\*?\[\]])", r"\\\1", self._prefix) + "*"
         cursor = 0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lrm.bookmarks import Watermark
@@ -42,6 +42,7 @@ STEP = st.tuples(
 )
 
 
+@settings(deadline=None)
 @given(st.lists(STEP, max_size=60))
 def test_it_is_what_a_full_record_of_events_and_attempts_says(steps: list[tuple[str, str, int]]) -> None:
     mark, model, head = Watermark[str](), NaiveModel(), 10
