@@ -174,3 +174,22 @@ async def test_a_newer_wish_replaces_one_that_is_under_way(monkeypatch: pytest.M
         assert (await outcome(world, record, 3)).status == "True"
         assert lab.state == "STARTED"
         assert not world.machine().counts["PUT /labs/{lab_id}/wipe"]
+
+
+async def test_a_new_leader_need_not_hurry_to_labs_that_are_mirrored_and_wish_for_nothing(world: LabsWorld) -> None:
+    labs, records = world.labs.controller, world.records_runner.controller
+    _, record = await mirrored(world)
+    assert records.settled(record)
+    assert labs.settled(await world.get_worker())
+    held = record.metadata.finalizers
+    record.metadata.finalizers = []
+    assert not records.settled(record), "a record that nothing holds would be deleted without its lab"
+    record.metadata.finalizers = held
+    final = await outcome(world, record, (await wish(world, record, "STARTED")).metadata.generation)
+    assert final.reason == "Reached"
+    record.metadata.generation += 1
+    assert not records.settled(record), "a wish is open"
+    await world.sync()
+    assert labs.settled(await world.get_worker())
+    world.fault("status", path="/labs", status=500)
+    assert not labs.settled(await world.failing_sync())
