@@ -6,6 +6,7 @@ import asyncio
 import os
 import sys
 from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import AsyncExitStack
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -274,6 +275,23 @@ async def test_a_new_epoch_is_a_gap_and_the_bookmark_follows_to_the_new_line(dae
         return held is not None and (held.epoch, held.revision >= last) == ("restored", True)
 
     await until(saved)
+
+
+async def test_a_new_epoch_of_which_others_were_told_while_it_waited_its_turn_is_a_gap_too(daemon: Daemon) -> None:
+    """The store tells each reset once, to those who watch; a consumer between two watches looks for itself."""
+    consumer = daemon.consumer()
+    term = await daemon.start_new(consumer)
+    await daemon.stop(consumer)
+    async with AsyncExitStack() as others:
+        for _ in range(REPLAYS):
+            await others.enter_async_context(daemon.bookmarks.replays)
+        await daemon.start(consumer, term)
+        await until(lambda: consumer.describe()["position"] > 0, "it has its bookmark, and waits to read history")
+        now = await daemon.storage.set(f"{daemon.root}/epoch", b"restored")
+        with pytest.raises(StoreReset):
+            async with daemon.storage.watch(f"{daemon.root}/r/", now):
+                raise AssertionError("this is who is told")
+    await until(lambda: consumer.stats.resyncs == 2)
 
 
 async def test_a_lost_term_ends_the_delivery_in_hand_and_the_next_leader_gets_it(daemon: Daemon) -> None:
