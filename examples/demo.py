@@ -20,6 +20,7 @@ from typing import Any
 import boto3
 import httpx
 import orjson
+
 from demo_stage import NotShown, Story, out, running
 
 MANIFESTS = Path(__file__).parent / "manifests"
@@ -240,7 +241,7 @@ def dev_stack(story: Story, folder: Path) -> Iterator[dict[str, Any]]:
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
-        if process.stdout:
+        if process.stdout is not None:
             process.stdout.close()
     left = {name: pid for name, pid in pids.items() if running(pid)}
     if left:

@@ -18,11 +18,11 @@ from pathlib import Path
 from typing import Any
 
 import orjson
+from pydantic import Field
+
 from demo_clients import changes_in_store
 from demo_plugin import API, EXERCISES, exercise
 from demo_stage import Stage, Story, arguments, play
-from pydantic import Field
-
 from lrm.consumer import Delivery, EventConsumer
 from lrm.plugin import Plugin, PluginContext
 from lrm.settings import LrmSettings, Words

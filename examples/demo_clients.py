@@ -10,6 +10,7 @@ from typing import Any
 
 import httpx
 import orjson
+
 from demo_plugin import API, exercise
 from demo_stage import Daemon, NotShown, Stage
 

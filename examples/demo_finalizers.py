@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import orjson
-from demo_stage import Daemon, NotShown, Stage, Story, arguments, play
 from pydantic import Field
 
+from demo_stage import Daemon, NotShown, Stage, Story, arguments, play
 from lrm.errors import RetryLater
 from lrm.kind import Column, Kind
 from lrm.model import Model

@@ -23,11 +23,11 @@ from typing import Any
 
 import httpx
 import orjson
+from rich.markup import escape
+
 from demo_clients import Stream, Watcher, changes_in_store
 from demo_plugin import API, LOCK, Effect, exercise, narrate, plugin
 from demo_stage import Daemon, Missing, NotShown, Stage, Story, arguments, out, play, servers_answer
-from rich.markup import escape
-
 from lrm.api.app import ApiError
 from lrm.daemon import run_daemon
 from lrm.errors import only_cause

@@ -72,7 +72,8 @@ class Compacted(StorageError):  # noqa: N818 - the name is the contract's
     """The asked revision is no longer kept; `oldest` is the lowest that is, 0 when the store did not say."""
 
     def __init__(self, oldest: int) -> None:
-        super().__init__(f"the store keeps no history before revision {oldest}")
+        since = f"before revision {oldest}" if oldest else "as old as that"
+        super().__init__(f"the store keeps no history {since}")
         self.oldest = oldest
 
 
