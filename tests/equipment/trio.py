@@ -31,7 +31,7 @@ from lrm.devservers import RedisServer
 from lrm.processes import ProcessError
 
 ROOT = "/lrm"
-LEASE, RENEW, RETRY = 4.0, 2.0, 0.5
+LEASE, RENEW, RETRY = 5.0, 3.0, 0.5
 """Seconds: the shortest that leave a machine with two cores room to breathe."""
 WORKERS = "/apis/lab.neuroglia.io/v1/namespaces/default/labworkers"
 COSTLY = ("pending", "running", "stopping", "stopped")

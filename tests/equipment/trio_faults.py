@@ -21,18 +21,31 @@ from lrm.devservers import EtcdServer
 
 Fault = Callable[[Scene], Awaitable[None]]
 FAULTS: dict[str, Fault] = {}
+AT_ONCE: dict[str, list[str]] = {"daemon": [], "store": []}
+"""Faults of which one of each group may strike at the same time; the others watch for what another would disturb."""
 
 
-def fault(act: Fault) -> Fault:
-    """Enter a fault into the table under its name."""
-    FAULTS[act.__name__.replace("_", "-")] = act  # type: ignore[attr-defined]
+def fault(act: Fault, group: str = "") -> Fault:
+    """Enter a fault into the table under its name, and into a group if it gets along with the other one's."""
+    name = act.__name__.replace("_", "-")  # type: ignore[attr-defined]
+    FAULTS[name] = act
+    if group:
+        AT_ONCE[group].append(name)
     return act
+
+
+def daemon_fault(act: Fault) -> Fault:
+    return fault(act, "daemon")
+
+
+def store_fault(act: Fault) -> Fault:
+    return fault(act, "store")
 
 
 # Daemons
 
 
-@fault
+@daemon_fault
 async def leader_daemon_killed(s: Scene) -> None:
     node, term = await _leader(s)
     node.kill()
@@ -41,7 +54,7 @@ async def leader_daemon_killed(s: Scene) -> None:
     await node.process.start_ready(40)
 
 
-@fault
+@daemon_fault
 async def leader_daemon_paused_past_its_lease(s: Scene) -> None:
     """It wakes up as a leader of the past in the middle of a write, which it would like to try once more."""
     node, term = await _leader(s)
@@ -54,7 +67,7 @@ async def leader_daemon_paused_past_its_lease(s: Scene) -> None:
     await s.progress()
 
 
-@fault
+@daemon_fault
 async def standby_daemon_killed(s: Scene) -> None:
     node = await s.trio.standby()
     node.kill()
@@ -62,7 +75,7 @@ async def standby_daemon_killed(s: Scene) -> None:
     await node.process.start_ready(40)
 
 
-@fault
+@daemon_fault
 async def standby_daemon_paused(s: Scene) -> None:
     node = await s.trio.standby()
     node.pause()
@@ -71,7 +84,7 @@ async def standby_daemon_paused(s: Scene) -> None:
     await s.progress()
 
 
-@fault
+@daemon_fault
 async def leader_daemon_stopped_gracefully(s: Scene) -> None:
     node, term = await _leader(s)
     node.process.terminate()
@@ -81,44 +94,44 @@ async def leader_daemon_stopped_gracefully(s: Scene) -> None:
     await node.process.start_ready(40)
 
 
-@fault
+@daemon_fault
 async def leader_daemon_killed_in_a_launch(s: Scene) -> None:
     """EC2 has made the instance; the daemon dies before it hears of it."""
     async with asyncio.timeout(60):
         node, term = await _leader(s, "workers")
         with _held(node.aws, "Action=RunInstances") as rule:
-            await s.trio.post_worker(s.worker)
+            worker = await s.post_worker()
             await rule.hit()
             node.kill()
         await s.trio.later_term(term, "workers")
-        await _worker_ready(s)
+        await s.worker_ready(worker)
         await node.process.start_ready(40)
 
 
-@fault
+@daemon_fault
 async def leader_daemon_paused_in_a_launch(s: Scene) -> None:
     """The answer of a RunInstances waits until another has finished the work, and then wakes the first one up."""
     node, term = await _leader(s, "workers")
     with _held(node.aws, "Action=RunInstances") as rule:
-        await s.trio.post_worker(s.worker)
+        worker = await s.post_worker()
         await rule.hit()
         node.pause()
         await s.trio.later_term(term, "workers")
-        await _worker_ready(s)
+        await s.worker_ready(worker)
     node.resume()
     await s.progress()
 
 
-@fault
+@daemon_fault
 async def leader_daemon_paused_in_a_registration(s: Scene) -> None:
     """The same with a CML that takes a licence: no seat is taken twice, and none is lost."""
     node, term = await _leader(s, "workers")
     with _held(node.cml, "", "licensing/registration") as rule:
-        await s.trio.post_worker(s.worker)
+        worker = await s.post_worker()
         await rule.hit()
         node.pause()
         await s.trio.later_term(term, "workers")
-        await _worker_ready(s)
+        await s.worker_ready(worker)
     node.resume()
     await s.progress()
 
@@ -127,8 +140,8 @@ async def leader_daemon_paused_in_a_registration(s: Scene) -> None:
 async def wall_clock_of_the_leader_set(s: Scene) -> None:
     """An hour ahead, then an hour behind: leases run on the monotonic clock, and nothing is ended for it."""
     node, term = await _leader(s)
-    await s.trio.post_worker(s.worker)
-    await _worker_ready(s)
+    worker = await s.post_worker()
+    await s.worker_ready(worker)
     for hours in (1, -1):
         set_wall(node.wall, hours * 3600)
         await s.progress(20, 10)
@@ -139,33 +152,33 @@ async def wall_clock_of_the_leader_set(s: Scene) -> None:
 # etcd
 
 
-@fault
+@store_fault
 async def etcd_leader_killed(s: Scene) -> None:
     await _member_killed(s, leader=True)
 
 
-@fault
+@store_fault
 async def etcd_follower_killed(s: Scene) -> None:
     await _member_killed(s, leader=False)
 
 
-@fault
+@store_fault
 async def etcd_leader_paused(s: Scene) -> None:
     await _member_paused(s, leader=True)
 
 
-@fault
+@store_fault
 async def etcd_follower_paused(s: Scene) -> None:
     await _member_paused(s, leader=False)
 
 
-@fault
+@store_fault
 async def etcd_leader_cut_off_from_its_peers(s: Scene) -> None:
     """Daemons still reach it, and it knows nothing of what the others decide."""
     await _member_isolated(s, leader=True)
 
 
-@fault
+@store_fault
 async def etcd_follower_cut_off_from_its_peers(s: Scene) -> None:
     await _member_isolated(s, leader=False)
 
@@ -185,7 +198,7 @@ async def etcd_without_a_majority(s: Scene) -> None:
     await s.progress()
 
 
-@fault
+@store_fault
 async def etcd_slow(s: Scene) -> None:
     """Every byte to and from every member comes 0.2 s later."""
     for link in s.trio.members.values():
@@ -228,7 +241,7 @@ async def writes_to_etcd_late(s: Scene) -> None:
     await s.progress()
 
 
-@fault
+@store_fault
 async def history_compacted(s: Scene) -> None:
     """To the head, three times, under load: whoever needs what is gone must say so or start anew."""
     for _ in range(3):
@@ -243,7 +256,7 @@ async def history_compacted(s: Scene) -> None:
 # The links of one daemon
 
 
-@fault
+@daemon_fault
 async def leader_daemon_cut_off_from_etcd(s: Scene) -> None:
     node, term = await _leader(s)
     node.cut_etcd()
@@ -253,7 +266,7 @@ async def leader_daemon_cut_off_from_etcd(s: Scene) -> None:
     await s.progress()
 
 
-@fault
+@daemon_fault
 async def standby_daemon_cut_off_from_etcd(s: Scene) -> None:
     node = await s.trio.standby()
     node.cut_etcd()
@@ -277,28 +290,28 @@ async def leader_daemon_cut_off_from_redis(s: Scene) -> None:
 async def leader_daemon_cut_off_from_ec2(s: Scene) -> None:
     node, _ = await _leader(s, "workers")
     node.aws.freeze()
-    await s.trio.post_worker(s.worker)
+    worker = await s.post_worker()
     await until(lambda: node.aws.serving() > 0, "a call that waits", 20)
     await s.progress(25, 12)
     node.aws.thaw()
-    await _worker_ready(s)
+    await s.worker_ready(worker)
 
 
 @fault
 async def leader_daemon_cut_off_from_cml(s: Scene) -> None:
     node, _ = await _leader(s, "workers")
     node.cml.freeze()
-    await s.trio.post_worker(s.worker)
+    worker = await s.post_worker()
     await until(lambda: node.cml.serving() > 0, "a call that waits", 30)
     await s.progress(25, 12)
     node.cml.thaw()
-    await _worker_ready(s)
+    await s.worker_ready(worker)
 
 
 # Redis
 
 
-@fault
+@store_fault
 async def redis_killed(s: Scene) -> None:
     """It comes back with an empty memory; bookmarks are written again."""
     s.trio.redis_era += 1
@@ -309,7 +322,7 @@ async def redis_killed(s: Scene) -> None:
     await until(lambda: any(mark.era == era for mark in s.history.marks), "bookmarks again", 20)
 
 
-@fault
+@store_fault
 async def redis_paused(s: Scene) -> None:
     s.trio.redis.pause()
     await s.progress(25, 12)
@@ -335,18 +348,12 @@ async def redis_full(s: Scene) -> None:
 
 async def _leader(s: Scene, lock: str = "gadgets") -> tuple[Node, int]:
     """The leading daemon and its term."""
-    node = await s.trio.leader(lock)
-    name, term = await s.trio.holder(lock)
-    assert name == node.name, f"{lock} changed hands before the fault"
-    return node, term
 
+    async def found() -> tuple[Node, int] | None:
+        name, term = await s.trio.holder(lock)
+        return (s.trio.nodes[name], term) if name and s.trio.nodes[name].running else None
 
-async def _worker_ready(s: Scene) -> None:
-    async def ready() -> bool:
-        workers = await s.trio.stored("/lrm/r/labworkers/")
-        return any(key.endswith(f"/{s.worker}") and w["status"].get("phase") == "Ready" for key, w in workers.items())
-
-    await until(ready, f"{s.worker} Ready", 60)
+    return await until(found, f"a leader of {lock}", 40)
 
 
 @contextmanager

@@ -48,7 +48,7 @@ class Scene:
         self.over = False
         """Set by a test that has judged the scene itself, before it took the store away."""
         self.namespace = f"s{uuid.uuid4().hex[:8]}"
-        self.worker = f"w-{self.namespace}"
+        self.workers: list[str] = []
         self.prefix = f"{ROOT}/r/gadgets/{self.namespace}/"
         self.reference = Reference(trio.cluster.endpoints, ROOT)
         self.history = History(self.prefix, f"{ROOT}/leader/", ruled=RULED)
@@ -78,12 +78,36 @@ class Scene:
         )
 
     async def end(self) -> None:
-        """Peace, some more work, and the users go."""
+        """Peace, some more work, and the users go; in the end the workers, too, and nothing is left of them."""
         await self.trio.heal()
         await self.progress()
         await self.load.stop()
-        await self.trio.delete_worker(self.worker)
         await self.settle()
+        if self.workers:
+            for name in self.workers:
+                await self.trio.delete_worker(name)
+            await self._until_nothing(self.world_without_workers, "nothing left of the workers")
+
+    async def post_worker(self) -> str:
+        """A worker more, which goes when the scene ends."""
+        name = f"w{len(self.workers)}-{self.namespace}"
+        self.workers.append(name)
+        await self.trio.post_worker(name)
+        return name
+
+    async def worker_ready(self, name: str) -> None:
+        """Wait until a worker serves; then students begin two labs there."""
+        found: list[dict[str, Any]] = []
+
+        async def ready() -> bool:
+            workers = await self.trio.stored(f"{ROOT}/r/labworkers/")
+            found[:] = [w for key, w in workers.items() if key.endswith(f"/{name}")]
+            return bool(found) and found[0]["status"].get("phase") == "Ready"
+
+        await until(ready, f"{name} Ready: {found}", 60)
+        machine = self.trio.cml.machine(found[0]["status"]["ec2"]["instanceId"])
+        for title in ("OSPF", "BGP"):
+            machine.add_lab(title)
 
     async def settle(self) -> None:
         """Until every gadget and the worker are as wished, and each watcher has heard of it."""
@@ -133,6 +157,11 @@ class Scene:
             if found != wanted:
                 return f"{node.name} has {sorted(found ^ wanted)} otherwise"
         return ""
+
+    async def world_without_workers(self) -> str:
+        """What is left of this scene's workers, in the store or outside."""
+        left = [key for key in await self.trio.keys(f"{ROOT}/r/labworkers/") if key.endswith(tuple(self.workers))]
+        return ", ".join(left) or await self.world_outside()
 
     async def world_outside(self) -> str:
         """What is not as it should be: one instance per worker that is to be, none else, and records of its labs."""

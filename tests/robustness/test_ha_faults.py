@@ -6,6 +6,7 @@ seed; `LRM_TEST_SEED=n pytest tests/robustness/test_ha_faults.py -k random` repe
 
 from __future__ import annotations
 
+import asyncio
 import os
 import random
 from collections.abc import AsyncIterator
@@ -17,7 +18,7 @@ import pytest_asyncio
 from equipment.aws import SharedMoto
 from equipment.etcd import binary, scratch_dir
 from equipment.trio import Trio
-from equipment.trio_faults import FAULTS
+from equipment.trio_faults import AT_ONCE, FAULTS
 from equipment.trio_scene import scene
 
 pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.timeout(240), pytest.mark.slow]
@@ -55,7 +56,7 @@ async def test_every_promise_holds_through(trio: Trio, fault: str) -> None:
 def _seeds() -> list[Any]:
     if "LRM_TEST_SEED" in os.environ:
         return [int(os.environ["LRM_TEST_SEED"])]
-    return [pytest.param(seed, marks=pytest.mark.soak) for seed in range(1, 7)]
+    return [pytest.param(seed, marks=pytest.mark.soak) for seed in range(1, 9)]
 
 
 @pytest.mark.parametrize("seed", _seeds())
@@ -67,3 +68,16 @@ async def test_every_promise_holds_through_random_trouble(trio: Trio, seed: int)
     async with scene(trio, draw) as s:
         for name in names:
             await FAULTS[name](s)
+
+
+@pytest.mark.parametrize("seed", _seeds())
+async def test_every_promise_holds_through_random_trouble_of_two_kinds_at_once(trio: Trio, seed: int) -> None:
+    """Three times: a daemon's trouble and the store's at the same moment, in one scene."""
+    draw = random.Random(seed)
+    pairs = [(draw.choice(AT_ONCE["daemon"]), draw.choice(AT_ONCE["store"])) for _ in range(3)]
+    print(f"LRM_TEST_SEED={seed}: {', '.join(' with '.join(pair) for pair in pairs)}")
+    async with scene(trio, draw) as s:
+        for pair in pairs:
+            async with asyncio.TaskGroup() as both:
+                for name in pair:
+                    both.create_task(FAULTS[name](s))

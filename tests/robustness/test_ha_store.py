@@ -67,16 +67,16 @@ async def test_every_promise_holds_through_an_etcd_out_of_space(trio: Trio) -> N
 async def test_every_promise_holds_after_a_snapshot_was_restored(trio: Trio) -> None:
     """What was written after the snapshot is gone, for every daemon alike; what was there goes on where it was."""
     async with scene(trio, random.Random(2)) as s:
-        await trio.post_worker("kept")
-        await _ready(trio, "kept")
+        await s.worker_ready(await s.post_worker())
         path = trio.folder / "snapshot.db"
         await asyncio.to_thread(snapshot, next(iter(trio.cluster.members.values())), path)
         await s.progress(20, 10)
         await _judged_before_the_loss(s)
         await trio.cluster.restore(path)
         await asyncio.to_thread(_restore_done, trio)
-    async with scene(trio, random.Random(3)):
-        pass
+    async with scene(trio, random.Random(3)) as later:
+        later.workers += s.workers
+        await later.progress(20, 10)
 
 
 async def _fill(member: Gateway) -> None:
@@ -92,14 +92,6 @@ async def _fill(member: Gateway) -> None:
         return False
 
     await until(full, "the quota reached", 60)
-
-
-async def _ready(trio: Trio, name: str) -> None:
-    async def ready() -> bool:
-        workers = await trio.stored(f"{ROOT}/r/labworkers/")
-        return any(key.endswith(f"/{name}") and w["status"].get("phase") == "Ready" for key, w in workers.items())
-
-    await until(ready, f"{name} Ready", 60)
 
 
 async def _judged_before_the_loss(s: Scene) -> None:
