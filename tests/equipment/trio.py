@@ -33,6 +33,8 @@ from lrm.processes import ProcessError
 ROOT = "/lrm"
 LEASE, RENEW, RETRY = 5.0, 3.0, 0.5
 """Seconds: the shortest that leave a machine with two cores room to breathe."""
+SILENCE = 2.0
+"""Seconds after which a silent watch is probed."""
 WORKERS = "/apis/lab.neuroglia.io/v1/namespaces/default/labworkers"
 COSTLY = ("pending", "running", "stopping", "stopped")
 
@@ -43,7 +45,7 @@ SPEED = {
     "LRM_RETRY_PERIOD": str(RETRY),
     "LRM_BOOKMARK_EVERY": "0.2",
     "LRM_ETCD_TIMEOUT": "2",
-    "LRM_ETCD_SILENCE": "2",
+    "LRM_ETCD_SILENCE": str(SILENCE),
     "LRM_WORKER_POLL_INTERVAL": "0.2",
     "LRM_WORKER_REST_INTERVAL": "0.5",
     "LRM_WORKER_TRACE_TIMEOUT": "60",

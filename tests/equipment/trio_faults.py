@@ -13,7 +13,7 @@ import redis.asyncio
 
 from equipment.etcd import Gateway, b64
 from equipment.fault_proxy import FaultProxy, How, Request, Rule, When
-from equipment.trio import Node, Trio
+from equipment.trio import RENEW, SILENCE, Node, Trio
 from equipment.trio_plugin import set_wall
 from equipment.trio_scene import Scene
 from equipment.waiting import until
@@ -82,6 +82,17 @@ async def standby_daemon_paused(s: Scene) -> None:
     await s.progress(30, 15)
     node.resume()
     await s.progress()
+
+
+@fault
+async def leader_daemon_stutters(s: Scene) -> None:
+    """Paused again and again for about as long as it may trust its lease: it is deposed or not, and both is well."""
+    for _ in range(4):
+        node = await s.trio.leader()
+        node.pause()
+        await asyncio.sleep(RENEW + s.draw.uniform(-0.3, 0.6))  # not waiting for anything: the length is the point
+        node.resume()
+        await s.progress()
 
 
 @daemon_fault
@@ -210,16 +221,33 @@ async def etcd_slow(s: Scene) -> None:
 
 @fault
 async def replies_of_etcd_lost(s: Scene) -> None:
-    """Writes are carried out and nobody hears of it: each daemon loses the next replies of each member."""
-    rules = [
-        proxy.inject(When.AFTER, s.draw.choice([How.RESET, How.CLOSE, How.TRUNCATE]), "/v3/kv/txn", times=5, keep=40)
-        for node in s.trio.nodes.values()
-        for proxy in node.etcd.values()
-    ]
-    await until(lambda: sum(rule.hits for rule in rules) >= 12, "lost replies", 40)
-    for node in s.trio.nodes.values():
-        for proxy in node.etcd.values():
+    """Writes are carried out and nobody hears of it, others are lost on the way: for several seconds, on every link."""
+    proxies = [proxy for node in s.trio.nodes.values() for proxy in node.etcd.values()]
+    for _ in range(4):
+        rules = [
+            proxy.inject(when, how, "/v3/kv/txn", skip=s.draw.randint(0, 3), times=3, keep=40)
+            for proxy in proxies
+            for when, how in (
+                (When.AFTER, s.draw.choice([How.RESET, How.CLOSE, How.TRUNCATE, How.SILENCE])),
+                (When.BEFORE, s.draw.choice([How.RESET, How.CLOSE])),
+            )
+        ]
+        await until(lambda: sum(rule.hits for rule in rules) >= 12, "lost replies", 40)  # noqa: B023 - used at once
+        for proxy in proxies:
             proxy.clear()
+        await s.progress()
+
+
+@fault
+async def keepalive_replies_lost(s: Scene) -> None:
+    """The store renews the lease, the leader does not hear of it, stops all the same, and lets another one begin."""
+    node, term = await _leader(s)
+    rules = [proxy.inject(When.AFTER, How.SILENCE, "/v3/lease/keepalive", times=0) for proxy in node.etcd.values()]
+    await s.trio.later_term(term)
+    assert any(rule.hits for rule in rules)
+    await s.progress()
+    for proxy in node.etcd.values():
+        proxy.clear()
     await s.progress()
 
 
@@ -272,6 +300,21 @@ async def standby_daemon_cut_off_from_etcd(s: Scene) -> None:
     node.cut_etcd()
     await s.progress(25, 12)
     node.heal()
+    await s.progress()
+
+
+@daemon_fault
+async def leader_daemon_hears_no_events(s: Scene) -> None:
+    """Requests pass and watches are silent, on every member: it must not take its caches for the truth."""
+    node, _ = await _leader(s)
+    silenced = asyncio.get_running_loop().time()
+    for proxy in node.etcd.values():
+        proxy.freeze("/v3/watch")
+    listed = len(s.history.listings)
+    await until(lambda: len(s.history.listings) >= listed + 5, "lists by the others", 40)
+    await until(lambda: asyncio.get_running_loop().time() > silenced + 2 * SILENCE, "time to find out", 30)
+    for proxy in node.etcd.values():
+        proxy.thaw()
     await s.progress()
 
 
