@@ -65,7 +65,7 @@ async def _watched(scene: Stage, daemons: Sequence[DaemonProcess], seconds: floa
     shares = sorted(100 * (after - before) / (ended - began) for before, after in zip(used, used_after, strict=True))
     reconciles = len(scene.ledger.reconciles(since=began))
     told = f"{ended - began:.0f} s, {reconciles} reconciles"
-    return Window(ended - began, Counter(asked_after) - Counter(asked), shares, told)
+    return Window(ended - began, asked_after - asked, shares, told)
 
 
 def _shares(window: Window) -> str:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections import Counter
 from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -30,7 +31,9 @@ PADDING = "x" * 512
 """Brings a Widget to the size of a LabWorker at rest, some 1.2 KB."""
 _TXN = 100
 _TICKS = os.sysconf("SC_CLK_TCK")
-_STARTED = re.compile(r'^grpc_server_started_total\{grpc_method="(\w+)",.*\} (\d+)', re.MULTILINE)
+_STARTED = re.compile(
+    r'^grpc_server_started_total\{grpc_method="(\w+)",grpc_service="etcdserverpb[^}]*\} (\S+)', re.MULTILINE
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,13 +123,13 @@ class Stage:
         while puts := [_put(resource) for resource in islice(rest, _TXN)]:
             await self.gateway.call("kv/txn", {"success": puts})
 
-    async def etcd_requests(self) -> dict[str, int]:
-        """Requests of each kind that etcd has begun to answer since it started; those of the bench too."""
+    async def etcd_requests(self) -> Counter[str]:
+        """Requests that etcd has begun to answer since it started, by method; those of the bench too."""
         async with (
             aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=10)) as session,
             session.get(f"{self.etcd.metrics_url}/metrics") as reply,
         ):
-            return {method: int(count) for method, count in _STARTED.findall(await reply.text())}
+            return Counter({method: int(float(count)) for method, count in _STARTED.findall(await reply.text())})
 
     def explain(self, error: Exception) -> None:
         """Put the daemons' last lines on an error: their logs go with the stage."""

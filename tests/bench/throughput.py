@@ -45,12 +45,12 @@ class Pair:
 
 
 PAIRS = (
-    Pair("storage: writes, one at a time", "storage write alone", "plain write alone", 0.5),
-    Pair(f"storage: writes, {AT_ONCE} at once", "storage write", "plain write", 0.5),
-    Pair("storage: list of all", "storage list", "plain list", 0.3),
-    Pair(f"API: patches, {AT_ONCE} at once", "API patch", "storage write", 0.2),
-    Pair("API: list of all", "API list", "storage list", 0.2),
-    Pair("controller: reconciles that write", "reconcile", "storage write", 0.2),
+    Pair("storage: writes, one at a time", "storage write alone", "plain write alone", 0.4),
+    Pair(f"storage: writes, {AT_ONCE} at once", "storage write", "plain write", 0.4),
+    Pair("storage: list of all", "storage list", "plain list", 0.4),
+    Pair(f"API: patches, {AT_ONCE} at once", "API patch", "storage write", 0.12),
+    Pair("API: list of all", "API list", "storage list", 0.6),
+    Pair("controller: reconciles that write", "reconcile", "storage write", 0.18),
 )
 
 
