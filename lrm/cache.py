@@ -19,7 +19,7 @@ from lrm.errors import CacheBehind, Undecodable
 from lrm.kind import Kind, R
 from lrm.registry import Registry
 from lrm.resource import AnyResource
-from storage.base import Batch, Entry, Event, Storage, Watch
+from storage.base import Batch, Entry, Event, Storage, Watch, check_generation
 from storage.clock import Clock
 from storage.errors import Compacted, FutureRevision, NoSpace, StorageError, StoreReset
 
@@ -122,6 +122,8 @@ class Cache:
         self._undecodable: set[str] = set()
         """Keys whose values were reported, so that each is logged once."""
         self._need_list = True
+        self._generation = 0
+        """The store's when it was listed."""
         self._reset = False
         """The store began another line, which is not listed yet."""
         self.revision = 0
@@ -278,6 +280,7 @@ class Cache:
                     if self._need_list:
                         await self._relist()
                     async with self._storage.watch(self._registry.prefix, self.revision, live=True) as watch:
+                        check_generation(self._storage, self._generation)
                         self._watch, self.error, delay = watch, "", _RETRY_FIRST
                         self._watching.set()
                         async for batch in watch:
@@ -306,6 +309,7 @@ class Cache:
     async def _relist(self) -> None:
         listed: dict[str, Item] = {}
         token, revision = "", 0
+        self._generation = self._storage.generation
         while True:
             page = await self._storage.list(self._registry.prefix, limit=_PAGE, continue_token=token)
             for entry in page.entries:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import orjson
 import structlog
 
-from storage.base import Batch, Entry, Storage
+from storage.base import Batch, Entry, Storage, check_generation
 from storage.clock import Clock
 from storage.errors import Compacted, FutureRevision, StorageError, StoreReset
 
@@ -58,6 +58,7 @@ class Leaders:
         self._moved = asyncio.Event()
         self._listed = False
         self._lists = 0
+        self._generation = 0
 
     def key(self, lock_name: str) -> str:
         """The leader key of a lock."""
@@ -109,6 +110,7 @@ class Leaders:
                 if not self._listed:
                     await self._list()
                 async with self._storage.watch(self.prefix, self.revision) as watch:
+                    check_generation(self._storage, self._generation)
                     self.error, delay = "", _RETRY_FIRST
                     async for batch in watch:
                         self._apply(batch)
@@ -122,6 +124,7 @@ class Leaders:
                 delay = min(delay * 2, _RETRY_MOST)
 
     async def _list(self) -> None:
+        self._generation = self._storage.generation
         page = await self._storage.list(self.prefix)
         self._entries = {entry.key: entry for entry in page.entries}
         self.revision, self._listed, self._lists = page.revision, True, self._lists + 1

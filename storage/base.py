@@ -22,6 +22,8 @@ from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from typing import Literal, Protocol, runtime_checkable
 
+from storage.errors import StoreReset
+
 MAX_VALUE_BYTES = 1024 * 1024
 """Largest value that a backend accepts, in bytes; a larger one raises `TooLarge`."""
 
@@ -210,6 +212,15 @@ class Storage(Protocol):
         """End a lease and delete its keys; one that is already gone is fine."""
         ...
 
+    @property
+    def generation(self) -> int:
+        """How often this backend has seen the store begin another line.
+
+        `StoreReset` ends what is open; who had nothing open at that moment compares this with what it was when its
+        revision was read, after having opened a watch from there.
+        """
+        ...
+
     async def current_revision(self) -> int:
         """The store's revision by a linearizable read."""
         ...
@@ -230,6 +241,12 @@ class Storage(Protocol):
         ...
 
     async def aclose(self) -> None: ...
+
+
+def check_generation(storage: Storage, generation: int) -> None:
+    """Raise `StoreReset` if the store has begun another line since its generation was read."""
+    if storage.generation != generation:
+        raise StoreReset("the store began another line while it was not watched")
 
 
 def prefix_end(prefix: bytes) -> bytes:

@@ -205,6 +205,10 @@ class EtcdStorage:
         except LeaseNotFound:
             return
 
+    @property
+    def generation(self) -> int:
+        return self._lineage.generation
+
     async def current_revision(self) -> int:
         return header_revision(await self.read("/kv/range", {**one_key(self._epoch_key), "keys_only": True}))
 

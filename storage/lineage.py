@@ -37,6 +37,11 @@ class Lineage:
         """The highest revision seen on this line."""
         return self._seen
 
+    @property
+    def generation(self) -> int:
+        """How often the line has ended."""
+        return self._generation
+
     def listen(self, told: Callable[[StoreReset], None]) -> None:
         """Be told of the next resets, until `forget`."""
         self._listeners.add(told)

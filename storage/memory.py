@@ -94,6 +94,7 @@ class MemoryStorage:
         self._state = _State()
         self._watches: set[MemoryWatch] = set()
         self._lease_ids = itertools.count(1)
+        self._generation = 0
         self._reset_to_tell = False
         self._epoch: bytes | None = None
         self._epoch_known = False
@@ -241,6 +242,10 @@ class MemoryStorage:
         await self._turn()
         self._end_lease(lease)
 
+    @property
+    def generation(self) -> int:
+        return self._generation
+
     async def current_revision(self) -> int:
         await self._turn()
         return self._state.revision
@@ -294,6 +299,7 @@ class MemoryStorage:
         """Put an earlier state back, as after a restore from a backup: open watches and the next caller are told."""
         self._state = copy.deepcopy(snapshot.state)
         error = StoreReset(f"the store was restored to revision {snapshot.revision}")
+        self._generation += 1
         self._reset_to_tell = not self._watches
         for watch in self._watches:
             watch.end(error)
@@ -315,6 +321,7 @@ class MemoryStorage:
         self._epoch, self._epoch_known = entry.value if entry else None, True
         if known and before != self._epoch:
             error = StoreReset("the store's epoch has changed")
+            self._generation += 1
             for watch in self._watches:
                 watch.end(error)
             raise error

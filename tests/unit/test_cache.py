@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 
 import pytest
 
@@ -13,7 +13,7 @@ from lrm.cache import Cache, CacheUpdate
 from lrm.client import Client
 from lrm.errors import CacheBehind
 from lrm.testing import VirtualClock
-from storage.base import Page
+from storage.base import Page, Watch
 from storage.clock import SystemClock
 from storage.errors import StoreReset, Unavailable
 from storage.memory import MemoryStorage
@@ -202,3 +202,38 @@ async def test_between_a_reset_and_its_list_no_revision_of_the_former_line_count
         await cache.wait_for(snapshot.revision)
         assert any(u.reset for u in updates)
         assert cache.all(Widget) == []
+
+
+class Cut(MemoryStorage):
+    """A store that takes no live watch for a while."""
+
+    cut = False
+
+    def watch(self, prefix: str, after_revision: int, *, live: bool = False) -> AbstractAsyncContextManager[Watch]:
+        if live and self.cut:
+            raise Unavailable("no member answers")
+        return super().watch(prefix, after_revision, live=live)
+
+
+async def test_a_reset_that_another_was_told_of_is_noticed_though_revisions_have_grown_past_ours() -> None:
+    storage = Cut()
+    async with running(storage) as (cache, client, updates):
+        snapshot = storage.snapshot()
+        lost = await client.create(widget("lost"))
+        await cache.wait_for(lost.revision)
+        storage.cut = True
+        for watch in tuple(storage._watches):
+            watch.end(Unavailable("the connection was lost"))
+        async with asyncio.timeout(5):
+            while not cache.error:
+                await asyncio.sleep(0)
+        storage.restore(snapshot)
+        with pytest.raises(StoreReset):
+            await storage.current_revision()
+        kept = [await client.create(widget(f"w{i}")) for i in range(5)]
+        assert kept[-1].revision > cache.revision
+        storage.cut = False
+        async with asyncio.timeout(5):
+            while not any(u.reset for u in updates):
+                await asyncio.sleep(0.01)
+        assert [w.name for w in cache.all(Widget)] == [w.name for w in kept]
