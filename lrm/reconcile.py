@@ -231,11 +231,16 @@ class Runner(Generic[R]):
         self._written.clear()
         self._echoes.clear()
         self._watermark.clear()
-        await self._cache.catch_up(self.name)
+        self._seen = 0
+        generation = self._cache.storage.generation
         resumed = await self._bookmark.begin(term, self._position) if self._bookmark else None
-        self._seen = self._cache.revision
+        await self._cache.catch_up(self.name)
         unsubscribe = self._cache.subscribe(self._on_update)
         try:
+            if self._bookmark and self._cache.storage.generation != generation:
+                self._bookmark.rebase()
+                resumed = None
+            self._seen = self._cache.revision
             self._first_pass(resumed)
             async with asyncio.TaskGroup() as tasks:
                 workers = [tasks.create_task(self._work(term)) for _ in range(self.controller.workers)]
@@ -305,8 +310,8 @@ class Runner(Generic[R]):
             self.queue.add(key)
 
     def _position(self) -> int:
-        """The bookmark: every event up to here has been attended to."""
-        return self._watermark.at(self._cache.revision)
+        """The bookmark: every event up to here has been attended to; 0 before the first pass has begun."""
+        return self._watermark.at(self._cache.revision) if self._seen else 0
 
     def _on_update(self, update: CacheUpdate) -> None:
         if update.relisted:

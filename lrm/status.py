@@ -133,7 +133,7 @@ class DaemonStatus:
         current = self._cache.revision
         watchers = {w: b.describe(current) for w, b in self._bookmarks.followed.items()}
         try:
-            saved = await self._bookmarks.store.all()
+            saved = await self._bookmarks.store.load_many([led.name for led in self.led])
         except RedisFailed as error:
             saved, problem = {}, str(error)
         else:

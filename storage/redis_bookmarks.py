@@ -140,6 +140,11 @@ class RedisBookmarks:
         """The bookmark, None when there is none. Raises `RedisFailed`."""
         return (await self._load([self.key(watcher)]))[0]
 
+    async def load_many(self, watchers: Sequence[str]) -> dict[str, SavedBookmark]:
+        """The bookmarks that there are of these watchers. Raises `RedisFailed`."""
+        found = await self._load([self.key(watcher) for watcher in watchers])
+        return {watcher: saved for watcher, saved in zip(watchers, found, strict=True) if saved}
+
     async def save(self, saves: Sequence[Save]) -> list[Outcome]:
         """Write bookmarks in one round trip, each judged on its own. Raises `RedisFailed`: then any may be written."""
         keys = [self.key(s.watcher) for s in saves]
