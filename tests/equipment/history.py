@@ -491,6 +491,26 @@ class _Checker:
             if lies:
                 yield f"the bookmark {lies[0]} passes {change.key} at {change.revision}, which was not delivered"
 
+        yield from self._states_told_anew()
+
+    def _states_told_anew(self) -> Iterator[str]:
+        """After a RESYNC the consumer is told of every object that there was, before anything else."""
+        by_process: dict[str, list[Delivered]] = defaultdict(list)
+        for d in self._history.deliveries:
+            by_process[d.process].append(d)
+        for deliveries in by_process.values():
+            state: tuple[int, dict[str, int]] | None = None
+            for d in deliveries:
+                if d.type == "RESYNC":
+                    state = d.revision, {}
+                elif d.type == "SYNC" and state:
+                    state[1][d.name] = d.revision
+                elif state:
+                    if state[0] >= self._history.base and state[1] != (wanted := self._state(state[0])):
+                        wrong = sorted(set(state[1].items()) ^ set(wanted.items()))
+                        yield f"the consumer was told anew of the state at {state[0]} and wrongly of {wrong[:5]}"
+                    state = None
+
     def _ended_by(self, change: Change, name: str, at: float) -> bool:
         """Whether the object may have been gone at that time: then there is nothing left to attempt."""
         asked = any(w.verb == "delete" and w.name == name and w.began <= at for w in self._history.writes)

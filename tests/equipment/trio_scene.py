@@ -221,13 +221,19 @@ class Scene:
         finally:
             await client.aclose()
 
+    def _epoch(self) -> str:
+        """Which line of history the store is on."""
+        found = self.reference.state.get(f"{ROOT}/epoch")
+        return (found.value or b"").decode() if found else ""
+
     async def _sample(self, client: redis.asyncio.Redis) -> None:
         era = self.trio.redis_era
         keys = sorted(await client.keys("lrm:bookmark:*"))
         values = await client.mget(keys) if keys else []
         for key, value in zip(keys, values, strict=True):
-            if value is not None and era == self.trio.redis_era:
-                document = json.loads(value)
+            document = json.loads(value) if value is not None else {}
+            # One that was read while Redis died is of no certain era; one of another line is nobody's any more.
+            if era == self.trio.redis_era and document.get("epoch") == self._epoch():
                 mark = Mark(
                     key.decode().rpartition(":")[2], document["revision"], document["term"], time.monotonic(), era
                 )

@@ -25,14 +25,18 @@ pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.timeout(240)
 
 SAMPLE = {
     "leader-daemon-killed",
+    "leader-daemon-paused-past-its-lease",
     "leader-daemon-paused-in-a-launch",
-    "writes-to-etcd-late",
+    "wall-clock-of-the-leader-set",
     "etcd-leader-killed",
     "etcd-leader-cut-off-from-its-peers",
     "replies-of-etcd-lost",
+    "writes-to-etcd-late",
     "history-compacted",
     "leader-daemon-cut-off-from-etcd",
+    "leader-daemon-cut-off-from-cml",
     "redis-killed",
+    "redis-full",
 }
 
 
@@ -56,7 +60,7 @@ async def test_every_promise_holds_through(trio: Trio, fault: str) -> None:
 def _seeds() -> list[Any]:
     if "LRM_TEST_SEED" in os.environ:
         return [int(os.environ["LRM_TEST_SEED"])]
-    return [pytest.param(seed, marks=pytest.mark.soak) for seed in range(1, 9)]
+    return [1, *(pytest.param(seed, marks=pytest.mark.soak) for seed in range(2, 9))]
 
 
 @pytest.mark.parametrize("seed", _seeds())

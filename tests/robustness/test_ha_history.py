@@ -321,11 +321,13 @@ def test_each_way_to_break_a_promise_is_found(spoil: Callable[[History], None], 
     assert any(told in sentence for sentence in broken), broken
 
 
-def test_a_gap_that_the_consumer_is_told_of_is_none() -> None:
+def test_a_gap_that_the_consumer_is_told_of_is_none_if_the_state_is_told_whole() -> None:
     history = true_history()
     del history.deliveries[5:8]
     assert check(history) != []
     history.deliveries.insert(5, Delivered(1.9, "lrm-2", "p2", "RESYNC", "", 19))
+    assert any("told anew" in sentence for sentence in check(history))
+    history.deliveries.insert(6, Delivered(1.9, "lrm-2", "p2", "SYNC", "a", 19))
     assert check(history) == []
 
 

@@ -25,7 +25,6 @@ pytestmark = [
     pytest.mark.asyncio(loop_scope="module"),
     pytest.mark.timeout(240),
     pytest.mark.slow,
-    pytest.mark.soak,
 ]
 
 QUOTA = 24 * 1024 * 1024
