@@ -22,6 +22,7 @@ from controllers.cml.simulator import Machine, Options, Simulator
 from controllers.plugin import ControllersSettings, plugin
 from controllers.workers.kind import LabWorker, LabWorkerSpec, LabWorkerStatus
 from equipment.waiting import until
+from lrm.bookmarks import Bookmarks
 from lrm.cache import Cache, CacheUpdate
 from lrm.client import Client
 from lrm.clock import HOLD_SECONDS, WallJumps
@@ -32,9 +33,11 @@ from lrm.reconcile import Runner
 from lrm.registry import Registry
 from lrm.resource import ObjectMeta
 from lrm.secrets import Secrets
+from lrm.telemetry import Telemetry
 from storage.base import Storage
 from storage.clock import SystemClock
 from storage.memory import MemoryStorage
+from storage.redis_bookmarks import RedisBookmarks
 
 REGION = "us-east-1"
 PASSWORD_ENV, TOKEN_ENV, BAD_TOKEN_ENV = "WORLD_CML_PASSWORD", "WORLD_CML_TOKEN", "WORLD_CML_BAD_TOKEN"
@@ -260,6 +263,9 @@ async def workers_world(
                 secrets=Secrets([PASSWORD_ENV, TOKEN_ENV, BAD_TOKEN_ENV]),
                 installation=INSTALLATION,
                 root=root,
+                # Nothing listens there: who asks for a bookmark learns that Redis is away.
+                bookmarks=Bookmarks(RedisBookmarks("redis://127.0.0.1:1/0", clock), store, clock, every=3600),
+                telemetry=Telemetry(),
             )
             with _unwrapped():
                 async with asyncio.TaskGroup() as tasks, plugin.controllers(context) as controllers:
