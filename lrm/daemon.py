@@ -32,6 +32,7 @@ from lrm.client import Client
 from lrm.compactor import Compactor
 from lrm.election import Election, LeaderElection, LeaseElection, StaticElection, Term
 from lrm.errors import only_cause
+from lrm.events import Events
 from lrm.fanout import Fanout
 from lrm.gc import GarbageCollector
 from lrm.leaders import Leaders
@@ -54,6 +55,8 @@ from storage.redis_bookmarks import RedisBookmarks
 log = structlog.get_logger(__name__)
 
 _RETRY = 0.5
+_LAST_EVENTS = 1.0
+"""Seconds for which a lock is kept so that what was done under it is still told."""
 
 
 class Daemon:
@@ -95,6 +98,7 @@ class Daemon:
             leaders=self.leaders,
             bookmarks=self.bookmarks,
         )
+        self.events = Events(self.storage, self.clock, root=settings.etcd_root, instance=settings.instance_id)
         self.telemetry = Telemetry(instance=settings.instance_id)
         observe_daemon(
             self.telemetry,
@@ -103,6 +107,7 @@ class Daemon:
             store=lambda: self.compactor.health,
             lags=self.status.bookmark_lags,
         )
+        self.telemetry.observe(self.events.measure)
         self.url = ""
         self._plugins = tuple(plugins)
         self._plugin_settings = {p.name: p.settings() for p in plugins}
@@ -134,6 +139,7 @@ class Daemon:
                     tasks.create_task(self.leaders.run(), name="leaders"),
                     tasks.create_task(self.bookmarks.run(), name="bookmarks"),
                     tasks.create_task(self.compactor.watch(), name="store watch"),
+                    tasks.create_task(self.events.run(), name="events"),
                 ]
                 if self.settings.leader == "lease":
                     following.append(tasks.create_task(self.lease.run(), name="lease"))
@@ -175,6 +181,7 @@ class Daemon:
                     root=self.settings.etcd_root,
                     bookmarks=self.bookmarks,
                     telemetry=self.telemetry,
+                    events=self.events,
                 )
                 work += await stack.enter_async_context(plugin.controllers(context))
             self.status.led = [
@@ -192,7 +199,9 @@ class Daemon:
                     self._leading.append((leading, group))
 
     def _housekeeping(self) -> list[Led]:
-        collector = GarbageCollector(self.storage, self.registry, self.cache, self.client, self.clock)
+        collector = GarbageCollector(
+            self.storage, self.registry, self.cache, self.client, self.clock, events=self.events
+        )
         return [collector, self.compactor] if self.settings.compact else [collector]
 
     def _runner(self, controller: Controller[Any]) -> Runner[Any]:
@@ -204,6 +213,7 @@ class Daemon:
             observe_only=self.settings.observe_only,
             renew_deadline=self.settings.renew_deadline,
             bookmark=self.bookmarks.of(controller.name),
+            events=self.events,
         )
 
     def _election(self, lock_name: str) -> Election:
@@ -220,6 +230,7 @@ class Daemon:
 
         async def leave(leading: asyncio.Task[None], group: Sequence[Led]) -> None:
             await asyncio.gather(*(led.drain(share) for led in group))
+            await self.events.flush(_LAST_EVENTS)
             leading.cancel()
             await asyncio.wait([leading])
 

@@ -31,6 +31,7 @@ from lrm.errors import (
     RetryLater,
     Undecodable,
 )
+from lrm.events import Events, Recorder
 from lrm.owners import Owner, Owners, Standing, kind_of
 from lrm.queue import WorkQueue
 from lrm.registry import Registry
@@ -90,6 +91,7 @@ class GarbageCollector:
         clock: Clock,
         *,
         resync: float = 300.0,
+        events: Events | None = None,
     ) -> None:
         """`resync` is the seconds between two looks through the whole cache, in case something was not heard of."""
         self.stats = Stats()
@@ -100,6 +102,7 @@ class GarbageCollector:
         self._client = client
         self._clock = clock
         self._resync = resync
+        self._events = events
         self._owners = Owners(storage, registry)
         self._gate = asyncio.Lock()
         self._store_was_away = False
@@ -273,7 +276,7 @@ class GarbageCollector:
         try:
             term.check()
             async with self._clock.timeout(_DEADLINE):
-                await self._settle(place, client, bound)
+                await self._settle(place, client, bound, Recorder(self._events, self.name, term))
         except NotLeading as error:
             bound.warning("gc.not_leading", detail=str(error))
             term.lost()
@@ -296,21 +299,21 @@ class GarbageCollector:
         else:
             self.queue.forget_failures(place)
 
-    async def _settle(self, place: Place, client: Client, bound: Any) -> None:
+    async def _settle(self, place: Place, client: Client, bound: Any, events: Recorder) -> None:
         plural, namespace, name = place
         kind = self._registry.by_plural(plural)
         if kind is None:
             raise LookupError(f"no kind {plural} is known")
         resource: AnyResource = await client.get(kind.model, namespace, name)
         owned = resource.metadata.owner_references and (kind.forgotten_with_owner or not resource.deleting)
-        if owned and await self._judge(resource, client, bound):
+        if owned and await self._judge(resource, client, bound, events):
             return
         if resource.deleting and ORPHAN_FINALIZER in resource.metadata.finalizers:
             await self._orphan_dependants(resource, client, bound)
         elif waits_for_dependants(resource):
             await self._release_owner(resource, client, bound)
 
-    async def _judge(self, resource: AnyResource, client: Client, bound: Any) -> bool:
+    async def _judge(self, resource: AnyResource, client: Client, bound: Any, events: Recorder) -> bool:
         """Delete an object none of whose owners wants it any more, in exactly the state that is judged.
 
         True when something was written, here or by whoever was faster.
@@ -336,6 +339,8 @@ class GarbageCollector:
         await client.delete(resource, propagation=policy, retry=False)
         self.stats.collected += 1
         bound.info("gc.collected", uid=resource.uid, policy=policy, owners=[r.uid for r in references])
+        owned_by = ", ".join(f"{r.kind}/{r.name}" for r in references)
+        events.record(resource, "Normal", "Collected", f"deletion was asked for: it belonged to {owned_by}")
         crash_point("gc.child-deleted")
         return True
 

@@ -17,6 +17,7 @@ from typing import Any
 from lrm.bookmarks import Bookmarks
 from lrm.cache import Cache
 from lrm.errors import LrmError
+from lrm.events import Events
 from lrm.kind import Kind
 from lrm.led import Led
 from lrm.reconcile import Controller
@@ -47,6 +48,8 @@ class PluginContext:
     """For event consumers; controllers have theirs without asking."""
     telemetry: Telemetry
     """For measurements of the plug-in's own."""
+    events: Events
+    """For what is led and is no controller: `events.recorder(name, term)`; a controller's context has its own."""
 
 
 @dataclass(frozen=True)

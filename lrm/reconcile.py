@@ -25,6 +25,7 @@ from lrm.client import Client, Written
 from lrm.clock import WallJumps
 from lrm.election import Term
 from lrm.errors import CacheBehind, Fenced, NotLeading, ResourceConflict, ResourceNotFound, RetryLater, TerminalError
+from lrm.events import Events, Recorder
 from lrm.kind import R
 from lrm.queue import WorkQueue
 from lrm.resource import PAUSE_ANNOTATION, RECONCILE_ANNOTATION, AnyResource
@@ -82,6 +83,7 @@ class Context:
         renew_deadline: float,
         jumps: WallJumps,
         bound_log: Any,
+        events: Recorder,
     ) -> None:
         self.client = client
         self.cache = cache
@@ -89,6 +91,8 @@ class Context:
         self.observe_only = observe_only
         """True when nothing outside may be changed; status is still written."""
         self.log = bound_log
+        self.events = events
+        """For what people should hear of: `ctx.events.record(resource, "Warning", "LaunchRefused", "…")`."""
         self._term = term
         self._renew_deadline = renew_deadline
         self._jumps = jumps
@@ -200,6 +204,7 @@ class Runner(Generic[R]):
         observe_only: bool = False,
         renew_deadline: float = 10.0,
         bookmark: Bookmark | None = None,
+        events: Events | None = None,
     ) -> None:
         self.controller = controller
         self.name = controller.name
@@ -216,6 +221,7 @@ class Runner(Generic[R]):
         self._written: dict[Key, Written] = {}
         self._echoes: dict[Key, _Echoes] = {}
         self._bookmark = bookmark
+        self._events = events
         self._watermark: Watermark[tuple[str, ...]] = Watermark()
         self._finalizing: set[Key] = set()
         self._gate = asyncio.Lock()
@@ -418,6 +424,7 @@ class Runner(Generic[R]):
                 renew_deadline=self._renew_deadline,
                 jumps=self._jumps,
                 bound_log=bound,
+                events=Recorder(self._events, name, term),
             )
             self.stats.reconciles += 1
             async with self._clock.timeout(self.controller.deadline):

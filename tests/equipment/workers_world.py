@@ -28,6 +28,7 @@ from lrm.client import Client
 from lrm.clock import HOLD_SECONDS, WallJumps
 from lrm.election import StaticElection, StaticTerm
 from lrm.errors import ResourceNotFound
+from lrm.events import Events
 from lrm.plugin import PluginContext
 from lrm.reconcile import Runner
 from lrm.registry import Registry
@@ -246,6 +247,7 @@ async def workers_world(
     store = storage or MemoryStorage()
     clock, registry = SetClock(), Registry(plugin.kinds, root=root)
     cache, client = Cache(store, registry, clock), Client(store, registry, clock)
+    events = Events(store, clock, root=root, instance="world")
     options = shim_options or ShimOptions(moto_url=moto_url, delay=0.05)
     async with AwsShim.run(options) as shim:
         monkeypatch.setenv("AWS_ENDPOINT_URL", moto_url if plain_moto else shim.url)
@@ -266,18 +268,31 @@ async def workers_world(
                 # Nothing listens there: who asks for a bookmark learns that Redis is away.
                 bookmarks=Bookmarks(RedisBookmarks("redis://127.0.0.1:1/0", clock), store, clock, every=3600),
                 telemetry=Telemetry(),
+                events=events,
             )
             with _unwrapped():
                 async with asyncio.TaskGroup() as tasks, plugin.controllers(context) as controllers:
                     runners = [
-                        Runner(c, client, cache, clock, observe_only=observe_only, renew_deadline=renew_deadline)
+                        Runner(
+                            c,
+                            client,
+                            cache,
+                            clock,
+                            observe_only=observe_only,
+                            renew_deadline=renew_deadline,
+                            events=events,
+                        )
                         for c in controllers
                     ]
                     for runner in runners:
                         runner._jumps = WallJumps(clock, hold=jump_hold)
                     election = StaticElection(store, clock, root=root, lock_name="workers", identity="test")
                     term = await election.acquire()
-                    running = [tasks.create_task(cache.run()), *(tasks.create_task(r.run(term)) for r in runners)]
+                    running = [
+                        tasks.create_task(cache.run()),
+                        tasks.create_task(events.run()),
+                        *(tasks.create_task(r.run(term)) for r in runners),
+                    ]
                     await cache.wait_synced()
                     try:
                         yield WorkersWorld(store, registry, cache, shim, cml, runners, term, clock)
