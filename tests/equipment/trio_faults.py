@@ -6,6 +6,7 @@ A fault waits for what it causes (a later term, progress of the others), never f
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 
@@ -103,6 +104,20 @@ async def leader_daemon_stopped_gracefully(s: Scene) -> None:
     assert await node.process.exit_code(30) == 0
     await s.progress()
     await node.process.start_ready(40)
+
+
+@fault
+async def every_daemon_restarted_in_turn(s: Scene) -> None:
+    """As an upgrade does it: each stops in order, and what was delivered to a consumer is not delivered again."""
+    before = len(s.deliveries())
+    for node in s.trio.nodes.values():
+        node.process.terminate()
+        assert await node.process.exit_code(30) == 0, node.process.log()[-2000:]
+        await node.process.start_ready(40)
+        await s.progress()
+    taken = Counter((d.revision, d.name) for d in s.deliveries()[before:])
+    repeated = {what: times for what, times in taken.items() if times > 1}
+    assert not repeated, f"delivered again after an orderly stop: {repeated}"
 
 
 @daemon_fault
@@ -269,6 +284,17 @@ async def writes_to_etcd_late(s: Scene) -> None:
     await s.progress()
 
 
+@fault
+async def writes_to_etcd_overtaken(s: Scene) -> None:
+    """A daemon's writes wait, others change the same objects, and they are lost: nobody takes those for its own."""
+    for node in s.trio.nodes.values():
+        async with _held_writes(s, node, How.RESET, avoid=False) as rules:
+            await until(lambda: sum(rule.hits for rule in rules) >= 4, "writes on the way", 20)
+            s.load.avoided.add(node.name)
+            await s.progress(20, 0)
+        await s.progress()
+
+
 @store_fault
 async def history_compacted(s: Scene) -> None:
     """To the head, three times, under load: whoever needs what is gone must say so or start anew."""
@@ -414,14 +440,14 @@ def _held(proxy: FaultProxy, words: str, path: str = "") -> Iterator[Rule]:
 
 
 @asynccontextmanager
-async def _held_writes(s: Scene, node: Node, *, avoid: bool = True) -> AsyncIterator[list[Rule]]:
-    """What a daemon writes of the scene's gadgets waits until the end of the block, and goes on to etcd then.
+async def _held_writes(s: Scene, node: Node, how: How = How.PASS, *, avoid: bool = True) -> AsyncIterator[list[Rule]]:
+    """What a daemon writes of the scene's gadgets waits until the end of the block, and goes on to etcd then (or not).
 
     Users avoid the daemon meanwhile, so that these are its controller's writes; or all users' are held up, too.
     """
     key = b64(s.prefix)[: len(s.prefix) // 3 * 4].encode()
     rules = [
-        proxy.inject(When.BEFORE, How.PASS, "/v3/kv/txn", held=True, times=0, matches=lambda r: key in r.body)
+        proxy.inject(When.BEFORE, how, "/v3/kv/txn", held=True, times=0, matches=lambda r: key in r.body)
         for proxy in node.etcd.values()
     ]
     if avoid:

@@ -132,7 +132,7 @@ class Scene:
             f"every watcher at {last}: {self.load.positions()}",
             20,
         )
-        await until(lambda: any(d.revision >= last for d in self._deliveries()), f"the event consumer at {last}", 20)
+        await until(lambda: any(d.revision >= last for d in self.deliveries()), f"the event consumer at {last}", 20)
 
     async def _until_nothing(self, left: Any, what: str) -> None:
         seen = [""]
@@ -191,7 +191,7 @@ class Scene:
         await reference.mark()
         history.base, history.state, history.changes = reference.base, reference.state, reference.changes
         history.attempts = attempts(self.trio)
-        history.deliveries = self._deliveries()
+        history.deliveries = self.deliveries()
         told = self.load.told
         assert told["done"] > 20, f"the load was none: {told}"
         gadgets = [mark for mark in history.marks if mark.watcher == history.watcher_of_gadgets]
@@ -200,7 +200,7 @@ class Scene:
         broken = check(history)
         assert not broken, "\n".join(broken)
 
-    def _deliveries(self) -> list[Delivered]:
+    def deliveries(self) -> list[Delivered]:
         """What the event consumers of all daemons have written down about this scene's gadgets."""
         return [
             Delivered(d["at"], d["identity"], d["process"], d["type"], d["name"], d["revision"])
