@@ -1,58 +1,36 @@
-"""EC2 for controllers: asyncio's face over boto3, whose calls run in a few threads.
+"""EC2 for controllers: instances looked for, launched, changed and ended.
 
-Promises: nothing blocks the event loop; every call ends by its `timeout` (seconds, on the given clock) and raises one
-of `controllers.aws.errors`; no error, missing page or broken answer is told as "nothing there". A creating call
-(`run_instance`) and a repeatable write (start, stop, terminate, tags) are tried once; reads are retried by botocore.
-After a timeout `AwsUnavailable` means that nothing was sent, and nothing will be; `AwsOutcomeUnknown` that it was.
+Promises what `calls` does, and: no error, missing page or broken answer is told as "nothing there". A creating call
+(`run_instance`) and a repeatable write (start, stop, terminate, tags) are tried once; reads are retried.
 Does not promise that EC2 is of one mind: for seconds after a launch a describe may not know the instance, and a look by
-tag may not find it. Endpoint and credentials are boto3's own business (AWS_ENDPOINT_URL, AWS_PROFILE, …).
-Called by the workers' controllers; one object per daemon, closed at its end.
+tag may not find it. Called by the workers' controllers and the fleet's metrics; one object per daemon, closed at its
+end.
 """
 
 from __future__ import annotations
 
-import asyncio
-import threading
-from collections.abc import AsyncIterator, Callable, Collection, Iterable, Mapping
+from collections.abc import AsyncIterator, Collection, Iterable, Mapping
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 
-import boto3
-import botocore.loaders
-import botocore.session
-from botocore.config import Config
-
+from controllers.aws.calls import CREATE_TIMEOUT, READ_TIMEOUT, WRITE_TIMEOUT, AwsCalls
 from controllers.aws.errors import (
     AwsBadInput,
     AwsError,
     AwsOutcomeUnknown,
     AwsServerError,
-    AwsUnavailable,
     Ec2NotFound,
     Effect,
-    from_botocore,
-    no_answer,
 )
 from controllers.aws.instance import LIVE_STATES, Ec2Instance, InstanceChecks, described, instance_of
 from controllers.aws.launch import LaunchParameters
-from controllers.aws.threads import Abandoned, Threads, Ticket
 from storage.clock import Clock
 
-if TYPE_CHECKING:
-    from mypy_boto3_ec2 import EC2Client
-
 __all__ = ["LIVE_STATES", "Ec2", "Ec2Instance", "InstanceChecks", "LaunchParameters"]
-
-CREATE_TIMEOUT = 6.0
-"""The longest that a creating call may take, seconds: a leader's lease must outlive it."""
-READ_TIMEOUT = 20.0
-WRITE_TIMEOUT = 60.0
 
 _FILTER_VALUES = 200  # EC2's limit of values in one filter
 _STATUS_IDS = 100  # EC2's limit of ids in one DescribeInstanceStatus
 _PAGE_SIZE = 1000  # EC2's largest page
-_MAX_PAGES = 1000
-_IN_FLIGHT = 8  # calls at once
 
 
 class Ec2:
@@ -60,14 +38,7 @@ class Ec2:
 
     def __init__(self, clock: Clock, *, endpoint_url: str | None = None, profile: str | None = None) -> None:
         self._clock = clock
-        self._endpoint_url = endpoint_url
-        self._profile = profile
-        self._threads = Threads(_IN_FLIGHT, "ec2")
-        self._current = threading.local()
-        self._clients_lock = threading.Lock()
-        self._parsing = threading.Lock()
-        self._session: boto3.Session | None = None
-        self._clients: dict[tuple[str, Effect], EC2Client] = {}
+        self._calls = AwsCalls("ec2", clock, endpoint_url=endpoint_url, profile=profile)
 
     async def __aenter__(self) -> Self:
         return self
@@ -79,14 +50,12 @@ class Ec2:
 
     def close(self) -> None:
         """Take no more calls and close idle connections; calls whose callers have left end by their socket timeout."""
-        self._threads.close()
-        for client in list(self._clients.values()):
-            client.close()
+        self._calls.close()
 
     async def describe_instance(self, region: str, instance_id: str, *, timeout: float = READ_TIMEOUT) -> Ec2Instance:
         """One instance. Raises `Ec2NotFound` only when EC2 says that it does not exist."""
         request = {"InstanceIds": [_checked(instance_id)]}
-        answer = await self._call(Effect.READ, region, "DescribeInstances", request, timeout)
+        answer = await self._calls.call(Effect.READ, region, "DescribeInstances", request, timeout)
         for instance in described(answer, region):
             if instance.id == instance_id:
                 return instance
@@ -155,7 +124,7 @@ class Ec2:
         operation = "RunInstances"
         deadline = self._clock.monotonic() + min(timeout, CREATE_TIMEOUT)
         try:
-            answer = await self._call(
+            answer = await self._calls.call(
                 Effect.CREATING, region, operation, dict(parameters.request()), min(timeout, CREATE_TIMEOUT)
             )
         except AwsBadInput as error:
@@ -187,7 +156,7 @@ class Ec2:
             "Resources": [_checked(instance_id)],
             "Tags": [{"Key": key, "Value": value} for key, value in sorted(tags.items())],
         }
-        await self._call(Effect.REPEATABLE, region, "CreateTags", request, timeout)
+        await self._calls.call(Effect.REPEATABLE, region, "CreateTags", request, timeout)
 
     async def _launched_after_all(
         self, region: str, parameters: LaunchParameters, refusal: AwsBadInput, deadline: float
@@ -219,11 +188,11 @@ class Ec2:
         if not tags:
             raise ValueError("delete_tags without a key would mean every tag of the instance")
         request = {"Resources": [_checked(instance_id)], "Tags": tags}
-        await self._call(Effect.REPEATABLE, region, "DeleteTags", request, timeout)
+        await self._calls.call(Effect.REPEATABLE, region, "DeleteTags", request, timeout)
 
     async def _change(self, region: str, instance_id: str, operation: str, answers: str, timeout: float) -> str:
         request = {"InstanceIds": [_checked(instance_id)]}
-        answer = await self._call(Effect.REPEATABLE, region, operation, request, timeout)
+        answer = await self._calls.call(Effect.REPEATABLE, region, operation, request, timeout)
         for change in answer.get(answers) or ():
             if change.get("InstanceId") == instance_id and change.get("CurrentState"):
                 return str(change["CurrentState"].get("Name", ""))
@@ -232,7 +201,7 @@ class Ec2:
     async def _status(self, region: str, instance_ids: list[str], deadline: float) -> dict[str, InstanceChecks]:
         request = {"InstanceIds": instance_ids, "IncludeAllInstances": True}
         checks: dict[str, InstanceChecks] = {}
-        async for page in self._pages(region, "DescribeInstanceStatus", request, "InstanceStatuses", deadline):
+        async for page in self._calls.pages(region, "DescribeInstanceStatus", request, "InstanceStatuses", deadline):
             for status in page["InstanceStatuses"]:
                 checks[status["InstanceId"]] = InstanceChecks(
                     state=str((status.get("InstanceState") or {}).get("Name", "")),
@@ -245,136 +214,9 @@ class Ec2:
         self, region: str, filters: list[dict[str, Any]], deadline: float
     ) -> AsyncIterator[Ec2Instance]:
         request = {"Filters": filters, "MaxResults": _PAGE_SIZE}
-        async for page in self._pages(region, "DescribeInstances", request, "Reservations", deadline):
+        async for page in self._calls.pages(region, "DescribeInstances", request, "Reservations", deadline):
             for instance in described(page, region):
                 yield instance
-
-    async def _pages(
-        self, region: str, operation: str, request: dict[str, Any], part: str, deadline: float
-    ) -> AsyncIterator[dict[str, Any]]:
-        """Every page of a read, each with `part` in it; raises rather than end early."""
-        token, seen = "", set[str]()
-        for _ in range(_MAX_PAGES):
-            more = {"NextToken": token} if token else {}
-            answer = await self._call(
-                Effect.READ, region, operation, request | more, deadline - self._clock.monotonic()
-            )
-            if part not in answer:
-                raise AwsServerError("NoAnswer", f"the answer lacks {part}", operation=operation, region=region)
-            yield answer
-            token = str(answer.get("NextToken") or "")
-            if not token:
-                return
-            if token in seen:
-                break
-            seen.add(token)
-        raise AwsServerError("EndlessPages", "the pages do not come to an end", operation=operation, region=region)
-
-    async def _call(
-        self, effect: Effect, region: str, operation: str, request: Mapping[str, Any], timeout: float
-    ) -> dict[str, Any]:
-        ticket = Ticket()
-
-        def work() -> dict[str, Any]:
-            self._current.ticket = ticket
-            try:
-                client = self._client(region, effect)
-                answer: dict[str, Any] = _METHODS[operation](client)(**request)
-            except Abandoned:
-                raise
-            except Exception as error:  # noqa: BLE001 - urllib3's and socket's own get through botocore
-                # Mapped here, in the thread, so that nothing of botocore ever reaches a task.
-                raise from_botocore(error, effect, operation=operation, region=region, sent=ticket.sent) from None
-            finally:
-                self._end_parse()
-            return answer
-
-        if timeout <= 0:
-            raise AwsUnavailable("DeadlineExceeded", "no time was left to ask", operation=operation, region=region)
-        try:
-            async with self._clock.timeout(timeout):
-                answer = await self._threads.run(work)
-        except TimeoutError:
-            if ticket.abandon():
-                raise no_answer(
-                    effect, "DeadlineExceeded", f"no answer within {timeout:.3g} s", operation=operation, region=region
-                ) from None
-            raise AwsUnavailable(
-                "DeadlineExceeded", f"not sent within {timeout:.3g} s", operation=operation, region=region
-            ) from None
-        except asyncio.CancelledError:
-            ticket.abandon()
-            raise
-        if not answer.get("ResponseMetadata", {}).get("RequestId"):
-            # botocore takes any XML for an answer, of a captive portal too, with nothing in it.
-            kind: type[AwsError] = AwsOutcomeUnknown if effect is Effect.CREATING else AwsServerError
-            raise kind("NoAnswer", "the answer is not from EC2", operation=operation, region=region)
-        return answer
-
-    def _client(self, region: str, effect: Effect) -> EC2Client:
-        """The client of a region for calls of this class. Runs in a thread: making the first one takes 0.3 s."""
-        with self._clients_lock:
-            client = self._clients.get((region, effect))
-            if client is None:
-                if self._session is None:
-                    core = botocore.session.Session()
-                    core.register_component("data_loader", _LOADER)
-                    self._session = boto3.Session(profile_name=self._profile, botocore_session=core)
-                client = self._session.client(
-                    "ec2", region_name=region, endpoint_url=self._endpoint_url, config=_CONFIGS[effect]
-                )
-                client.meta.events.register("before-send.ec2", self._before_send)
-                client.meta.events.register("before-parse.ec2", self._begin_parse)
-                client.meta.events.register("response-received.ec2", self._end_parse)
-                self._clients[region, effect] = client
-            return client
-
-    def _before_send(self, **_: Any) -> None:
-        """Called by botocore before each attempt, in the calling thread; returning None lets it go on."""
-        ticket: Ticket = self._current.ticket
-        ticket.begin_send()
-
-    def _begin_parse(self, **_: Any) -> None:
-        """Called by botocore before it parses an answer: eight parsing threads would keep the event loop waiting."""
-        self._parsing.acquire()
-        self._current.parses = True
-
-    def _end_parse(self, **_: Any) -> None:
-        if getattr(self._current, "parses", False):
-            self._current.parses = False
-            self._parsing.release()
-
-
-_LOADER = botocore.loaders.create_loader()
-"""Reads and keeps botocore's description of EC2: 0.2 s and many megabytes, once per process."""
-
-
-def _config(connect: float, read: float, **retries: Any) -> Config:
-    return Config(
-        connect_timeout=connect,
-        read_timeout=read,
-        retries=retries,  # type: ignore[arg-type]  # the stub knows no keyword form
-        max_pool_connections=_IN_FLIGHT,
-        user_agent_extra="lrm",
-    )
-
-
-_CONFIGS = {
-    Effect.READ: _config(4, 15, mode="adaptive", total_max_attempts=3),
-    Effect.CREATING: _config(2, CREATE_TIMEOUT, mode="standard", total_max_attempts=1),
-    Effect.REPEATABLE: _config(4, WRITE_TIMEOUT, mode="standard", total_max_attempts=1),
-}
-
-_METHODS: dict[str, Callable[[EC2Client], Callable[..., Any]]] = {
-    "DescribeInstances": lambda client: client.describe_instances,
-    "DescribeInstanceStatus": lambda client: client.describe_instance_status,
-    "RunInstances": lambda client: client.run_instances,
-    "StartInstances": lambda client: client.start_instances,
-    "StopInstances": lambda client: client.stop_instances,
-    "TerminateInstances": lambda client: client.terminate_instances,
-    "CreateTags": lambda client: client.create_tags,
-    "DeleteTags": lambda client: client.delete_tags,
-}
 
 
 def _checked(instance_id: str) -> str:

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from controllers.aws import ec2 as ec2_module
+from controllers.aws.calls import IN_FLIGHT
 from controllers.aws.ec2 import Ec2, Ec2Instance
 from controllers.aws.errors import (
     AwsAuthError,
@@ -300,7 +300,7 @@ async def stuck(ec2: Ec2, aws_shim: AwsShim) -> AsyncIterator[list[asyncio.Task[
     one = await ec2.run_instance(REGION, launch("stuck"))
     aws_shim.calls.clear()
     aws_shim.faults.add({"action": "DescribeInstances", "fault": "dropped", "seconds": 3, "times": 0})
-    slots = ec2_module._IN_FLIGHT
+    slots = IN_FLIGHT
     tasks = [asyncio.create_task(ec2.describe_instance(REGION, one.id)) for _ in range(slots)]
     await until(lambda: aws_shim.calls["DescribeInstances"] == slots)
     yield tasks
@@ -322,7 +322,7 @@ async def test_a_call_that_finds_no_free_thread_is_certainly_not_sent_not_even_l
     aws_shim.faults.clear()
     for task in stuck:
         task.cancel()
-    await until(lambda: ec2._threads.busy == 0, "the threads are free again")
+    await until(lambda: ec2._calls.busy == 0, "the threads are free again")
     assert aws_shim.calls["RunInstances"] == 0
 
 
@@ -336,7 +336,7 @@ async def test_cancelled_callers_leave_at_once_and_their_calls_are_not_repeated(
     await asyncio.gather(*stuck, return_exceptions=True)
     assert time.monotonic() - began < 0.5
     assert all(task.cancelled() for task in stuck)
-    await until(lambda: ec2._threads.busy == 0, "the threads are free again")
+    await until(lambda: ec2._calls.busy == 0, "the threads are free again")
     assert aws_shim.calls["DescribeInstances"] == len(stuck)
 
 
@@ -452,7 +452,7 @@ async def test_in_a_storm_of_faults_and_leaving_callers_one_token_never_makes_tw
 
     ids = await asyncio.gather(*(launch_for_certain(token) for token in tokens))
     assert len(set(ids)) == len(tokens)
-    await until(lambda: ec2._threads.busy == 0, "the threads are free again")
+    await until(lambda: ec2._calls.busy == 0, "the threads are free again")
     for token, instance_id in zip(tokens, ids, strict=True):
         assert [i.id for i in await ec2.find_by_tags(REGION, {"lrm/uid": token})] == [instance_id]
 
