@@ -43,9 +43,8 @@ async def test_every_promise_holds_through_an_etcd_out_of_space(trio: Trio) -> N
     """Writes are refused for certain, lists are served, leaders keep their locks; room is made, and all goes on."""
     async with scene(trio, random.Random(1)) as s:
         held = await trio.holder("gadgets")
-        members = [Gateway(server.endpoint) for server in trio.cluster.members.values()]
         refused = s.load.told["refused"]
-        await _fill(members[0])
+        await _fill(Gateway(trio.cluster.endpoints[0]))
         await until(lambda: s.load.told["refused"] >= refused + 10, "writes that are refused", 30)
         began, listed = asyncio.get_running_loop().time(), len(s.history.listings)
         unknown = s.load.told["unknown"]
@@ -53,14 +52,27 @@ async def test_every_promise_holds_through_an_etcd_out_of_space(trio: Trio) -> N
         assert await trio.holder("gadgets") == held, "the lock changed hands"
         assert len(s.history.listings) > listed, "lists are served"
         assert s.load.told["unknown"] == unknown, "a full store refuses for certain"
-        # The runbook: compact (here only what the reference has read), defragment each member, lift the alarm.
-        await members[0].compact(s.reference.seen)
-        for member in members:
-            await member.call("maintenance/defragment", {})
-        for alarm in (await members[0].call("maintenance/alarm", {"action": "GET"})).get("alarms", ()):
-            await members[0].call("maintenance/alarm", {"action": "DEACTIVATE", **alarm})
+        await _make_room(s)
         await s.progress()
         assert await trio.holder("gadgets") == held, "the lock changed hands"
+
+
+@pytest.mark.soak
+async def test_every_promise_holds_through_the_death_of_a_leader_in_an_etcd_out_of_space(trio: Trio) -> None:
+    """Nobody can be elected there: reads go on, nothing is written, and work resumes as soon as there is room."""
+    async with scene(trio, random.Random(4)) as s:
+        node, held = await trio.leader(), await trio.holder("gadgets")
+        await _fill(Gateway(trio.cluster.endpoints[0]))
+        node.kill()
+        await until(lambda: _nobody_leads(trio), "the lease to end", 30)
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(node.process.start_ready(60))
+            listed = len(s.history.listings)
+            await until(lambda: len(s.history.listings) >= listed + 10, "lists that are served", 30)
+            assert await _nobody_leads(trio)
+            await _make_room(s)
+            await trio.later_term(held[1])
+        await s.progress()
 
 
 async def test_every_promise_holds_after_a_snapshot_was_restored(trio: Trio) -> None:
@@ -91,6 +103,20 @@ async def _fill(member: Gateway) -> None:
         return False
 
     await until(full, "the quota reached", 60)
+
+
+async def _make_room(s: Scene) -> None:
+    """The runbook: compact (here only what the reference has read), defragment each member, lift the alarm."""
+    members = [Gateway(endpoint) for endpoint in s.trio.cluster.endpoints]
+    await members[0].compact(s.reference.seen)
+    for member in members:
+        await member.call("maintenance/defragment", {})
+    for alarm in (await members[0].call("maintenance/alarm", {"action": "GET"})).get("alarms", ()):
+        await members[0].call("maintenance/alarm", {"action": "DEACTIVATE", **alarm})
+
+
+async def _nobody_leads(trio: Trio) -> bool:
+    return (await trio.holder("gadgets"))[1] == 0
 
 
 async def _judged_before_the_loss(s: Scene) -> None:
