@@ -44,6 +44,18 @@ class Column:
     priority: int = 0
 
 
+@dataclass(frozen=True, slots=True)
+class Scale:
+    """How many of something an object asks for and has: what the subresource `scale` reads and sets."""
+
+    wished: Callable[[Any], int]
+    wish: Callable[[Any, int], None]
+    """Changes the spec of a copy; beyond 0 to 2147483647, the kind's `validate` says what the number may be."""
+    actual: Callable[[Any], int]
+    selector: Callable[[Any], str]
+    """The label selector that finds them."""
+
+
 @dataclass(frozen=True)
 class Kind(Generic[R]):
     """One kind of resource."""
@@ -70,6 +82,8 @@ class Kind(Generic[R]):
     """Field selectors (`status.phase`, …) beside `metadata.name` and `metadata.namespace`."""
     validate: Callable[[R, R | None], Iterable[Cause]] = lambda _new, _old: ()
     """Checks beyond types, for a create (old is None) or an update: immutable fields, ranges that depend on others."""
+    scale: Scale | None = None
+    """For kinds with a number of replicas."""
     create_refusal: str = ""
     """Why users may not create objects of this kind; empty when they may."""
     forgotten_with_owner: bool = False

@@ -14,7 +14,9 @@ KUBERNETES = ("1", "32")
 """The Kubernetes version whose API conventions are followed; clients choose their behaviour by it."""
 _VERBS = ("create", "delete", "get", "list", "patch", "update", "watch")
 _READ_VERBS = ("get", "list")
-_STATUS_VERBS = ("get", "patch", "update")
+_STATUS_VERBS = _SCALE_VERBS = ("get", "patch", "update")
+SCALE = {"group": "autoscaling", "version": "v1", "kind": "Scale"}
+"""What the subresource `scale` speaks, of whatever kind it is."""
 
 
 def version_info() -> dict[str, str]:
@@ -82,6 +84,8 @@ def resources(registry: Registry, name: str, in_version: str) -> dict[str, Any] 
         verbs = _verbs(kind)
         found.append(_resource(kind.plural, kind.singular, kind.name, verbs, kind.short_names, kind.categories))
         found.append(_resource(f"{kind.plural}/status", "", kind.name, _STATUS_VERBS))
+        if kind.scale is not None:
+            found.append({**_resource(f"{kind.plural}/scale", "", "", _SCALE_VERBS), **SCALE})
     return _resource_list(f"{name}/{in_version}", found)
 
 
@@ -157,6 +161,8 @@ def _aggregated_kind(kind: Kind[Any]) -> dict[str, Any]:
     )
     response = {"group": kind.group, "version": kind.version, "kind": kind.name}
     found["subresources"] = [{"subresource": "status", "responseKind": response, "verbs": list(_STATUS_VERBS)}]
+    if kind.scale is not None:
+        found["subresources"].append({"subresource": "scale", "responseKind": SCALE, "verbs": list(_SCALE_VERBS)})
     return found
 
 

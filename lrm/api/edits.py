@@ -35,7 +35,7 @@ Mutate = Callable[[AnyResource], None]
 
 
 @dataclass(frozen=True)
-class _Edit:
+class Edit:
     """What a change of one object goes by."""
 
     request: web.Request
@@ -93,16 +93,16 @@ class _Edit:
         )
 
 
-def _edit(request: web.Request, verb: Verb, what: str) -> _Edit:
+def edit_of(request: web.Request, verb: Verb, what: str) -> Edit:
     """Rights, options and the form of the answer, before the body is read."""
     target = target_of(request)
     call_of(request).principal.require(verb, target.namespace, f"{what} {target.kind.plural}")
-    return _Edit(request, negotiate(request, OBJECT_FORMS), target, write_options(request))
+    return Edit(request, negotiate(request, OBJECT_FORMS), target, write_options(request))
 
 
 async def create(request: web.Request) -> web.Response:
     """POST of one object."""
-    edit = _edit(request, "write", "create")
+    edit = edit_of(request, "write", "create")
     kind = edit.target.kind
     document = await edit.document()
     if kind.create_refusal:
@@ -117,33 +117,33 @@ async def create(request: web.Request) -> web.Response:
 
 async def replace(request: web.Request) -> web.Response:
     """PUT of one object; without a resourceVersion it replaces whatever is there."""
-    edit = _edit(request, "write", "update")
+    edit = edit_of(request, "write", "update")
     document = await edit.document()
     return await _updated(edit, lambda _: document)
 
 
 async def patch(request: web.Request) -> web.Response:
     """PATCH of one object: merge patch or JSON patch."""
-    edit = _edit(request, "write", "patch")
+    edit = edit_of(request, "write", "patch")
     return await _updated(edit, await edit.patching())
 
 
 async def replace_status(request: web.Request) -> web.Response:
     """PUT of the status alone; spec and metadata of the body are ignored."""
-    edit = _edit(request, "status", "write the status of")
+    edit = edit_of(request, "status", "write the status of")
     document = await edit.document()
     return await _status_updated(edit, lambda _: document)
 
 
 async def patch_status(request: web.Request) -> web.Response:
     """PATCH of the status alone."""
-    edit = _edit(request, "status", "write the status of")
+    edit = edit_of(request, "status", "write the status of")
     return await _status_updated(edit, await edit.patching())
 
 
 async def delete(request: web.Request) -> web.Response:
     """DELETE of one object: gone at once, or marked while finalizers or a policy for its dependants hold it."""
-    edit = _edit(request, "write", "delete")
+    edit = edit_of(request, "write", "delete")
     kind, target = edit.target.kind, edit.target
     options = delete_options(request, await _delete_body(request, edit.api))
     current = await edit.current()
@@ -262,7 +262,7 @@ async def store_change(
     return _outcome(decision, current)
 
 
-async def _updated(edit: _Edit, document_for: Callable[[AnyResource], dict[str, Any]]) -> web.Response:
+async def _updated(edit: Edit, document_for: Callable[[AnyResource], dict[str, Any]]) -> web.Response:
     """Change an object to what a document says; the document is asked for anew whenever the object has changed."""
     kind = edit.target.kind
     current = await edit.current()
@@ -287,7 +287,7 @@ async def _updated(edit: _Edit, document_for: Callable[[AnyResource], dict[str, 
     return await answer_resource(edit.request, edit.accepted, kind, stored)
 
 
-async def _status_updated(edit: _Edit, document_for: Callable[[AnyResource], dict[str, Any]]) -> web.Response:
+async def _status_updated(edit: Edit, document_for: Callable[[AnyResource], dict[str, Any]]) -> web.Response:
     """Write the status; `fieldManager` must own each field that changes, unless an admin forces it."""
     kind, options = edit.target.kind, edit.options
     if options.force:

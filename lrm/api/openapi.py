@@ -13,7 +13,7 @@ from typing import Any
 import orjson
 from pydantic.json_schema import models_json_schema
 
-from lrm.api.discovery import group_versions
+from lrm.api.discovery import SCALE, group_versions
 from lrm.kind import Kind
 from lrm.registry import Registry
 
@@ -21,6 +21,7 @@ _PATCH_TYPES = ("application/merge-patch+json", "application/json-patch+json")
 _BODY_TYPES = ("application/json", "application/yaml")
 _DROPPED = frozenset({"title", "propertyNames", "prefixItems"})
 """What JSON Schema says and OpenAPI 3.0 does not know."""
+_SCALE_SCHEMA = "io.k8s.api.autoscaling.v1.Scale"
 
 
 class OpenApi:
@@ -69,6 +70,8 @@ def _document(kinds: list[Kind[Any]], group: str, version: str, product_version:
         schema["properties"]["kind"] = _fixed(kind.name, "What kind of object this is.")
         listed = f"{name}List"
         components[listed] = _list_schema(kind, name, gvk)
+        if kind.scale is not None:
+            components[_SCALE_SCHEMA] = _scale_schema()
         paths |= _paths(kind, gvk, name, listed)
     return {
         "openapi": "3.0.0",
@@ -147,6 +150,25 @@ def _list_schema(kind: Kind[Any], name: str, gvk: dict[str, str]) -> dict[str, A
     }
 
 
+def _scale_schema() -> dict[str, Any]:
+    """Kubernetes' autoscaling/v1 Scale, the part that is served."""
+    count = {"type": "integer", "format": "int32", "minimum": 0}
+    metadata = {name: {"type": "string"} for name in ("name", "namespace", "uid", "resourceVersion")}
+    status = {"replicas": count, "selector": {"type": "string"}}
+    return {
+        "type": "object",
+        "description": "How many replicas an object asks for and has.",
+        "properties": {
+            "apiVersion": {"type": "string"},
+            "kind": {"type": "string"},
+            "metadata": {"type": "object", "properties": metadata},
+            "spec": {"type": "object", "properties": {"replicas": count}},
+            "status": {"type": "object", "properties": status},
+        },
+        "x-kubernetes-group-version-kind": [SCALE],
+    }
+
+
 def _paths(kind: Kind[Any], gvk: dict[str, str], one: str, many: str) -> dict[str, Any]:
     base = f"/apis/{kind.group}/{kind.version}"
     everywhere = f"{base}/{kind.plural}"
@@ -174,18 +196,18 @@ def _paths(kind: Kind[Any], gvk: dict[str, str], one: str, many: str) -> dict[st
                 "default": {"description": "A Status that says what is wrong."},
             },
             "x-kubernetes-action": action,
-            "x-kubernetes-group-version-kind": gvk,
+            "x-kubernetes-group-version-kind": SCALE if result == _SCALE_SCHEMA else gvk,
         }
         if body:
             kinds = tuple(body)
-            schema = one if kinds == _BODY_TYPES else ""
+            schema = result if kinds == _BODY_TYPES else ""
             told["requestBody"] = {"required": action != "delete", "content": _content(kinds, schema)}
         return told
 
     collection: dict[str, Any] = {"parameters": [namespace], "get": operation("list", "list", many, listing)}
     if not kind.create_refusal:
         collection["post"] = operation("create", "post", one, writing, _BODY_TYPES)
-    return {
+    paths = {
         everywhere: {"get": operation("listAll", "list", many, listing)},
         inside: collection,
         object_path: {
@@ -204,6 +226,14 @@ def _paths(kind: Kind[Any], gvk: dict[str, str], one: str, many: str) -> dict[st
             "patch": operation("patchStatusOf", "patch", one, writing, _PATCH_TYPES),
         },
     }
+    if kind.scale is not None:
+        paths[f"{object_path}/scale"] = {
+            "parameters": [namespace, name],
+            "get": operation("readScaleOf", "get", _SCALE_SCHEMA, []),
+            "put": operation("replaceScaleOf", "put", _SCALE_SCHEMA, writing, _BODY_TYPES),
+            "patch": operation("patchScaleOf", "patch", _SCALE_SCHEMA, writing, _PATCH_TYPES),
+        }
+    return paths
 
 
 def _content(types: Iterable[str], component: str) -> dict[str, Any]:

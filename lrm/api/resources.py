@@ -6,7 +6,7 @@ from typing import Any
 
 from aiohttp import web
 
-from lrm.api import discovery, edits
+from lrm.api import discovery, edits, scale
 from lrm.api.answers import OBJECT_FORMS, answer_item, answer_list
 from lrm.api.call import API, call_of
 from lrm.api.codec import negotiate, respond
@@ -51,6 +51,9 @@ def add_resource_routes(app: web.Application) -> None:
         web.get(f"{one}/status", read),
         web.put(f"{one}/status", edits.replace_status),
         web.patch(f"{one}/status", edits.patch_status),
+        web.get(f"{one}/scale", scale.read),
+        web.put(f"{one}/scale", scale.replace),
+        web.patch(f"{one}/scale", scale.patch),
     ]
     app.add_routes(routes)
 
