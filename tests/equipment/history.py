@@ -148,6 +148,16 @@ class Ruled:
     prefix: str
     locks: tuple[str, ...]
     shared: bool = False
+    fields: tuple[str, ...] = ()
+    """If given, the rule is only about changes of status fields whose names begin so."""
+
+    def binds(self, change: Change) -> bool:
+        """Whether only a leader of these locks may have made the change."""
+        if not change.key.startswith(self.prefix):
+            return False
+        if self.fields:
+            return any(name.startswith(self.fields) for name in _changed(change))
+        return not self.shared or _leaders_write(change)
 
 
 @dataclass
@@ -424,8 +434,7 @@ class _Checker:
         for rule in self._history.ruled:
             holders = [self._holders(lock) for lock in rule.locks]
             for change in self._history.changes:
-                ruled = change.key.startswith(rule.prefix) and (not rule.shared or _leaders_write(change))
-                if ruled and not any(_holder(held, change.revision) for held in holders):
+                if rule.binds(change) and not any(_holder(held, change.revision) for held in holders):
                     locks = " or ".join(rule.locks)
                     yield f"{change.key} was written at {change.revision} while nobody led {locks}"
 
@@ -557,6 +566,14 @@ def _holder(holders: Iterable[tuple[int, int]], revision: int) -> int:
             break
         term = holder
     return term
+
+
+def _changed(change: Change) -> set[str]:
+    """The status fields that a change of an existing object has changed."""
+    if change.value is None or change.previous is None:
+        return set()
+    before, now = facts(change.previous).status, facts(change.value).status
+    return {name for name in {*before, *now} if before.get(name) != now.get(name)}
 
 
 def _leaders_write(change: Change) -> bool:

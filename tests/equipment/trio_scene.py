@@ -32,6 +32,8 @@ _SERVING = {"Ready", "Active"}
 
 RULED = (
     Ruled(f"{ROOT}/r/labworkers/", ("workers", "labs", "gc"), shared=True),
+    Ruled(f"{ROOT}/r/labworkers/", ("workers",), fields=("ec2", "cml", "phase")),
+    Ruled(f"{ROOT}/r/labworkers/", ("labs",), fields=("labs",)),
     Ruled(f"{ROOT}/r/labrecords/", ("labs", "gc")),
     Ruled(f"{ROOT}/claim/", ("workers",)),
     Ruled(f"{ROOT}/compactor", ("compactor",)),

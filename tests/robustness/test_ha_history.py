@@ -141,7 +141,11 @@ def true_history() -> History:
             Attempt(3.3, 16, "a", 19),
             Attempt(4.2, 16, "a", 20),
         ],
-        ruled=[Ruled("/x/claim/", ("workers",)), Ruled("/x/r/workers/", ("workers",), shared=True)],
+        ruled=[
+            Ruled("/x/claim/", ("workers",)),
+            Ruled("/x/r/workers/", ("workers",), shared=True),
+            Ruled("/x/r/workers/", ("labs",), fields=("labs",)),
+        ],
     )
 
 
@@ -275,6 +279,21 @@ BROKEN = [
         ),
         "at 23 while nobody led workers",
         id="a status written by nobody",
+    ),
+    pytest.param(
+        _add(
+            Change(22, "/x/r/workers/w", b'{"metadata":{},"spec":{},"status":{}}', 22),
+            Change(
+                23,
+                "/x/r/workers/w",
+                b'{"metadata":{},"spec":{},"status":{"labsCount":1}}',
+                22,
+                b'{"metadata":{},"spec":{},"status":{}}',
+                22,
+            ),
+        ),
+        "at 23 while nobody led labs",
+        id="a field written by nobody who may",
     ),
     pytest.param(_forget(18), "has a gap", id="the reference itself lacks one"),
     pytest.param(_change(18, revision=9), "out of order", id="the reference itself is out of order"),
