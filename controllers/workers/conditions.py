@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from datetime import datetime
 
-from controllers.workers.decisions import Goal, goal_of
-from controllers.workers.kind import LabWorker
+from controllers.workers.decisions import Goal, goal_of, is_paused
+from controllers.workers.kind import WAKE_ANNOTATION, LabWorker
 from controllers.workers.phases import CML_RUNNING, SERVING, Conditions, Phase, Reasons
 
 FAILED_CHECKS = 3
@@ -41,6 +41,10 @@ def refresh(worker: LabWorker, now: datetime) -> None:
         verdicts[Conditions.CML_IDENTITY_MISMATCH] = (True, Reasons.IDENTITY_MISMATCH, message)
     elif worker.status.condition(Conditions.CML_IDENTITY_MISMATCH):
         verdicts[Conditions.CML_IDENTITY_MISMATCH] = (False, Reasons.IDENTITY_MATCHES, "")
+    if is_paused(worker):
+        verdicts[Conditions.IDLE] = _idle(worker)
+    elif worker.status.condition(Conditions.IDLE):
+        verdicts[Conditions.IDLE] = (False, Reasons.IN_USE, "")
     for kind, (status, reason, message) in verdicts.items():
         old = worker.status.condition(kind)
         word = "Unknown" if status is None else str(status)
@@ -66,6 +70,12 @@ def tell_of_clock(worker: LabWorker, now: datetime, *, jumped: bool) -> None:
 def _mismatch(worker: LabWorker) -> bool:
     error = worker.status.cml.last_error
     return error is not None and error.reason == Reasons.IDENTITY_MISMATCH
+
+
+def _idle(worker: LabWorker) -> _Verdict:
+    minutes = worker.spec.idle_detection.timeout_minutes
+    message = f"nobody used it for {minutes} min; a new value of the annotation {WAKE_ANNOTATION} starts it again"
+    return True, Reasons.IDLE, message
 
 
 def _provisioned(worker: LabWorker) -> _Verdict:

@@ -20,6 +20,7 @@ from controllers.workers.cml_side import CmlSide, trouble_of
 from controllers.workers.conditions import FAILED_CHECKS
 from controllers.workers.decisions import Goal, at_rest, goal_of, may_license, may_retry, retry_of
 from controllers.workers.departure import Departure
+from controllers.workers.idle import IdleDetector
 from controllers.workers.kind import INSTANCE_FINALIZER, LABS, WORKERS, LabWorker
 from controllers.workers.pace import Pace
 from controllers.workers.phases import Phase, Reasons
@@ -44,6 +45,7 @@ class WorkersController(Controller[LabWorker]):
         self._cml = cml
         self._pace = Pace(settings)
         self.poll = settings.worker_rest_interval
+        self._idle = IdleDetector(cml, settings)
         self._departure = Departure(provisioner, cml, claims, self._pace, busy=is_busy, check=self.check)
         self._arrival = Arrival(provisioner, cml, claims, self._departure, self._pace)
 
@@ -70,6 +72,7 @@ class WorkersController(Controller[LabWorker]):
 
     async def _step(self, work: Work) -> Result:
         await work.settle()
+        await self._idle.lift(work)
         phase = work.phase
         if phase is Phase.TERMINATED:
             return await self._departure.rest_in_peace(work)
@@ -94,6 +97,7 @@ class WorkersController(Controller[LabWorker]):
             case Phase.READY | Phase.READY_UNLICENSED | Phase.ACTIVE:
                 return await self._serving(work, sighting)
             case Phase.DRAINING:
+                await self._idle.reconsider(work)
                 return await self._departure.draining(work, sighting)
             case Phase.STOPPED:
                 return await self._stopped(work, sighting)
@@ -102,7 +106,7 @@ class WorkersController(Controller[LabWorker]):
 
     # At work
 
-    async def _serving(self, work: Work, sighting: Sighting | None) -> Result:
+    async def _serving(self, work: Work, sighting: Sighting | None) -> Result:  # noqa: PLR0911 - each way out says what is next
         goal = goal_of(work.worker)
         if goal is not Goal.READY:
             return await self._departure.begin(work)
@@ -123,6 +127,8 @@ class WorkersController(Controller[LabWorker]):
         elif not busy and work.phase is Phase.ACTIVE:
             back = Phase.READY if work.worker.status.cml.licensed else Phase.READY_UNLICENSED
             await work.enter(back, Reasons.SERVING)
+        if healthy and await self._idle.pause_if_idle(work, lambda: is_busy(work)):
+            return Result.after(0)
         return self._pace.rest() if healthy and sighting is not None else self._pace.uneasy()
 
     async def check(self, work: Work) -> bool:

@@ -43,8 +43,16 @@ _GOALS = {
 
 
 def goal_of(worker: LabWorker) -> Goal:
-    """The wish of the spec; an object that is being deleted wishes to end."""
-    return Goal.TERMINATED if worker.deleting else _GOALS[worker.spec.desired_phase]
+    """The wish of the spec; an object that is being deleted wishes to end, one that is paused to be stopped."""
+    if worker.deleting:
+        return Goal.TERMINATED
+    goal = _GOALS[worker.spec.desired_phase]
+    return Goal.STOPPED if goal is Goal.READY and is_paused(worker) else goal
+
+
+def is_paused(worker: LabWorker) -> bool:
+    """Whether idleness has stopped the worker, or is about to (see `idle`)."""
+    return worker.status.idle is not None and worker.status.idle.paused_at is not None
 
 
 def drains_before_delete(worker: LabWorker) -> bool:

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from datetime import datetime
 from typing import Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, TypeAdapter, field_validator, model_validator
 
 from controllers.workers.phases import TRANSITIONS, Phase
 from lrm.errors import Cause
@@ -25,12 +26,18 @@ TRUST_ANNOTATION = "lab.neuroglia.io/trust-new-identity"
 DRAIN_ANNOTATION = "lab.neuroglia.io/drain-before-delete"
 """Unless "false": a deletion waits until no lab runs, as long as a drain may take."""
 
+SNOOZE_ANNOTATION = "lab.neuroglia.io/snooze-until"
+"""A time (RFC 3339) until which idleness does not stop the worker, and does not keep it stopped."""
+WAKE_ANNOTATION = "lab.neuroglia.io/wake"
+"""A new value starts a worker that idleness has stopped."""
+
 INSTANCE_FINALIZER = "lab.neuroglia.io/instance"
 RECORDS_FINALIZER = "lab.neuroglia.io/records"
 
 WORKERS, INSTANCES, LABS = "workers", "instances", "labs"
 """Owners of parts of the status, which are the names of their controllers."""
 
+_TIME: TypeAdapter[datetime] = TypeAdapter(Timestamp)
 _INSTANCE_ID = re.compile(r"i-[0-9a-f]{8,17}")
 _REGION = re.compile(r"[a-z]{2}(-[a-z]+)+-\d{1,2}")
 _FINGERPRINT = re.compile(r"[0-9a-f]{64}")
@@ -107,11 +114,34 @@ class CmlSpec(Model):
     max_nodes_licensed: int = Field(200, ge=0)
 
 
+USER_CATEGORIES = (
+    "start_lab",
+    "stop_lab",
+    "queue_node",
+    "start_node",
+    "stop_node",
+    "wipe_node",
+    "packet_capture",
+    "import_lab",
+    "export_lab",
+    "user_activity",
+    "user_group",
+)
+"""CML's categories of telemetry for what a person did; the others tell of the machine, its licence and its load."""
+
+
 class IdleDetection(Model):
-    """When a worker on which nothing happens is stopped."""
+    """When a worker on which nobody does anything is stopped, to be started again on request."""
 
     enabled: bool = False
-    timeout_minutes: int = Field(60, ge=1)
+    timeout_minutes: int = Field(60, ge=1, le=7 * 24 * 60)
+    rule: Literal["NoRunningLabs", "NoUserActivity"] = "NoRunningLabs"
+    """NoRunningLabs: a lab that runs keeps its worker up. NoUserActivity: it does not, only what people do counts.
+    A lab instance that is placed on a worker always keeps it up."""
+    categories: list[str] = Field(default_factory=lambda: list(USER_CATEGORIES), min_length=1, max_length=64)
+    """Categories of CML's telemetry that count as somebody's doing."""
+    snooze_until: Timestamp | None = None
+    """Not before; the annotation `lab.neuroglia.io/snooze-until` says the same, and the later one holds."""
 
 
 class LabWorkerSpec(Model):
@@ -283,6 +313,23 @@ class Failure(Model):
     retry: str | None = None
 
 
+class IdleStatus(Model):
+    """What is known of the use of the worker; only while `spec.idleDetection` is enabled."""
+
+    last_activity_at: Timestamp | None = None
+    """When somebody was last seen to do something, by lrm's clock: not earlier than it was done."""
+    user_events: int = 0
+    """Events of people's doing in CML's telemetry then."""
+    latest_event_at: Timestamp | None = None
+    """The latest of them, by CML's clock."""
+    paused_at: Timestamp | None = None
+    """Since when idleness keeps the worker stopped, or lets it drain."""
+    wake: str | None = None
+    """The value of the annotation `wake` then: another one lifts it."""
+    last_error: Problem | None = None
+    """Why it is not known whether the worker is used."""
+
+
 class LabWorkerStatus(Status):
     """What is observed."""
 
@@ -297,6 +344,7 @@ class LabWorkerStatus(Status):
     labs_asked: str | None = None
     """The value of the reconcile-now annotation that the last sync honoured."""
     timestamps: Timestamps = Field(default_factory=Timestamps)
+    idle: IdleStatus | None = None
     failure: Failure | None = None
 
 
@@ -317,9 +365,25 @@ class LabWorker(Resource[LabWorkerSpec, LabWorkerStatus]):
             return self.status.phase
 
 
+def snooze_annotation(worker: LabWorker) -> datetime | None:
+    """Until when the annotation wants the worker to stay up; None without one. Raises ValueError if it is no time."""
+    text = worker.metadata.annotations.get(SNOOZE_ANNOTATION)
+    return _TIME.validate_python(text) if text else None
+
+
 def validate(new: LabWorker, old: LabWorker | None) -> Iterator[Cause]:
     """What types cannot say: what a launch needs, and what is fixed once there is an instance."""
     aws = new.spec.aws
+    try:
+        snooze_annotation(new)
+    except ValueError:
+        # One that is stored already must not stand in the way of other changes.
+        if (
+            old is None
+            or old.metadata.annotations.get(SNOOZE_ANNOTATION) != new.metadata.annotations[SNOOZE_ANNOTATION]
+        ):
+            what = f"{SNOOZE_ANNOTATION} must be a time with its zone, as in 2026-01-31T09:00:00Z"
+            yield Cause("metadata.annotations", "FieldValueInvalid", what)
     if aws.ami_id is None and aws.instance_id is None:
         yield Cause("spec.aws.amiId", "FieldValueRequired", "amiId is required, or instanceId to adopt an instance")
     if old is None:

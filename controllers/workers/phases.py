@@ -89,6 +89,7 @@ class Conditions:
     LICENSE_SEAT_LEAKED = "LicenseSeatLeaked"
     SURPLUS_INSTANCES = "SurplusInstances"
     CLOCK_STEADY = "ClockSteady"
+    IDLE = "Idle"
 
 
 class Reasons:
@@ -110,6 +111,9 @@ class Reasons:
     SPEC_CHANGED = "SpecChanged"
     CLOCK_JUMPED = "ClockJumped"
     CLOCK_STEADY = "ClockSteady"
+    IDLE = "Idle"
+    IN_USE = "InUse"
+    NO_TELEMETRY = "NoTelemetry"
     # EC2
     LAUNCHING = "Launching"
     LAUNCH_REFUSED = "LaunchRefused"

@@ -40,6 +40,11 @@ class WorkerSettings(LrmSettings):
         description="Seconds after its first sight from which EC2's word that an instance does not exist is believed; "
         "before, it may be a view that lags (AWS advises to retry for up to 5 minutes).",
     )
+    worker_idle_interval: Seconds = Field(
+        300.0,
+        description="Longest seconds between questions whether a worker with idleDetection is used: CML answers with "
+        "its whole history. A quarter of the worker's timeoutMinutes where that is less.",
+    )
     max_instances: int = Field(
         20, ge=0, description="Most instances that this installation has at once; a brake on mistakes, they cost."
     )

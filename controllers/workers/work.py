@@ -180,7 +180,7 @@ def forget_instance(worker: LabWorker) -> None:
     ec2.instance_id = ec2.state = ec2.first_seen_at = None
     cml.identity = cml.version = cml.registration = None
     cml.licensed = False
-    worker.status.capacity = None
+    worker.status.capacity = worker.status.idle = None
 
 
 def forget_ended(worker: LabWorker) -> None:
