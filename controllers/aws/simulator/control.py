@@ -3,6 +3,7 @@
     GET /_shim/health
     GET /_shim/instances[/ID]      {"id", "state", "launch", …}; `launch` is another one after each start
     PATCH /_shim/instances/ID      {"impaired": true}: its status checks fail
+                                   {"cpu": 40, "memory": null}: what CloudWatch tells of it, percent; null is nothing
     DELETE /_shim/instances/ID     it vanishes, as if it had never been
     GET, POST, DELETE /_shim/faults, DELETE /_shim/faults/ID     see `faults`
     GET, DELETE /_shim/calls       calls received, by action; DELETE counts anew
@@ -65,10 +66,13 @@ class Control:
         return web.json_response(self._shown(instance)) if instance else _missing()
 
     async def _patch_instance(self, request: web.Request) -> web.Response:
-        wish = await _json(request)
-        if set(wish) != {"impaired"} or not isinstance(wish["impaired"], bool):
-            raise web.HTTPBadRequest(text='{"impaired": true or false}')
-        done = self._instances.impair(request.match_info["id"], impaired=wish["impaired"])
+        wish, instance_id = await _json(request), request.match_info["id"]
+        if set(wish) == {"cpu", "memory"} and all(_is_percentage(value) for value in wish.values()):
+            done = self._instances.measure(instance_id, cpu=wish["cpu"], memory=wish["memory"])
+        elif set(wish) == {"impaired"} and isinstance(wish["impaired"], bool):
+            done = self._instances.impair(instance_id, impaired=wish["impaired"])
+        else:
+            raise web.HTTPBadRequest(text='{"impaired": true or false}, or {"cpu": …, "memory": …} in percent or null')
         return web.json_response({}) if done else _missing()
 
     async def _delete_instance(self, request: web.Request) -> web.Response:
@@ -124,6 +128,10 @@ class Control:
             "client_token": instance.token,
             "tags": instance.tags,
         }
+
+
+def _is_percentage(value: Any) -> bool:
+    return value is None or (type(value) in (int, float) and 0 <= value <= 100)
 
 
 def _missing() -> web.Response:

@@ -72,6 +72,10 @@ class Instance:
     tags: dict[str, str] = field(default_factory=dict)
     impaired: bool = False
     vanished: bool = False
+    cpu: float | None = 5.0
+    """What CloudWatch tells of its processor, percent."""
+    memory: float | None = None
+    """What an agent on it tells CloudWatch of its memory, percent; None without an agent."""
 
     def state_at(self, now: float) -> str:
         """The state at a time not before the last call."""
@@ -97,6 +101,7 @@ class Instances:
                 key=lambda i: i.sequence,
             )
         }
+        self._addresses = {a for i in self._all.values() for a in (i.public_ip, i.private_ip)}
         self._next = 1 + max((i.sequence for i in self._all.values()), default=0)
         self._forget()
 
@@ -121,7 +126,8 @@ class Instances:
 
     def find(self, instance_id: str) -> Instance | None:
         """One instance of any region, however new."""
-        return next((i for i in self.everywhere() if i.id == instance_id), None)
+        instance = self._all.get(instance_id)
+        return instance if instance is not None and self._exists(instance, self.now) else None
 
     def replay(self, region: str, token: str, fingerprint: str) -> list[Instance]:
         """The reservation of an earlier launch with this token; none when there was none, or without a token."""
@@ -236,6 +242,13 @@ class Instances:
             self._save([replace(instance, impaired=impaired)])
         return instance is not None
 
+    def measure(self, instance_id: str, *, cpu: float | None, memory: float | None) -> bool:
+        """Set what CloudWatch tells of an instance: a wish of tests and demos, not an EC2 call."""
+        instance = self.find(instance_id)
+        if instance is not None:
+            self._save([replace(instance, cpu=cpu, memory=memory)])
+        return instance is not None
+
     def _end(
         self, region: str, ids: Collection[str], passing: str, final: str, refused: tuple[str, ...]
     ) -> list[tuple[str, Instance]]:
@@ -292,10 +305,10 @@ class Instances:
         return not instance.vanished and (ended is None or ended < _ENDED_SHOWN)
 
     def _address(self, network: str, besides: Iterable[Instance]) -> str:
-        taken = {a for i in (*self._all.values(), *besides) for a in (i.public_ip, i.private_ip)}
+        also = {a for i in besides for a in (i.public_ip, i.private_ip)}
         while True:
             address = f"{network}.{secrets.randbelow(256)}.{1 + secrets.randbelow(254)}"
-            if address not in taken:
+            if address not in self._addresses and address not in also:
                 return address
 
     def _forget(self) -> None:
@@ -304,7 +317,8 @@ class Instances:
         with self._file:
             self._file.executemany("DELETE FROM instances WHERE id = ?", [(i,) for i in old])
         for instance_id in old:
-            del self._all[instance_id]
+            gone = self._all.pop(instance_id)
+            self._addresses -= {gone.public_ip, gone.private_ip}
 
     def _save(self, changed: Iterable[Instance]) -> None:
         changed = list(changed)
@@ -312,7 +326,11 @@ class Instances:
             self._file.executemany(
                 "INSERT OR REPLACE INTO instances VALUES (?, ?)", [(i.id, json.dumps(asdict(i))) for i in changed]
             )
-        self._all.update((i.id, i) for i in changed)
+        for instance in changed:
+            before = self._all.get(instance.id)
+            self._addresses -= {before.public_ip, before.private_ip} if before is not None else set()
+            self._addresses |= {instance.public_ip, instance.private_ip}
+            self._all[instance.id] = instance
 
 
 def check_tags(tags: Mapping[str, str]) -> None:

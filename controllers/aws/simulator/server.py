@@ -1,4 +1,5 @@
-"""The simulated AWS: an HTTP server that plays EC2's instances itself and passes everything else on to moto.
+"""The simulated AWS: an HTTP server that plays EC2's instances itself, with what CloudWatch tells of them, and passes
+everything else on to moto.
 
 Point `AWS_ENDPOINT_URL` at it. Signatures are not checked; the region is read from them. DescribeTags is about
 instances only when it is filtered by their ids or by `resource-type`; else moto answers it. For tests and demos, on
@@ -25,6 +26,7 @@ from aiohttp import web
 from multidict import CIMultiDict
 from yarl import URL
 
+from controllers.aws.simulator import cloudwatch
 from controllers.aws.simulator.answers import InstanceApi
 from controllers.aws.simulator.control import Control
 from controllers.aws.simulator.faults import Faults
@@ -73,6 +75,7 @@ class _Call:
     parameters: Mapping[str, str]
     authorization: str
     request_id: str
+    content_type: str
 
 
 class AwsShim:
@@ -87,6 +90,7 @@ class AwsShim:
         self._clock = clock
         self._session = session
         self._api = InstanceApi(self.instances)
+        self._metrics = cloudwatch.MetricApi(self.instances)
         self._catalogue = Catalogue(session, moto_url, options.amis, options.key_names)
 
     @classmethod
@@ -141,10 +145,10 @@ class AwsShim:
     async def _carry_out(self, request: web.Request, call: _Call, body: bytes) -> web.StreamResponse:
         if not call.service and call.action in self._api.actions | {"RunInstances": None}:
             return _refuse(call, CloudError("AuthFailure", "The request is not signed", 401))
-        if call.service != "ec2":
-            return await self._pass_on(request, call, body)
         try:
-            content = await self._simulate(call)
+            if (wanted := cloudwatch.about_instances(call.action, call.content_type, body)) is not None:
+                return _cbor(call, cloudwatch.answer(self._metrics.get_metric_data(call.region, wanted)), 200)
+            content = await self._simulate(call) if call.service == "ec2" else None
         except CloudError as error:
             return _refuse(call, error)
         if content is None:
@@ -204,7 +208,7 @@ def _read_call(request: web.Request, body: bytes) -> _Call:
         target = request.headers.get("X-Amz-Target", "")
         operation = re.search(r"/operation/(\w+)$", request.path)
         action = target.rpartition(".")[2] or (operation.group(1) if operation else "")
-    return _Call(service, region, action, parameters, authorization, str(uuid.uuid4()))
+    return _Call(service, region, action, parameters, authorization, str(uuid.uuid4()), request.content_type)
 
 
 def _about_instances(call: _Call) -> bool:
@@ -218,6 +222,8 @@ def _about_instances(call: _Call) -> bool:
 def _refuse(call: _Call, error: CloudError) -> web.Response:
     if call.service in ("ec2", ""):
         return _xml(error_answer(error, call.request_id), error.status)
+    if call.content_type == cloudwatch.CBOR:
+        return _cbor(call, cloudwatch.refusal(error), error.status)
     return web.json_response(
         {"__type": error.code, "message": error.message},
         status=error.status,
@@ -227,6 +233,11 @@ def _refuse(call: _Call, error: CloudError) -> web.Response:
 
 def _xml(content: bytes, status: int) -> web.Response:
     return web.Response(status=status, body=content, content_type="text/xml", charset="utf-8")
+
+
+def _cbor(call: _Call, content: tuple[bytes, dict[str, str]], status: int) -> web.Response:
+    body, headers = content
+    return web.Response(status=status, body=body, headers={**headers, "x-amzn-requestid": call.request_id})
 
 
 def _drop(request: web.Request) -> web.Response:
