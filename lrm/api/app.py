@@ -21,6 +21,7 @@ from aiohttp import web
 from lrm.api.audit import Audit, Touched
 from lrm.api.auth import ANONYMOUS, Authenticator, Tokens, is_loopback
 from lrm.api.call import API, CALL, Api, Call, call_of, warning_header
+from lrm.api.events import add_event_routes
 from lrm.api.probes import OPEN_PATHS, add_probe_routes
 from lrm.api.requests import wants_watch
 from lrm.api.resources import add_resource_routes
@@ -73,6 +74,7 @@ def build_app(api: Api) -> web.Application:
     app[_LOAD] = _Load()
     add_probe_routes(app)
     add_resource_routes(app)
+    add_event_routes(app)
     for add_routes in api.routes:
         add_routes(app, api)
     app.on_shutdown.append(_end_watches)

@@ -14,6 +14,7 @@ KUBERNETES = ("1", "32")
 """The Kubernetes version whose API conventions are followed; clients choose their behaviour by it."""
 _VERBS = ("create", "delete", "get", "list", "patch", "update", "watch")
 _READ_VERBS = ("get", "list")
+_EVENT_VERBS = ("get", "list", "watch")
 _STATUS_VERBS = _SCALE_VERBS = ("get", "patch", "update")
 SCALE = {"group": "autoscaling", "version": "v1", "kind": "Scale"}
 """What the subresource `scale` speaks, of whatever kind it is."""
@@ -48,7 +49,7 @@ def core_versions(host: str) -> dict[str, Any]:
 def core_resources() -> dict[str, Any]:
     """/api/v1: namespaces and events; clients take an empty list for a broken server."""
     namespaces = _resource("namespaces", "namespace", "Namespace", _READ_VERBS, ("ns",), namespaced=False)
-    events = _resource("events", "event", "Event", _READ_VERBS, ("ev",), namespaced=True)
+    events = _resource("events", "event", "Event", _EVENT_VERBS, ("ev",), namespaced=True)
     return _resource_list("v1", [namespaces, events])
 
 
@@ -93,7 +94,7 @@ def aggregated_core(form: str) -> dict[str, Any]:
     """/api in one answer."""
     found = [
         _aggregated("namespaces", "namespace", "", "v1", "Namespace", _READ_VERBS, ("ns",), scope="Cluster"),
-        _aggregated("events", "event", "", "v1", "Event", _READ_VERBS, ("ev",)),
+        _aggregated("events", "event", "", "v1", "Event", _EVENT_VERBS, ("ev",)),
     ]
     versions = [{"version": "v1", "resources": found, "freshness": "Current"}]
     return _aggregated_list(form, [{"metadata": {"creationTimestamp": None}, "versions": versions}])

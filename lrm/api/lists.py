@@ -7,25 +7,17 @@ is no longer kept, 410. Objects that cannot be decoded are left out with a Warni
 
 from __future__ import annotations
 
-import base64
-import binascii
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
-
-import orjson
 
 from lrm.api.call import Api
+from lrm.api.pages import Place, fingerprint, place_of, read_pages
 from lrm.api.requests import ListQuery, Target
 from lrm.api.status import bad_request
 from lrm.cache import Item
 from lrm.errors import CacheBehind, HistoryGone, ResourceNotFound, Undecodable
 from storage.base import Entry
 from storage.errors import NoSpace, NotFound, Unavailable
-
-_PAGE = 500
-"""Entries read from the store at once."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,19 +30,6 @@ class Listing:
     remaining: int | None = None
     left_out: Sequence[str] = ()
     """Keys of objects that cannot be decoded."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Place:
-    """Where a page begins: after `key`, which lies on the store's own page `page`, at a revision (0: the newest)."""
-
-    revision: int
-    key: str
-    page: str
-
-    def token(self, query: ListQuery, target: Target) -> str:
-        raw = orjson.dumps([self.revision, self.key, self.page, _fingerprint(query, target)])
-        return base64.urlsafe_b64encode(raw).decode().rstrip("=")
 
 
 async def read_one(api: Api, target: Target, revision: str) -> Item:
@@ -75,17 +54,16 @@ async def read_list(api: Api, target: Target, query: ListQuery) -> Listing:
     if query.token:
         if query.revision:
             raise bad_request("a continue token already says the resourceVersion")
-        place = _place(query, target)
-        return await _from_store(api, target, query, place)
+        return await _from_store(api, target, query, place_of(query.token, _fingerprint(query, target)))
     if query.exact and query.revision:
-        return await _from_store(api, target, query, _Place(query.revision, "", ""))
+        return await _from_store(api, target, query, Place(query.revision))
     try:
         await catch_up(api, query.revision)
     except NoSpace:
         # No barrier can be written to an out-of-space store, but it can still be read at one revision.
-        listing = await _from_store(api, target, query, _Place(0, "", ""))
+        listing = await _from_store(api, target, query, Place())
         if query.revision and listing.revision < query.revision:
-            raise _not_yet(query.revision, listing.revision) from None
+            raise not_yet(query.revision, listing.revision) from None
         return listing
     return _from_cache(api, target, query)
 
@@ -107,10 +85,11 @@ async def catch_up(api: Api, revision: int | None) -> None:
     except Unavailable as error:
         raise CacheBehind(f"the store did not confirm in time that the cache is up to date: {error}") from error
     if revision is not None and revision > api.cache.revision:
-        raise _not_yet(revision, api.cache.revision)
+        raise not_yet(revision, api.cache.revision)
 
 
-def _not_yet(asked: int, head: int) -> HistoryGone:
+def not_yet(asked: int, head: int) -> HistoryGone:
+    """A revision was asked for that the store, which was restored, has not come to."""
     return HistoryGone(f"revision {asked} has not happened: the store is at {head}; list again")
 
 
@@ -124,31 +103,24 @@ def _from_cache(api: Api, target: Target, query: ListQuery) -> Listing:
     if query.revision == 0 or not query.limit or len(found) <= query.limit:
         return Listing(found, revision, left_out=left_out)
     page = found[: query.limit]
-    place = _Place(revision, page[-1].entry.key, "")
+    place = Place(revision, page[-1].entry.key)
     remaining = len(found) - len(page) if query.selector is None else None
-    return Listing(page, revision, place.token(query, target), remaining, left_out)
+    return Listing(page, revision, place.token(_fingerprint(query, target)), remaining, left_out)
 
 
-async def _from_store(api: Api, target: Target, query: ListQuery, place: _Place) -> Listing:
+async def _from_store(api: Api, target: Target, query: ListQuery, place: Place) -> Listing:
     prefix = api.registry.kind_prefix(target.kind, target.namespace)
-    revision, store_token = place.revision, place.page
-    found: list[Item] = []
     left_out: list[str] = []
-    while True:
-        page = await api.storage.list(prefix, limit=_PAGE, continue_token=store_token, revision=revision)
-        for entry in page.entries:
-            item = _item(api, entry) if entry.key > place.key else None
-            if item is not None and item.resource is None:
-                left_out.append(entry.key)
-            if item is None or not _wanted(query, item):
-                continue
-            if query.limit and len(found) == query.limit:
-                ended = _Place(page.revision, found[-1].entry.key, store_token)
-                return Listing(found, page.revision, ended.token(query, target), left_out=left_out)
-            found.append(item)
-        store_token, revision = page.continue_token, page.revision
-        if not store_token:
-            return Listing(found, page.revision, left_out=left_out)
+
+    def choose(entry: Entry) -> Item | None:
+        item = _item(api, entry)
+        if item is not None and item.resource is None:
+            left_out.append(entry.key)
+        return item if item is not None and _wanted(query, item) else None
+
+    pages = await read_pages(api.storage, prefix, place, query.limit, choose)
+    token = pages.next.token(_fingerprint(query, target)) if pages.next else ""
+    return Listing(pages.found, pages.revision, token, left_out=left_out)
 
 
 def _wanted(query: ListQuery, item: Item) -> bool:
@@ -167,20 +139,5 @@ def _item(api: Api, entry: Entry) -> Item | None:
         return Item(kind, namespace, name, entry, None, str(error))
 
 
-def _place(query: ListQuery, target: Target) -> _Place:
-    try:
-        raw = base64.b64decode(query.token + "=" * (-len(query.token) % 4), altchars=b"-_", validate=True)
-        revision, key, page, fingerprint = orjson.loads(raw)
-    except (binascii.Error, ValueError, TypeError):
-        raise bad_request("the continue token is not one that this server gave out") from None
-    typed = isinstance(revision, int) and isinstance(key, str) and isinstance(page, str)
-    if not typed or isinstance(revision, bool) or not 0 < revision < 2**63:
-        raise bad_request("the continue token is not one that this server gave out")
-    if fingerprint != _fingerprint(query, target):
-        raise bad_request("the continue token belongs to another list: its selectors and path must stay the same")
-    return _Place(revision, key, page)
-
-
 def _fingerprint(query: ListQuery, target: Target) -> str:
-    said: list[Any] = [target.kind.api_version, target.kind.plural, target.namespace, query.labels, query.fields]
-    return hashlib.sha256(orjson.dumps(said)).hexdigest()[:16]
+    return fingerprint(target.kind.api_version, target.kind.plural, target.namespace, query.labels, query.fields)

@@ -158,8 +158,8 @@ class ListQuery:
     timeout: float | None
 
 
-def list_query(request: web.Request, kind: Kind[Any]) -> ListQuery:
-    """Raises 400, 422."""
+def list_query(request: web.Request, kind: Kind[Any] | None) -> ListQuery:
+    """Without a kind the selectors are left to the caller. Raises 400, 422."""
     query = request.query
     labels, fields = query.get("labelSelector", ""), query.get("fieldSelector", "")
     revision = _revision(query.get("resourceVersion", ""))
@@ -176,7 +176,7 @@ def list_query(request: web.Request, kind: Kind[Any]) -> ListQuery:
     return ListQuery(
         labels=labels,
         fields=fields,
-        selector=selector_of(kind, labels, fields),
+        selector=selector_of(kind, labels, fields) if kind else None,
         limit=_number(query.get("limit", ""), "limit") or 0,
         token=query.get("continue", ""),
         revision=revision,

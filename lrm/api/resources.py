@@ -33,8 +33,6 @@ def add_resource_routes(app: web.Application) -> None:
         web.get("/api/v1", _core_resources),
         web.get("/api/v1/namespaces", _namespaces),
         web.get("/api/v1/namespaces/{namespace}", _namespace),
-        web.get("/api/v1/events", _events),
-        web.get("/api/v1/namespaces/{namespace}/events", _events),
         web.get("/apis", _groups),
         web.get("/apis/{group}", _group),
         web.get(group, _resources),
@@ -169,15 +167,3 @@ async def _namespace(request: web.Request) -> web.Response:
 def _namespace_document(name: str) -> dict[str, Any]:
     labels = {"kubernetes.io/metadata.name": name}
     return {"metadata": {"name": name, "labels": labels}, "spec": {}, "status": {"phase": "Active"}}
-
-
-async def _events(request: web.Request) -> web.Response:
-    """No events are recorded: the list is empty, as `kubectl describe` expects it to be able to be."""
-    api, namespace = request.app[API], request.match_info.get("namespace", "")
-    call_of(request).principal.require("read", namespace, "list events")
-    if request.query.get("watch", "0").lower() not in ("0", "false"):
-        raise RequestError(405, "MethodNotAllowed", "events cannot be watched")
-    metadata = {"resourceVersion": str(api.cache.revision)}
-    return await respond(
-        negotiate(request), {"kind": "EventList", "apiVersion": "v1", "metadata": metadata, "items": []}
-    )

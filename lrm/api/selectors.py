@@ -7,7 +7,8 @@ and namespaces exactly. A bad selector is a 400 that says what is wrong; none is
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Any
 
 from lrm.api.status import RequestError, bad_request
@@ -50,29 +51,47 @@ def parse_labels(text: str) -> list[_Test]:
 
 def parse_fields(kind: Kind[Any], text: str) -> list[Callable[[AnyResource], bool]]:
     """The terms of a field selector. Raises 400, also for a field that the kind does not offer."""
-    tests: list[Callable[[AnyResource], bool]] = []
-    for term in _split_escaped(text):
-        match = re.match(r"\s*([^=!\s]+)\s*(==|=|!=)(.*)", term, re.DOTALL)
+    return [_field_test(kind, term) for term in field_terms(text)]
+
+
+@dataclass(frozen=True, slots=True)
+class FieldTerm:
+    """One term of a field selector: `name=value`, or with `wanted` False `name!=value`."""
+
+    name: str
+    value: str
+    wanted: bool
+
+
+def field_terms(text: str) -> list[FieldTerm]:
+    """What a field selector says, whatever its fields are. Raises 400."""
+    terms: list[FieldTerm] = []
+    for part in _split_escaped(text):
+        match = re.match(r"\s*([^=!\s]+)\s*(==|=|!=)(.*)", part, re.DOTALL)
         if not match:
-            raise bad_request(f"field selector {term!r} is not of the form field=value or field!=value")
-        name, operator, value = match[1], match[2], re.sub(r"\\(.)", r"\1", match[3].strip())
-        tests.append(_field_test(kind, name, value, wanted=operator != "!="))
-    if len(tests) > _MAX_TERMS:
+            raise bad_request(f"field selector {part!r} is not of the form field=value or field!=value")
+        terms.append(FieldTerm(match[1], re.sub(r"\\(.)", r"\1", match[3].strip()), match[2] != "!="))
+    if len(terms) > _MAX_TERMS:
         raise bad_request(f"more than {_MAX_TERMS} terms in a field selector")
-    return tests
+    return terms
 
 
-def _field_test(kind: Kind[Any], name: str, value: str, *, wanted: bool) -> Callable[[AnyResource], bool]:
-    if name == "metadata.name":
-        return lambda r: (r.metadata.name == value) is wanted
-    if name == "metadata.namespace":
-        return lambda r: (r.metadata.namespace == value) is wanted
-    read = kind.fields.get(name)
+def _field_test(kind: Kind[Any], term: FieldTerm) -> Callable[[AnyResource], bool]:
+    if term.name == "metadata.name":
+        return lambda r: (r.metadata.name == term.value) is term.wanted
+    if term.name == "metadata.namespace":
+        return lambda r: (r.metadata.namespace == term.value) is term.wanted
+    read = kind.fields.get(term.name)
     if read is None:
-        known = ", ".join(sorted({"metadata.name", "metadata.namespace", *kind.fields}))
-        raise bad_request(f'field label not supported: "{name}"; {kind.plural} can be selected by {known}')
-    folded = value.casefold()
-    return lambda r: (str(read(r)).casefold() == folded) is wanted
+        raise unknown_field(term.name, kind.plural, ["metadata.name", "metadata.namespace", *kind.fields])
+    folded = term.value.casefold()
+    return lambda r: (str(read(r)).casefold() == folded) is term.wanted
+
+
+def unknown_field(name: str, plural: str, known: Iterable[str]) -> RequestError:
+    """400: a list of this kind cannot be selected by that field."""
+    listed = ", ".join(sorted(set(known)))
+    return bad_request(f'field label not supported: "{name}"; {plural} can be selected by {listed}')
 
 
 def _label_term(tokens: list[str], text: str) -> _Test:

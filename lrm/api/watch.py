@@ -12,29 +12,22 @@ from collections.abc import Sequence
 from typing import Any
 
 import orjson
-import structlog
 from aiohttp import web
 
-from lrm.api.call import API, Api, Call, call_of
+from lrm.api.call import API, Api
 from lrm.api.codec import Accepted, negotiate
 from lrm.api.lists import catch_up
 from lrm.api.present import Presenter
 from lrm.api.requests import ListQuery, Target
-from lrm.api.status import answer_of, expected, status_document
+from lrm.api.status import expected
+from lrm.api.stream import INITIAL_EVENTS_END, LineStream, Stuck, line
 from lrm.api.table import partial_metadata, table_of
 from lrm.cache import Item
 from lrm.errors import LrmError
 from lrm.fanout import Delivery, Subscription
 from storage.errors import NoSpace, StorageError
 
-log = structlog.get_logger(__name__)
-
 _CHUNK = 256 * 1024
-_INITIAL_END = "k8s.io/initial-events-end"
-
-
-class _Stuck(Exception):  # noqa: N818 - never leaves this module
-    """The client takes nothing any more, or is gone."""
 
 
 async def serve_watch(request: web.Request, target: Target, query: ListQuery) -> web.StreamResponse:
@@ -56,7 +49,7 @@ async def serve_watch(request: web.Request, target: Target, query: ListQuery) ->
         items = [i for i in found if i.resource and (query.selector is None or query.selector(i.resource))]
     repeat = bool(query.revision) and not initial
     async with api.fanout.subscribe(target.kind, target.namespace, query.selector, after, repeat=repeat) as changes:
-        stream = _Stream(request, api, target, accepted)
+        stream = _KindStream(request, api, target, accepted)
         await stream.start()
         try:
             async with api.clock.timeout(query.timeout or api.settings.watch_seconds * (1 + random.random())):  # noqa: S311 - spreads reconnects
@@ -66,16 +59,16 @@ async def serve_watch(request: web.Request, target: Target, query: ListQuery) ->
                 await _follow(stream, changes, bookmarks=query.bookmarks or bool(query.initial_events))
         except TimeoutError:
             pass  # the watch's time is over: the stream just ends, and the client asks again from where it was
-        except _Stuck:
+        except Stuck:
             return stream.cut_off()
         except (LrmError, StorageError) as error:
             if not expected(error):
                 raise
-            await stream.send_error(error, call_of(request))
+            await stream.send_error(error)
         return await stream.end()
 
 
-async def _follow(stream: _Stream, changes: Subscription, *, bookmarks: bool) -> None:
+async def _follow(stream: _KindStream, changes: Subscription, *, bookmarks: bool) -> None:
     async for delivery in changes:
         if delivery.events:
             await stream.send_delivery(delivery)
@@ -84,26 +77,15 @@ async def _follow(stream: _Stream, changes: Subscription, *, bookmarks: bool) ->
         stream.check_connected()
 
 
-class _Stream:
-    """The response of one watch."""
+class _KindStream(LineStream):
+    """The lines about the objects of a kind."""
 
     def __init__(self, request: web.Request, api: Api, target: Target, accepted: Accepted) -> None:
-        self._request = request
-        self._api = api
+        super().__init__(request, api, target.kind.plural)
         self._kind = target.kind
         self._form = accepted.form
         self._presenter = Presenter(api.cache)
         self._columns_sent = False
-        headers = {
-            "Content-Type": "application/json",
-            "Cache-Control": "no-cache, private",
-            "X-Content-Type-Options": "nosniff",
-            "X-Request-Id": call_of(request).request_id,
-        }
-        self._response = web.StreamResponse(headers=headers)
-
-    async def start(self) -> None:
-        await self._response.prepare(self._request)
 
     async def send_present(self, items: Sequence[Item]) -> None:
         """The objects that are there, as ADDED."""
@@ -120,35 +102,11 @@ class _Stream:
     async def send_delivery(self, delivery: Delivery) -> None:
         await self.send([self._line(e.type, e.item, e.revision) for e in delivery.events])
 
-    async def send_error(self, error: Exception, call: Call) -> None:
-        """The error as the stream's last event."""
-        answer = answer_of(error, call.request_id, writing=False)
-        log.info(
-            "watch.ended", request=call.request_id, kind=self._kind.plural, reason=answer.reason, detail=str(error)
-        )
-        await self.send([_event("ERROR", orjson.dumps(status_document(answer)))])
-
-    async def send(self, lines: Sequence[bytes]) -> None:
-        """Write, and wait while the client's buffer is full. Raises `_Stuck`."""
-        if not lines:
-            return
-        try:
-            async with self._api.clock.timeout(self._api.settings.write_seconds):
-                await self._response.write(b"".join(lines))
-        except (TimeoutError, ConnectionError) as error:
-            raise _Stuck from error
-
-    def check_connected(self) -> None:
-        """Raise `_Stuck` when the client has gone."""
-        transport = self._request.transport
-        if transport is None or transport.is_closing():
-            raise _Stuck
-
     def bookmark(self, revision: int, *, initial_end: bool = False) -> bytes:
         """Everything up to this revision was told."""
         metadata: dict[str, Any] = {"resourceVersion": str(revision), "creationTimestamp": None}
         if initial_end:
-            metadata["annotations"] = {_INITIAL_END: "true"}
+            metadata["annotations"] = {INITIAL_EVENTS_END: "true"}
         document: dict[str, Any]
         if self._form == "table":
             document = table_of(self._kind, [], None, metadata, self._api.clock.now(), columns=False)
@@ -156,34 +114,15 @@ class _Stream:
             document = {"kind": "PartialObjectMetadata", "apiVersion": "meta.k8s.io/v1", "metadata": metadata}
         else:
             document = {"kind": self._kind.name, "apiVersion": self._kind.api_version, "metadata": metadata}
-        return _event("BOOKMARK", orjson.dumps(document))
-
-    def cut_off(self) -> web.StreamResponse:
-        """Close the connection without waiting for a client that does not read."""
-        if self._request.transport is not None:
-            self._request.transport.abort()
-        return self._response
-
-    async def end(self) -> web.StreamResponse:
-        """Close the stream in good order."""
-        try:
-            async with self._api.clock.timeout(self._api.settings.write_seconds):
-                await self._response.write_eof()
-        except (TimeoutError, ConnectionError):
-            return self.cut_off()
-        return self._response
+        return line("BOOKMARK", orjson.dumps(document))
 
     def _line(self, event: str, item: Item, revision: int) -> bytes:
         if item.resource is None or self._form == "json":
-            return _event(event, self._presenter.raw(item, revision))
+            return line(event, self._presenter.raw(item, revision))
         shown = self._presenter.shown(self._kind, item.resource, revision)
         if self._form == "partial":
-            return _event(event, orjson.dumps(partial_metadata(shown)))
+            return line(event, orjson.dumps(partial_metadata(shown)))
         metadata = {"resourceVersion": str(revision)}
         columns, self._columns_sent = not self._columns_sent, True
         table = table_of(self._kind, [shown], None, metadata, self._api.clock.now(), columns=columns)
-        return _event(event, orjson.dumps(table))
-
-
-def _event(kind: str, document: bytes) -> bytes:
-    return b'{"type":"%b","object":%b}\n' % (kind.encode(), document)
+        return line(event, orjson.dumps(table))
