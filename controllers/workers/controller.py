@@ -21,7 +21,7 @@ from controllers.workers.conditions import FAILED_CHECKS
 from controllers.workers.decisions import Goal, at_rest, goal_of, may_license, may_retry, retry_of
 from controllers.workers.departure import Departure
 from controllers.workers.idle import IdleDetector
-from controllers.workers.kind import INSTANCE_FINALIZER, LABS, WORKERS, LabWorker
+from controllers.workers.kind import INSTANCE_FINALIZER, LAB_WORKER, LABS, METRICS, WORKERS, LabWorker
 from controllers.workers.pace import Pace
 from controllers.workers.phases import Phase, Reasons
 from controllers.workers.provisioning import Provisioner, Sighting, fail_if_ended, is_off, reason_of
@@ -54,7 +54,7 @@ class WorkersController(Controller[LabWorker]):
         return (Trigger(LabRecord, _worker_of_started),)
 
     def wakes(self, change: Change) -> bool:
-        """What the labs' sync writes of itself is no reason to ask EC2 and CML."""
+        """What the labs' sync and the metrics write of themselves is no reason to ask EC2 and CML."""
         old, new = change.old, change.new
         if old is None or new is None or old.resource is None or new.resource is None:
             return True
@@ -213,9 +213,9 @@ def _worker_of_started(change: Change) -> Iterable[Key]:
 
 
 def _concerning(resource: Any) -> dict[str, Any]:
-    """An object without what the labs' sync alone writes."""
+    """An object without what the labs' sync and the metrics write alone."""
     wire: dict[str, Any] = resource.wire()
     wire["metadata"].pop("resourceVersion", None)
-    status = {k: v for k, v in wire["status"].items() if not k.startswith(LABS)}
+    status = {k: v for k, v in wire["status"].items() if LAB_WORKER.owner_of(k) not in {LABS, METRICS}}
     status["conditions"] = [c for c in status.get("conditions", ()) if c["type"] != "LabsSynced"]
     return {**wire, "status": status}

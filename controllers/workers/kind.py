@@ -2,7 +2,7 @@
 
 Pure data and pure functions. Secrets are never part of it, only references to them. Who may change which part of the
 status is said here (`LAB_WORKER.status_owners`): `allocations` belongs to the instances' controller, `labs…` to the
-labs' sync, all else to the workers' controller.
+labs' sync, `metrics` and `utilization` to the fleet's metrics, all else to the workers' controller.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ WAKE_ANNOTATION = "lab.neuroglia.io/wake"
 INSTANCE_FINALIZER = "lab.neuroglia.io/instance"
 RECORDS_FINALIZER = "lab.neuroglia.io/records"
 
-WORKERS, INSTANCES, LABS = "workers", "instances", "labs"
+WORKERS, INSTANCES, LABS, METRICS = "workers", "instances", "labs", "metrics"
 """Owners of parts of the status, which are the names of their controllers."""
 
 _TIME: TypeAdapter[datetime] = TypeAdapter(Timestamp)
@@ -269,10 +269,57 @@ class Capacity(Model):
 
 
 class Utilization(Model):
-    """How busy it is; absent is unknown."""
+    """How busy the machine is, percent; absent is unknown."""
 
     cpu_percent: float | None = None
     memory_percent: float | None = None
+
+
+class Measured(Model):
+    """What one source told last; all of it is as of the last write, which only what matters is worth."""
+
+    at: Timestamp | None = None
+    """When the source last answered in full."""
+    error: Problem | None = None
+    """Why it does not, since when."""
+
+
+class Ec2Measured(Measured):
+    """The instance."""
+
+    state: str | None = None
+    checks: Checks | None = None
+    started_at: Timestamp | None = None
+
+
+class CloudWatchMeasured(Measured):
+    """What CloudWatch has of the instance; memory only where its agent runs."""
+
+    cpu_percent: float | None = None
+    memory_percent: float | None = None
+
+
+class CmlMeasured(Measured):
+    """What the CML tells of itself."""
+
+    cpu_percent: float | None = None
+    memory_percent: float | None = None
+    disk_percent: float | None = None
+    running_nodes: int | None = None
+    version: str | None = None
+    ready: bool | None = None
+    healthy: bool | None = None
+    licensed: bool | None = None
+
+
+class WorkerMetrics(Model):
+    """What was measured, by source."""
+
+    ec2: Ec2Measured = Field(default_factory=Ec2Measured)
+    cloud_watch: CloudWatchMeasured = Field(default_factory=CloudWatchMeasured)
+    cml: CmlMeasured = Field(default_factory=CmlMeasured)
+    asked: str | None = None
+    """The value of the reconcile-now annotation that was honoured last."""
 
 
 class Allocation(Model):
@@ -337,6 +384,7 @@ class LabWorkerStatus(Status):
     cml: CmlStatus = Field(default_factory=CmlStatus)
     capacity: Capacity | None = None
     utilization: Utilization | None = None
+    metrics: WorkerMetrics | None = None
     allocations: dict[str, Allocation] = Field(default_factory=dict)
     labs_count: int | None = None
     labs_synced_at: Timestamp | None = None
@@ -439,7 +487,7 @@ LAB_WORKER: Kind[LabWorker] = Kind(
     transitions=TRANSITIONS,
     initial_phase=Phase.PENDING.value,
     default_owner=WORKERS,
-    status_owners={"allocations": INSTANCES, "labs*": LABS},
+    status_owners={"allocations": INSTANCES, "labs*": LABS, "metrics": METRICS, "utilization": METRICS},
     condition_owners={"LabsSynced": LABS},
     indexes={
         "track": lambda w: (w.spec.lab_track,),

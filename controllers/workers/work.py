@@ -164,10 +164,12 @@ def enter(worker: LabWorker, phase: Phase, reason: str, now: datetime) -> None:
 
 
 def forget_running(worker: LabWorker) -> None:
-    """Clear what is true of a running machine only: addresses, metrics, the CML's present state."""
+    """Clear what is true of a running machine only: addresses, checks, the CML's present state.
+
+    What was measured of it is the fleet metrics' to clear, who hear of the phase.
+    """
     status = worker.status
     status.ec2.public_ip = status.ec2.private_ip = status.ec2.checks = None
-    status.utilization = None
     cml = status.cml
     cml.ready, cml.api_url, cml.system_info, cml.health, cml.failed_checks = False, None, None, None, 0
     cml.last_error = None
