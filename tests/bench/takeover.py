@@ -10,6 +10,7 @@ import asyncio
 import statistics
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
+from uuid import uuid4
 
 import aiohttp
 
@@ -118,7 +119,7 @@ async def _changes(daemon: DaemonProcess) -> AsyncIterator[None]:
         while True:
             number += 1
             url = f"{daemon.url}{WIDGETS}/{object_name(number % 10)}"
-            patch = {"spec": {"count": number % 100}}
+            patch = {"spec": {"colour": uuid4().hex}}  # always another: what changes nothing is not written
             async with session.patch(url, json=patch, headers=headers) as reply:
                 if reply.status != 200:
                     raise RuntimeError(f"a change was refused: {reply.status} {await reply.text()}")
