@@ -1,15 +1,15 @@
 """Events over HTTP, as Kubernetes' core/v1: listed, read and watched straight from the store, by what they are about.
 
 Nothing is cached: events are many and rarely asked for. A list about one object reads that object's alone. Each watch
-has a stream of its own at the store, so there may be few at once. A watch that was quiet for longer than the store
-keeps its history goes on; only that events have expired meanwhile is not told. Events cannot be written here.
+has a stream of its own at the store, so there may be few at once. Events cannot be written here.
 """
 
 from __future__ import annotations
 
+import asyncio
 import random
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
 
@@ -28,7 +28,7 @@ from lrm.api.table import age
 from lrm.errors import LrmError, ResourceNotFound
 from lrm.events import events_prefix
 from storage.base import Batch, Entry, Event, Watch
-from storage.errors import Compacted, NotFound, StorageError
+from storage.errors import NotFound, StorageError
 
 _MOST_WATCHES = 32
 """Watches of events at once; more are told 429."""
@@ -69,18 +69,21 @@ _Test = Callable[[Document], bool]
 
 
 @dataclass
-class _Load:
-    """How many watches are open."""
+class _Open:
+    """The watches that are open."""
 
-    watches: int = 0
+    count: int = 0
+    limits: set[asyncio.Timeout] = field(default_factory=set)
+    """The time limit of each that is being streamed."""
 
 
-_LOAD: web.AppKey[_Load] = web.AppKey("event watches")
+_OPEN: web.AppKey[_Open] = web.AppKey("event watches")
 
 
 def add_event_routes(app: web.Application) -> None:
     """Everything about events under /api/v1."""
-    app[_LOAD] = _Load()
+    app[_OPEN] = _Open()
+    app.on_shutdown.append(_end_watches)
     app.add_routes(
         [
             web.get("/api/v1/events", _list_or_watch),
@@ -99,14 +102,19 @@ async def _list_or_watch(request: web.Request) -> web.StreamResponse:
         return await _list(request, query, wanted)
     if request.method == "HEAD":
         raise RequestError(405, "MethodNotAllowed", "a watch has no end that a HEAD could be answered for")
-    load = request.app[_LOAD]
-    if load.watches >= _MOST_WATCHES:
+    watches = request.app[_OPEN]
+    if watches.count >= _MOST_WATCHES:
         raise RequestError(429, "TooManyRequests", "too many watches of events at once; try again", retry_after=5)
-    load.watches += 1
+    watches.count += 1
     try:
         return await _watch(request, query, wanted)
     finally:
-        load.watches -= 1
+        watches.count -= 1
+
+
+async def _end_watches(app: web.Application) -> None:
+    for limit in app[_OPEN].limits:
+        limit.reschedule(asyncio.get_running_loop().time())
 
 
 async def _read(request: web.Request) -> web.Response:
@@ -159,17 +167,20 @@ async def _watch(request: web.Request, query: ListQuery, wanted: _Wanted) -> web
         if pages.revision < after:
             raise not_yet(after, pages.revision)
         present, after = pages.found if initial else (), pages.revision
+    stream = _EventStream(request, api, accepted, wanted)
+    limit = api.clock.timeout(query.timeout or api.settings.watch_seconds * (1 + random.random()))  # noqa: S311 - spreads reconnects
     async with api.storage.watch(wanted.prefix(api), after) as changes:
-        stream = _EventStream(request, api, accepted, wanted)
         await stream.start()
         try:
-            async with api.clock.timeout(query.timeout or api.settings.watch_seconds * (1 + random.random())):  # noqa: S311 - spreads reconnects
-                await stream.send([stream.told("ADDED", document, after) for document in present])
-                if query.initial_events:
-                    await stream.send([stream.initial_end(after)])
-                after = await _follow(stream, changes, after)
-                while True:
-                    after = await _go_on(stream, after)
+            async with limit as scope:
+                request.app[_OPEN].limits.add(scope)
+                try:
+                    await stream.send([stream.told("ADDED", document, after) for document in present])
+                    if query.initial_events:
+                        await stream.send([stream.initial_end(after)])
+                    await _follow(stream, changes)
+                finally:
+                    request.app[_OPEN].limits.discard(scope)
         except TimeoutError:
             pass  # the watch's time is over: the stream just ends, and the client asks again from where it was
         except Stuck:
@@ -181,36 +192,16 @@ async def _watch(request: web.Request, query: ListQuery, wanted: _Wanted) -> web
         return await stream.end()
 
 
-async def _follow(stream: _EventStream, changes: Watch, after: int) -> int:
-    """Tell what happens; return the revision up to which it was told when the store has forgotten what came then."""
+async def _follow(stream: _EventStream, changes: Watch) -> None:
+    """Tell what happens; ends only by an error."""
     while True:
         try:
             async with stream.api.clock.timeout(_LOOK_SECONDS):
                 batch = await anext(aiter(changes))
         except TimeoutError:
             stream.check_connected()
-        except Compacted:
-            return after
         else:
-            after = batch.revision
             await stream.send_batch(batch)
-
-
-async def _go_on(stream: _EventStream, after: int) -> int:
-    """After a gap in the history: what has changed by the events that are there, then what happens."""
-    api, wanted = stream.api, stream.wanted
-    lines: list[bytes] = []
-
-    def changed(entry: Entry) -> Document | None:
-        return wanted.choose(entry) if entry.revision > after else None
-
-    pages = await read_pages(api.storage, wanted.prefix(api), Place(), 0, changed)
-    for document in pages.found:
-        count = int(document.get("count") or 1)
-        lines.append(stream.told("ADDED" if count == 1 else "MODIFIED", document, pages.revision))
-    await stream.send(lines)
-    async with api.storage.watch(wanted.prefix(api), pages.revision) as changes:
-        return await _follow(stream, changes, pages.revision)
 
 
 class _EventStream(LineStream):

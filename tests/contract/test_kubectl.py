@@ -18,6 +18,7 @@ from equipment import certificates
 from equipment.api import GROUP, Served, Telescope, path_of, served, telescope, tokens_file
 from equipment.gc_scene import collecting
 from equipment.waiting import until
+from lrm.events import Events
 from storage.memory import MemoryStorage
 
 
@@ -170,6 +171,44 @@ async def test_describe_and_explain(kubectl: Kubectl, api: Served) -> None:
         assert part in tree
 
 
+async def test_events_are_listed_described_and_watched(kubectl: Kubectl, api: Served) -> None:
+    events = Events(api.storage, api.api.clock, root=api.registry.root, instance="host-a")
+    writing = asyncio.create_task(events.run())
+    await api.make("a")
+    await api.make("b")
+    about = [await api.client.get(Telescope, "default", name) for name in ("a", "b")]
+    dome = events.recorder("dome")
+    dome.record(about[0], "Normal", "Opened", "the sky is clear")
+    dome.record(about[0], "Warning", "Closed", "clouds")
+    dome.record(about[0], "Warning", "Closed", "clouds")
+    dome.record(about[1], "Normal", "Parked", "nothing to see")
+    await events.flush(10)
+    listed = await kubectl("get", "events")
+    assert listed.split()[:6] == ["LAST", "SEEN", "TYPE", "REASON", "OBJECT", "MESSAGE"]
+    assert "telescope/b" in listed
+    assert "COUNT" in await kubectl("get", "ev", "-A", "-o", "wide")
+    warnings = await kubectl("get", "events", "--field-selector", "type=Warning,involvedObject.name=a", "-o", "json")
+    assert [e["count"] for e in json.loads(warnings)["items"]] == [2]
+    assert "nothing to see" not in await kubectl("events", "--for", "telescope/a")
+    described = await kubectl("describe", "telescope", "a")
+    told = described[described.index("Events:") :]
+    for part in ("Opened", "dome", "the sky is clear", "(x2 over"):
+        assert part in told
+    assert "nothing to see" not in told
+    watching = await kubectl.start("get", "events", "-w", "--output-watch-events")
+    assert watching.stdout is not None
+    async with asyncio.timeout(20):
+        present = [await watching.stdout.readline() for _ in range(4)]
+        assert present[0].split()[0] == b"EVENT"
+        dome.record(about[1], "Normal", "Moved", "to the west")
+        line = await watching.stdout.readline()
+        assert (line.split()[0], b"to the west" in line) == (b"ADDED", True)
+    watching.kill()
+    await watching.wait()
+    writing.cancel()
+    await asyncio.wait([writing])
+
+
 async def test_label_annotate_patch_replace_and_edit(kubectl: Kubectl, api: Served, tmp_path: Path) -> None:
     await api.make("a", labels={"old": "x"})
     await kubectl("label", "tel", "a", "new=y", "old-")
@@ -181,7 +220,7 @@ async def test_label_annotate_patch_replace_and_edit(kubectl: Kubectl, api: Serv
     await kubectl("edit", "tel", "a", KUBE_EDITOR="sed -i s/diameterCm:.240/diameterCm:\\ 77/")
     edited = await kubectl("get", "tel", "a", "-o", "yaml")
     assert yaml.safe_load(edited)["spec"]["mirror"]["diameterCm"] == 77
-    assert "replaced" in await kubectl("replace", "-f", "-", given=edited.replace("77", "78"))
+    assert "replaced" in await kubectl("replace", "-f", "-", given=edited.replace("diameterCm: 77", "diameterCm: 78"))
     late = await kubectl.run("replace", "-f", "-", given=edited)
     assert "Conflict" in late.err
     spec = (await api.get(path_of("a"))).body["spec"]
