@@ -47,6 +47,7 @@ class Scene:
         self.trio = trio
         self.draw = draw
         self._began = time.monotonic()
+        self._stamps = self._looked_at = 0
         self.over = False
         """Set by a test that has judged the scene itself, before it took the store away."""
         self.namespace = f"s{uuid.uuid4().hex[:8]}"
@@ -72,12 +73,13 @@ class Scene:
             raise AssertionError(f"{error}; wanted {goal}, it is {now}, told {self.load.told}") from None
 
     def stamps(self) -> int:
-        """How often the gadgets' controller has written a status."""
-        return sum(
-            1
-            for c in self.reference.changes
-            if c.key.startswith(self.prefix) and facts(c.value).serial != facts(c.previous).serial and c.value
-        )
+        """How often the gadgets' controller has written a status; each change is looked at once."""
+        for change in self.reference.changes[self._looked_at :]:
+            self._looked_at += 1
+            ours = change.value is not None and change.key.startswith(self.prefix)
+            if ours and facts(change.value).serial != facts(change.previous).serial:
+                self._stamps += 1
+        return self._stamps
 
     async def end(self) -> None:
         """Peace, some more work, and the users go; in the end the workers, too, and nothing is left of them."""
@@ -106,7 +108,10 @@ class Scene:
             found[:] = [w for key, w in workers.items() if key.endswith(f"/{name}")]
             return bool(found) and found[0]["status"].get("phase") == "Ready"
 
-        await until(ready, f"{name} Ready: {found}", 60)
+        try:
+            await until(ready, f"{name} Ready", 60)
+        except AssertionError as error:
+            raise AssertionError(f"{error}: {found}") from None
         machine = self.trio.cml.machine(found[0]["status"]["ec2"]["instanceId"])
         for title in ("OSPF", "BGP"):
             machine.add_lab(title)
@@ -129,11 +134,7 @@ class Scene:
         await self.reference.mark()
         theirs = [c.revision for c in self.reference.changes if c.key.startswith(self.prefix)]
         last = theirs[-1] if theirs else self.reference.base
-        await until(
-            lambda: all(p >= last for p in self.load.positions().values()),
-            f"every watcher at {last}: {self.load.positions()}",
-            20,
-        )
+        await until(lambda: all(p >= last for p in self.load.positions().values()), f"every watcher at {last}", 20)
         await until(lambda: any(d.revision >= last for d in self.deliveries()), f"the event consumer at {last}", 20)
 
     async def _until_nothing(self, left: Any, what: str) -> None:
