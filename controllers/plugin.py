@@ -12,37 +12,59 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
+from controllers.aws.cloudwatch import CloudWatch
 from controllers.aws.ec2 import Ec2
 from controllers.cml.sessions import CmlSessions
 from controllers.labs.controller import LabsController
 from controllers.labs.kind import LAB_RECORD
 from controllers.labs.records import LabRecordsController
 from controllers.labs.settings import LabsSettings
+from controllers.metrics.controller import FleetMetrics
+from controllers.metrics.settings import MetricsSettings
+from controllers.metrics.sources import Sources
 from controllers.workers.claims import Claims
 from controllers.workers.cml_side import CmlSide
 from controllers.workers.controller import WorkersController
 from controllers.workers.kind import LAB_WORKER
 from controllers.workers.provisioning import Provisioner
 from controllers.workers.settings import WorkerSettings
+from lrm.client import Client
+from lrm.led import Led
 from lrm.plugin import DevPlan, DevService, Plugin, PluginContext
 from lrm.reconcile import Controller
 
 
-class ControllersSettings(WorkerSettings, LabsSettings):
+class ControllersSettings(WorkerSettings, LabsSettings, MetricsSettings):
     """Everything that the kinds' controllers can be told."""
 
 
 @asynccontextmanager
-async def controllers(context: PluginContext) -> AsyncIterator[Sequence[Controller[Any]]]:
+async def controllers(context: PluginContext) -> AsyncIterator[Sequence[Controller[Any] | Led]]:
     """Open the clients of EC2 and CML, give the controllers, close the clients at the end."""
     settings: ControllersSettings = context.settings
     async with (
         Ec2(context.clock) as ec2,
+        CloudWatch(context.clock) as cloud_watch,
         CmlSessions(settings, context.secrets, context.clock) as sessions,
         asyncio.TaskGroup() as tasks,
     ):
         closing = tasks.create_task(sessions.run(), name="close CML clients")
         unsubscribe = context.cache.subscribe(sessions.on_update)
+        metrics = FleetMetrics(
+            Sources(
+                ec2,
+                cloud_watch,
+                sessions,
+                context.clock,
+                installation=context.installation,
+                at_once=settings.metrics_cml_at_once,
+            ),
+            Client(context.storage, context.registry, context.clock),
+            context.cache,
+            context.clock,
+            settings,
+        )
+        context.telemetry.observe(metrics.observe)
         try:
             yield (
                 WorkersController(
@@ -53,6 +75,7 @@ async def controllers(context: PluginContext) -> AsyncIterator[Sequence[Controll
                 ),
                 LabsController(cache=context.cache, sessions=sessions, settings=settings),
                 LabRecordsController(cache=context.cache, sessions=sessions, settings=settings),
+                metrics,
             )
         finally:
             unsubscribe()

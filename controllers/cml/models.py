@@ -72,6 +72,10 @@ def _count_or_none(value: object) -> int | None:
     return None if value is None or isinstance(value, bool) else _count(value)
 
 
+def _number_or_none(value: object) -> float | None:
+    return _number(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
+
+
 def _flag(value: object) -> bool | None:
     return value if isinstance(value, bool) else None
 
@@ -105,6 +109,7 @@ def _object_map(value: object) -> dict[str, object]:
 Text = Annotated[str, BeforeValidator(_text)]
 MaybeText = Annotated[str | None, BeforeValidator(_text_or_none)]
 Number = Annotated[float, BeforeValidator(_number)]
+MaybeNumber = Annotated[float | None, BeforeValidator(_number_or_none)]
 Count = Annotated[int, BeforeValidator(_count)]
 MaybeCount = Annotated[int | None, BeforeValidator(_count_or_none)]
 Flag = Annotated[bool | None, BeforeValidator(_flag)]
@@ -130,10 +135,10 @@ class SystemInformation(_Model):
 
 
 class Cpu(_Model):
-    """Processors; `percent` of all of them together."""
+    """Processors; `percent` of all of them together, None where CML did not say."""
 
     count: Count = 0
-    percent: Number = 0.0
+    percent: MaybeNumber = None
     model: Text = ""
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Collection, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
@@ -30,7 +30,7 @@ from lrm.election import StaticElection, StaticTerm
 from lrm.errors import ResourceNotFound
 from lrm.events import Events
 from lrm.plugin import PluginContext
-from lrm.reconcile import Runner
+from lrm.reconcile import Controller, Runner
 from lrm.registry import Registry
 from lrm.resource import ObjectMeta
 from lrm.secrets import Secrets
@@ -91,6 +91,7 @@ class WorkersWorld:
     runners: list[Runner[Any]]
     term: StaticTerm
     clock: SetClock
+    telemetry: Telemetry
 
     @property
     def client(self) -> Client:
@@ -234,12 +235,14 @@ async def workers_world(
     cml_options: Options = FAST_CML,
     observe_only: bool = False,
     plain_moto: bool = False,
+    led: Collection[str] = (),
     renew_deadline: float = 10.0,
     jump_hold: float = HOLD_SECONDS,
     **settings: Any,
 ) -> AsyncIterator[WorkersWorld]:
     """Everything running; `settings` are of the plug-in. A store that is given is left open.
 
+    Of what the plug-in does under a lock beside reconciling, `led` names what is run too.
     With `plain_moto` the workers' EC2 is moto itself, which ignores client tokens, and every CML is alive.
     """
     for name, value in ((PASSWORD_ENV, cml_options.password), (TOKEN_ENV, TOKEN), (BAD_TOKEN_ENV, "INVALID00")):
@@ -267,7 +270,7 @@ async def workers_world(
                 root=root,
                 # Nothing listens there: who asks for a bookmark learns that Redis is away.
                 bookmarks=Bookmarks(RedisBookmarks("redis://127.0.0.1:1/0", clock), store, clock, every=3600),
-                telemetry=Telemetry(),
+                telemetry=(telemetry := Telemetry()),
                 events=events,
             )
             with _unwrapped():
@@ -283,7 +286,9 @@ async def workers_world(
                             events=events,
                         )
                         for c in controllers
+                        if isinstance(c, Controller)
                     ]
+                    others = [c for c in controllers if not isinstance(c, Controller) and c.name in led]
                     for runner in runners:
                         runner._jumps = WallJumps(clock, hold=jump_hold)
                     election = StaticElection(store, clock, root=root, lock_name="workers", identity="test")
@@ -291,11 +296,11 @@ async def workers_world(
                     running = [
                         tasks.create_task(cache.run()),
                         tasks.create_task(events.run()),
-                        *(tasks.create_task(r.run(term)) for r in runners),
+                        *(tasks.create_task(r.run(term)) for r in (*runners, *others)),
                     ]
                     await cache.wait_synced()
                     try:
-                        yield WorkersWorld(store, registry, cache, shim, cml, runners, term, clock)
+                        yield WorkersWorld(store, registry, cache, shim, cml, runners, term, clock, telemetry)
                     finally:
                         for task in running:
                             task.cancel()
