@@ -83,6 +83,11 @@ class Work:
         if after != before:
             reason = self.worker.status.phase_history[-1].reason
             self.log.info("worker.phase", source=before, to=after, reason=reason)
+            failure = self.worker.status.failure
+            if after == Phase.FAILED and failure is not None:
+                self._warn(reason, f"failed in {failure.phase}: {failure.message}")
+            else:
+                self.ctx.events.record(self.worker, "Normal", reason, f"went from {before} to {after}")
 
     async def settle(self) -> None:
         """Write what the spec alone changes: the observed generation and the conditions."""
@@ -128,7 +133,10 @@ class Work:
         def note(worker: LabWorker) -> None:
             worker.status.ec2.last_error = problem(worker.status.ec2.last_error, reason, message, now)
 
+        before = self.worker.status.ec2.last_error
         await self.write(note)
+        if self.worker.status.ec2.last_error != before:
+            self._warn(reason, message)
 
     async def leaked_seat(self, reason: str, message: str) -> None:
         """Report that Smart Licensing still counts this worker's licence."""
@@ -140,6 +148,10 @@ class Work:
             worker.status.set_condition(Conditions.LICENSE_SEAT_LEAKED, True, reason, message, now=now)
 
         await self.write(note)
+        self._warn(Conditions.LICENSE_SEAT_LEAKED, f"{reason}: {message}")
+
+    def _warn(self, reason: str, message: str) -> None:
+        self.ctx.events.record(self.worker, "Warning", reason, message)
 
 
 def enter(worker: LabWorker, phase: Phase, reason: str, now: datetime) -> None:

@@ -16,6 +16,7 @@ from lrm.cache import Cache
 from lrm.client import Client
 from lrm.clock import WallJumps
 from lrm.election import StaticElection
+from lrm.events import Recorder
 from lrm.reconcile import Context
 from lrm.registry import Registry
 from lrm.resource import RETRY_ANNOTATION, ObjectMeta
@@ -37,6 +38,7 @@ async def test_a_retry_asked_for_while_a_worker_fails_is_honoured_and_a_set_cloc
         renew_deadline=10,
         jumps=WallJumps(clock),
         bound_log=structlog.get_logger(),
+        events=Recorder(None, "workers"),
     )
     work = Work(worker, context)
     await client.update(worker, lambda w: w.metadata.annotations.update({RETRY_ANNOTATION: "now"}))
