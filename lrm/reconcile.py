@@ -224,6 +224,8 @@ class Runner(Generic[R]):
         self._events = events
         self._watermark: Watermark[tuple[str, ...]] = Watermark()
         self._finalizing: set[Key] = set()
+        self._paused: set[Key] = set()
+        """What was found paused when its turn came."""
         self._gate = asyncio.Lock()
         self._store_was_away = False
         self._seen = 0
@@ -237,6 +239,7 @@ class Runner(Generic[R]):
         self._written.clear()
         self._echoes.clear()
         self._watermark.clear()
+        self._paused.clear()
         self._seen = 0
         generation = self._cache.storage.generation
         resumed = await self._bookmark.begin(term, self._position) if self._bookmark else None
@@ -295,7 +298,7 @@ class Runner(Generic[R]):
             "failures": stats.failures,
             "terminal": stats.terminal,
             "finalized": stats.finalized,
-            "paused": sum(_paused(r) for r in self._cache.all(self.controller.model)),
+            "paused": len(self._paused),
             "secondsTotal": round(stats.seconds, 3),
         }
 
@@ -396,7 +399,7 @@ class Runner(Generic[R]):
             self.queue.add(key)
         self._watermark.forget((*key, _IN_HAND))
         echoes.seen_meanwhile = set()
-        if not echoes.own and self._cache.get(self.controller.model, *key) is None:
+        if not echoes.own:
             del self._echoes[key]
 
     async def _one(self, key: Key, term: Term) -> _Outcome:
@@ -407,11 +410,13 @@ class Runner(Generic[R]):
         try:
             await self._own_writes_visible(key)
             resource = self._cache.get(self.controller.model, *key)
+            self._paused.discard(key)
             if resource is None:
                 queue.discard(key)
                 self._written.pop(key, None)
                 return _Outcome(client.written, attempted)
             if _paused(resource):
+                self._paused.add(key)
                 queue.forget_failures(key)
                 return _Outcome(client.written, attempted)
             term.check()
