@@ -105,13 +105,12 @@ class LabRecordsController(Controller[LabRecord]):
         if record.spec.desired_state is None:
             await self._settle(record, ctx)
             return Result.done()
-        home = home_of(record, self._cache)
+        home = _acted_on(home_of(record, self._cache), ctx)
         if isinstance(home, Gone):
             await self._settle(record, ctx, home.reason, home.message)
             return Result.done()
-        if isinstance(home, Away) or ctx.observe_only:
-            away = home if isinstance(home, Away) else _OBSERVING
-            await self._tell(record, ctx, _Note(*_WISH, away.reason, away.message))
+        if isinstance(home, Away):
+            await self._tell(record, ctx, _Note(*_WISH, home.reason, home.message))
             return Result.after(self.resync)
         try:
             return await self._approach(record, home, ctx)
@@ -132,13 +131,12 @@ class LabRecordsController(Controller[LabRecord]):
             await ctx.client.forget(record)
             ctx.log.info("lab.forgotten", lab=lab_id, worker=record.spec.worker_ref)
             return Result.after(self._settings.labs_step_interval)  # to see that the key is gone
-        home = home_of(record, self._cache)
+        home = _acted_on(home_of(record, self._cache), ctx)
         if isinstance(home, Gone):
             ctx.log.info("lab.gone_with_its_cml", lab=lab_id, worker=record.spec.worker_ref, reason=home.reason)
             return Result.done()
-        if isinstance(home, Away) or ctx.observe_only:
-            away = home if isinstance(home, Away) else _OBSERVING
-            await self._tell(record, ctx, _Note(*_DELETION, away.reason, away.message))
+        if isinstance(home, Away):
+            await self._tell(record, ctx, _Note(*_DELETION, home.reason, home.message))
             return Result.after(self.resync)
         try:
             if await self._delete(record, home, ctx):
@@ -264,7 +262,13 @@ class LabRecordsController(Controller[LabRecord]):
                 yield record.namespace, record.name
 
 
-_OBSERVING = Away("ObserveOnly", "this installation changes nothing outside")
+_OBSERVING = Away("ObserveOnly", "nothing is changed on a CML that is only observed")
+
+
+def _acted_on(home: Home | Away | Gone, ctx: Context) -> Home | Away | Gone:
+    """Where the lab is, as far as anything may be done there."""
+    observed = isinstance(home, Home) and (ctx.observe_only or home.worker.spec.observe_only)
+    return _OBSERVING if observed else home
 
 
 async def _state_of(client: CmlClient, lab_id: str) -> str | None:
@@ -298,4 +302,5 @@ def _asked_like(worker: object) -> object:
     if not isinstance(worker, LabWorker):
         return None
     ec2 = worker.status.ec2
-    return worker.uid, can_be_asked(worker), worker.status.phase, ec2.instance_id, ec2.state
+    observed = worker.spec.observe_only
+    return worker.uid, can_be_asked(worker), worker.status.phase, ec2.instance_id, ec2.state, observed

@@ -45,8 +45,8 @@ class Arrival:
             return await self._adopt(work)
         if goal is not Goal.READY:
             return self._pace.rest()  # nothing is launched only to be stopped; a change of the spec wakes us
-        if work.ctx.observe_only:
-            await work.ec2_trouble(Reasons.OBSERVE_ONLY, "LRM_OBSERVE_ONLY is set: nothing is launched")
+        if work.observe_only:
+            await work.ec2_trouble(Reasons.OBSERVE_ONLY, "nothing is launched while this worker is only observed")
             return self._pace.rest()
         return await self._provision(work)
 
@@ -197,7 +197,7 @@ class Arrival:
             if self._pace.is_over(work, times.ec2_started_at, self._settings.worker_ec2_deadline):
                 limit = f"the instance did not run within {self._settings.worker_ec2_deadline:g} s"
                 return await work.fail(Reasons.EC2_TIMEOUT, limit)
-            if instance is not None and instance.state == "stopped" and not work.ctx.observe_only:
+            if instance is not None and instance.state == "stopped" and not work.observe_only:
                 try:
                     await self._ec2.start(work, instance.id)
                 except AwsError as error:
@@ -230,7 +230,7 @@ class Arrival:
         if licensed:
             await work.enter(Phase.LICENSING, Reasons.LICENSED)
             return await work.enter(Phase.READY, Reasons.LICENSED)
-        if may_license(work.worker) and not work.ctx.observe_only:
+        if may_license(work.worker) and not work.observe_only:
             return await work.enter(Phase.LICENSING, Reasons.LICENSE_REGISTERING, fresh_registration)
         reason = Reasons.LICENSE_FAILED if work.worker.spec.wants_license else Reasons.NO_LICENSE_WANTED
         return await work.enter(Phase.READY_UNLICENSED, reason)

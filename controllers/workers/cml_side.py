@@ -185,7 +185,7 @@ class CmlSide:
             seen = f"registration {status or 'unknown'}, authorization {licensing.authorization.status or 'unknown'}"
             limit = f"{self._settings.worker_license_deadline:g} s"
             return await self.license_failed(work, Reasons.LICENSE_TIMEOUT, f"not licensed within {limit}: {seen}")
-        if work.ctx.observe_only:
+        if work.observe_only:
             return LicenseStep.WAITING
         due = replaced or sent_at is None or (status != _FAILED and work.over(sent_at, _UNHEARD))
         if due and status not in _UNDER_WAY:

@@ -119,7 +119,7 @@ class WorkersController(Controller[LabWorker]):
         if healthy and work.phase is Phase.READY_UNLICENSED:
             if work.worker.status.cml.licensed:
                 return await work.enter(Phase.READY, Reasons.LICENSED)
-            if may_license(work.worker) and not work.ctx.observe_only:
+            if may_license(work.worker) and not work.observe_only:
                 return await work.enter(Phase.LICENSING, Reasons.LICENSE_REGISTERING, fresh_registration)
         busy = is_busy(work)
         if busy and work.phase is not Phase.ACTIVE:
@@ -152,10 +152,10 @@ class WorkersController(Controller[LabWorker]):
             return await self._departure.leave(work, Reasons.TERMINATION_REQUESTED)
         if ended := await fail_if_ended(work, sighting):
             return ended
-        if goal is Goal.READY and not work.ctx.observe_only:
-            return await work.enter(Phase.STARTING, Reasons.START_REQUESTED)
         running = sighting is not None and sighting.instance is not None and sighting.instance.state == "running"
-        if running and goal is Goal.STOPPED and not work.ctx.observe_only:
+        if goal is Goal.READY and (running or not work.observe_only):
+            return await work.enter(Phase.STARTING, Reasons.START_REQUESTED)
+        if running and goal is Goal.STOPPED and not work.observe_only:
             # Started behind our back. The only way from Stopped is through Starting.
             await work.enter(Phase.STARTING, Reasons.INSTANCE_RUNNING)
             return await work.enter(Phase.STOPPING, Reasons.STOP_REQUESTED)

@@ -98,9 +98,9 @@ class Departure:
         """Begin the end, from any phase: through Unlicensing if there is a licence that can be given back."""
         worker = work.worker
         if worker.status.cml.licensed:
-            if worker.status.ec2.state == "running" and not work.ctx.observe_only:
+            if worker.status.ec2.state == "running" and not work.observe_only:
                 return await work.enter(Phase.UNLICENSING, reason)
-            if not work.ctx.observe_only:
+            if not work.observe_only:
                 state = worker.status.ec2.state or "unknown"
                 await work.leaked_seat(Reasons.DEREGISTRATION_FAILED, f"the instance is {state}: CML cannot be asked")
         return await work.enter(Phase.TERMINATING_EC2, reason)
@@ -135,7 +135,7 @@ class Departure:
         if goal is Goal.TERMINATED:
             return await self.leave(work, reason)
         # Stopped keeps the disk and with it the registration; the seat is returned where it can be had again.
-        if licensed and worker.spec.wants_license and not work.ctx.observe_only:
+        if licensed and worker.spec.wants_license and not work.observe_only:
             return await work.enter(Phase.UNLICENSING, reason)
         return await work.enter(Phase.STOPPING, reason)
 
@@ -150,7 +150,7 @@ class Departure:
         onward = Phase.TERMINATING_EC2 if goal_of(worker) is Goal.TERMINATED else Phase.STOPPING
         if not worker.status.cml.licensed:
             return await work.enter(onward, Reasons.DEREGISTERED)
-        if work.ctx.observe_only:
+        if work.observe_only:
             return self._pace.soon()
         try:
             outcome = await self._cml.deregister(work)
@@ -179,7 +179,7 @@ class Departure:
             self._cml.sessions.retire(worker.uid)
             return await work.enter(Phase.STOPPED, Reasons.INSTANCE_STOPPED)
         instance = sighting.instance if sighting else None
-        if instance is not None and instance.state == "running" and not work.ctx.observe_only:
+        if instance is not None and instance.state == "running" and not work.observe_only:
             try:
                 await self._ec2.stop(work, instance.id)
             except AwsError as error:
@@ -199,7 +199,7 @@ class Departure:
         try:
             live = await self._ec2.live(work)
             for instance in live:
-                if instance.state != "shutting-down" and not work.ctx.observe_only:
+                if instance.state != "shutting-down" and not work.observe_only:
                     await self._ec2.terminate(work, instance.id)
                     crash_point("workers.terminate.sent")
         except AwsError as error:
@@ -219,7 +219,7 @@ class Departure:
     async def _retain(self, work: Work) -> Result:
         """Let the object go and the instance be: only what marks it as ours is taken away."""
         ec2 = work.worker.status.ec2
-        if (ec2.instance_id is not None or ec2.attempt) and not work.ctx.observe_only:
+        if (ec2.instance_id is not None or ec2.attempt) and not work.observe_only:
             try:
                 if in_doubt(ec2, work.due_by, self._settings.worker_trace_timeout):
                     # What comes of the launch carries our marks: it is named and unmarked, or proved not to be.

@@ -165,7 +165,7 @@ class IdleDetector:
 
     async def pause_if_idle(self, work: Work, runs_labs: Callable[[], bool]) -> bool:
         """Ask CML, if it is time to, and pause the worker if nobody uses it; whether it was paused."""
-        if work.ctx.observe_only or is_kept_up(work.worker, work.due_by, runs_labs=runs_labs()):
+        if work.observe_only or is_kept_up(work.worker, work.due_by, runs_labs=runs_labs()):
             return False
         if not await self._look(work):
             return False

@@ -153,6 +153,7 @@ class LabWorkerSpec(Model):
     cml: CmlSpec = Field(default_factory=CmlSpec)
     desired_phase: Literal["Ready", "Draining", "Stopped", "Terminated"] = "Ready"
     deletion_policy: Literal["Terminate", "Retain"] | None = None
+    observe_only: bool = False
     auto_license: bool = True
     drain_timeout_minutes: int = Field(240, ge=0, le=7 * 24 * 60)
     max_concurrent_labs: int = Field(20, ge=0, le=10000)
@@ -174,6 +175,8 @@ class LabWorkerSpec(Model):
     @property
     def retains(self) -> bool:
         """Whether the instance outlives this object."""
+        if self.observe_only:
+            return True
         if self.deletion_policy is None:
             return self.adopts
         return self.deletion_policy == "Retain"
@@ -434,6 +437,7 @@ def validate(new: LabWorker, old: LabWorker | None) -> Iterator[Cause]:
             yield Cause("metadata.annotations", "FieldValueInvalid", what)
     if aws.ami_id is None and aws.instance_id is None:
         yield Cause("spec.aws.amiId", "FieldValueRequired", "amiId is required, or instanceId to adopt an instance")
+    yield from _observed(new.spec, created=old is None)
     if old is None:
         return
     ec2 = old.status.ec2
@@ -447,6 +451,16 @@ def validate(new: LabWorker, old: LabWorker | None) -> Iterator[Cause]:
     for name in sorted(before.keys() | after.keys()):
         if name != "tags" and before.get(name) != after.get(name):
             yield Cause(f"spec.aws.{name}", "FieldValueInvalid", what)
+
+
+def _observed(spec: LabWorkerSpec, *, created: bool) -> Iterator[Cause]:
+    """What makes no sense of a worker that is only observed."""
+    if spec.observe_only and spec.desired_phase != "Ready":
+        message = "only Ready: what is only observed is not drained, stopped or ended"
+        yield Cause("spec.desiredPhase", "FieldValueInvalid", message)
+    if spec.observe_only and created and not spec.adopts:
+        message = "with observeOnly nothing is launched: name the instance to observe"
+        yield Cause("spec.aws.instanceId", "FieldValueRequired", message)
 
 
 def serving(worker: LabWorker) -> bool:

@@ -40,4 +40,4 @@ class Pace:
 
     def is_over(self, work: Work, since: datetime | None, seconds: float) -> bool:
         """Whether a deadline has passed; observing only, nothing can have moved, so none does."""
-        return not work.ctx.observe_only and work.over(since, seconds)
+        return not work.observe_only and work.over(since, seconds)

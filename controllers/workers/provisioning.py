@@ -166,8 +166,8 @@ class Provisioner:
 
         Raises `Held` for a brake, `AwsError` for EC2's refusal or silence; the status says how far it came.
         """
-        if work.ctx.observe_only:
-            raise Held(Reasons.OBSERVE_ONLY, "LRM_OBSERVE_ONLY is set: nothing is launched")
+        if work.observe_only:
+            raise Held(Reasons.OBSERVE_ONLY, "nothing is launched while this worker is only observed")
         crash_point("workers.launch.looked")
         doubtful_since = await self._intend(work)
         if goal_of(work.worker) is not Goal.READY:
@@ -194,7 +194,7 @@ class Provisioner:
     async def remove(self, work: Work, surplus: tuple[Ec2Instance, ...]) -> None:
         """End the instances that are too many, and say so in the status."""
         for instance in surplus:
-            if work.ctx.observe_only:
+            if work.observe_only:
                 break
             await self.terminate(work, instance.id)
             crash_point("workers.surplus.ended")
@@ -207,7 +207,7 @@ class Provisioner:
         def note(worker: LabWorker) -> None:
             ec2 = worker.status.ec2
             ec2.surplus = list(dict.fromkeys([*ec2.surplus, *ids]))[-_SURPLUS_KEPT:]
-            done = "left alone, as LRM_OBSERVE_ONLY is set" if work.ctx.observe_only else "ended"
+            done = "left alone, as it is only observed" if work.observe_only else "ended"
             message = f"more than one instance carried this worker's uid; {done}: {', '.join(ec2.surplus)}"
             worker.status.set_condition(
                 Conditions.SURPLUS_INSTANCES, bool(ids), Reasons.SURPLUS_REMOVED, message, now=now
@@ -239,7 +239,7 @@ class Provisioner:
     async def mark(self, work: Work, instance: Ec2Instance) -> None:
         """Give an adopted instance this worker's tags, if it lacks them."""
         wanted = {**work.worker.spec.aws.tags, **tags_of(work.worker, self._installation)}
-        if not work.ctx.observe_only and not wanted.items() <= instance.tags.items():
+        if not work.observe_only and not wanted.items() <= instance.tags.items():
             work.ctx.check_leading()
             await self._ec2.create_tags(work.worker.spec.region, instance.id, wanted)
 

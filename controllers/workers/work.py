@@ -55,6 +55,11 @@ class Work:
         now = self.now  # before the question whether it can be believed
         return _NO_TIME if self.ctx.wall_jumped else now
 
+    @property
+    def observe_only(self) -> bool:
+        """Whether nothing of this worker may be changed outside, by the daemon's settings or by its own spec."""
+        return self.ctx.observe_only or self.worker.spec.observe_only
+
     def over(self, since: datetime | None, seconds: float) -> bool:
         """Whether more than `seconds` have passed since; for all that cannot be taken back."""
         return over(since, seconds, self.due_by)

@@ -14,8 +14,10 @@ from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from typing import Any, cast
 
+import orjson
 import pytest
 
+from controllers.aws.ec2 import Ec2, LaunchParameters
 from controllers.aws.simulator import DEMO_AMI, DEMO_KEY, AwsShim, ShimOptions
 from controllers.aws.simulator.instances import Instance
 from controllers.cml.simulator import Machine, Options, Simulator
@@ -222,6 +224,28 @@ def history(worker: LabWorker) -> list[str]:
     """The phases that a worker has been in, in order."""
     steps = worker.status.phase_history
     return [steps[0].source, *(s.to for s in steps)] if steps else [worker.status.phase]
+
+
+async def someone_elses(world: WorkersWorld, token: str = "mine", **tags: str) -> str:
+    """The id of an instance that lrm did not launch and that runs."""
+    parameters = LaunchParameters(
+        ami_id=DEMO_AMI, instance_type="m5zn.metal", client_token=token, key_name=DEMO_KEY, tags=tags
+    )
+    async with Ec2(world.clock, endpoint_url=world.shim.url) as ec2:
+        made = await ec2.run_instance(REGION, parameters)
+    await until(lambda: any(i.id == made.id for i in world.instances("running")), "the instance running")
+    return made.id
+
+
+def tags_of(world: WorkersWorld, instance_id: str) -> dict[str, str]:
+    """The tags of an instance, in EC2."""
+    return next(dict(i.tags) for i in world.instances() if i.id == instance_id)
+
+
+async def claims(world: WorkersWorld) -> dict[str, str]:
+    """Who holds what: instance id to uid."""
+    page = await world.storage.list(f"{world.registry.root}/claim/ec2/")
+    return {e.key.rpartition("/")[2]: orjson.loads(e.value)["uid"] for e in page.entries}
 
 
 @asynccontextmanager

@@ -8,40 +8,28 @@ from dataclasses import replace
 import orjson
 import pytest
 
-from controllers.aws.ec2 import Ec2, LaunchParameters
-from controllers.aws.simulator import DEMO_AMI, DEMO_KEY, ShimOptions
+from controllers.aws.simulator import ShimOptions
 from controllers.workers.kind import DRAIN_ANNOTATION
 from equipment.waiting import until
-from equipment.workers_world import FAST_CML, REGION, TOKEN_ENV, WorkersWorld, condition, history, workers_world
+from equipment.workers_world import (
+    FAST_CML,
+    REGION,
+    TOKEN_ENV,
+    WorkersWorld,
+    claims,
+    condition,
+    history,
+    someone_elses,
+    tags_of,
+    workers_world,
+)
 from lrm.resource import RECONCILE_ANNOTATION
-from storage.clock import SystemClock
 
 
 @pytest.fixture
 async def world(monkeypatch: pytest.MonkeyPatch, moto_url: str) -> AsyncIterator[WorkersWorld]:
     async with workers_world(monkeypatch, moto_url) as made:
         yield made
-
-
-async def someone_elses(world: WorkersWorld, token: str = "mine", **tags: str) -> str:
-    """An instance that lrm did not launch."""
-    parameters = LaunchParameters(
-        ami_id=DEMO_AMI, instance_type="m5zn.metal", client_token=token, key_name=DEMO_KEY, tags=tags
-    )
-    async with Ec2(SystemClock(), endpoint_url=world.shim.url) as ec2:
-        made = await ec2.run_instance(REGION, parameters)
-    await until(lambda: world.instances("running"), "the instance running")
-    return made.id
-
-
-def tags_of(world: WorkersWorld, instance_id: str) -> dict[str, str]:
-    return next(dict(i.tags) for i in world.instances() if i.id == instance_id)
-
-
-async def claims(world: WorkersWorld) -> dict[str, str]:
-    """Who holds what: instance id to uid."""
-    page = await world.storage.list("/lrm/claim/ec2/")
-    return {e.key.rpartition("/")[2]: orjson.loads(e.value)["uid"] for e in page.entries}
 
 
 SOAK = ("EC2Ready", "Starting", "Draining", "Stopping", "Stopped")
