@@ -22,6 +22,8 @@ from controllers.labs.settings import LabsSettings
 from controllers.metrics.controller import FleetMetrics
 from controllers.metrics.settings import MetricsSettings
 from controllers.metrics.sources import Sources
+from controllers.sweep.settings import SweepSettings
+from controllers.sweep.sweep import Sweep
 from controllers.workers.claims import Claims
 from controllers.workers.cml_side import CmlSide
 from controllers.workers.controller import WorkersController
@@ -34,7 +36,7 @@ from lrm.plugin import DevPlan, DevService, Plugin, PluginContext
 from lrm.reconcile import Controller
 
 
-class ControllersSettings(WorkerSettings, LabsSettings, MetricsSettings):
+class ControllersSettings(WorkerSettings, LabsSettings, MetricsSettings, SweepSettings):
     """Everything that the kinds' controllers can be told."""
 
 
@@ -65,6 +67,17 @@ async def controllers(context: PluginContext) -> AsyncIterator[Sequence[Controll
             settings,
         )
         context.telemetry.observe(metrics.observe)
+        sweep = Sweep(
+            ec2,
+            context.storage,
+            context.cache,
+            context.clock,
+            settings,
+            installation=context.installation,
+            root=context.root,
+            youngest=settings.worker_trace_timeout,
+        )
+        context.telemetry.observe(sweep.observe)
         try:
             yield (
                 WorkersController(
@@ -76,6 +89,7 @@ async def controllers(context: PluginContext) -> AsyncIterator[Sequence[Controll
                 LabsController(cache=context.cache, sessions=sessions, settings=settings),
                 LabRecordsController(cache=context.cache, sessions=sessions, settings=settings),
                 metrics,
+                sweep,
             )
         finally:
             unsubscribe()

@@ -17,6 +17,8 @@ from lrm.resource import RETRY_ANNOTATION
 
 UID_TAG, INSTALLATION_TAG = "lrm/uid", "lrm/installation"
 NAME_TAG, NAMESPACE_TAG = "lrm/name", "lrm/namespace"
+RETAIN_TAG = "lrm/retain"
+"""On what outlives its worker, so that it can be told even when the worker was lost with its store."""
 
 KEEPABLE = frozenset({"pending", "running", "stopping", "stopped"})
 """States of an instance that can still serve."""
@@ -119,12 +121,13 @@ def over(since: datetime | None, seconds: float, now: datetime) -> bool:
 
 def tags_of(worker: LabWorker, installation: str) -> dict[str, str]:
     """What everything of this worker carries in EC2."""
-    return {
+    tags = {
         UID_TAG: worker.uid,
         INSTALLATION_TAG: installation,
         NAME_TAG: worker.name,
         NAMESPACE_TAG: worker.namespace,
     }
+    return {**tags, RETAIN_TAG: "true"} if worker.spec.retains else tags
 
 
 def client_token(uid: str, attempt: int) -> str:

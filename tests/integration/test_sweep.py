@@ -1,0 +1,154 @@
+"""The sweep on the simulated EC2: what nobody claims is told of at the second look, and ended only by setting."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import pytest
+
+from controllers.aws.ec2 import Ec2
+from controllers.sweep.settings import SweepSettings
+from controllers.sweep.sweep import Sweep
+from controllers.workers.decisions import INSTALLATION_TAG, RETAIN_TAG, UID_TAG
+from controllers.workers.kind import LabWorker
+from equipment.waiting import until
+from equipment.workers_world import INSTALLATION, WorkersWorld, someone_elses, workers_world
+from lrm.election import StaticElection, Term
+from lrm.telemetry import Telemetry
+
+ORPHAN = {INSTALLATION_TAG: INSTALLATION, UID_TAG: "of-a-worker-that-is-gone"}
+
+
+@pytest.fixture
+async def world(monkeypatch: pytest.MonkeyPatch, moto_url: str) -> AsyncIterator[WorkersWorld]:
+    async with workers_world(monkeypatch, moto_url) as made:
+        yield made
+
+
+@asynccontextmanager
+async def sweeping(
+    world: WorkersWorld, *, term: Term | None = None, youngest: float = 0.01, **settings: Any
+) -> AsyncIterator[Sweep]:
+    """A sweep at work, every 0.2 s unless told."""
+    values = {"sweep_interval": 0.2, **settings}
+    async with Ec2(world.clock, endpoint_url=world.shim.url) as ec2:
+        made = Sweep(
+            ec2,
+            world.storage,
+            world.cache,
+            world.clock,
+            SweepSettings(**values),
+            installation=INSTALLATION,
+            root=world.registry.root,
+            youngest=youngest,
+        )
+        running = asyncio.create_task(made.run(term or world.term))
+        try:
+            yield made
+        finally:
+            running.cancel()
+            await asyncio.wait([running])
+
+
+async def swept(sweep: Sweep, times: int = 3) -> None:
+    """Until it has swept some times more."""
+    wanted = sweep.describe()["sweeps"] + times
+    await until(lambda: sweep.describe()["sweeps"] >= wanted, "more sweeps")
+
+
+def orphans(sweep: Sweep) -> list[str]:
+    return [o["instanceId"] for o in sweep.describe()["orphans"]]
+
+
+async def test_an_orphan_is_told_of_at_the_second_look_and_ended_only_by_setting(world: WorkersWorld) -> None:
+    worker = await world.serving()
+    orphan = await someone_elses(world, **ORPHAN)
+    telemetry = Telemetry()
+    async with sweeping(world, sweep_interval=1) as sweep:
+        telemetry.observe(sweep.observe)
+        await until(lambda: sweep.describe()["suspects"] == 1, "the first look")
+        assert orphans(sweep) == []
+        await until(lambda: orphans(sweep) == [orphan], "the second look")
+        assert 'lrm_sweep_orphans{region="us-east-1"} 1.0' in telemetry.exposition()[0].decode()
+    async with sweeping(world, sweep_terminate=True, observe_only=True) as sweep:
+        await swept(sweep)
+        assert orphans(sweep) == [orphan], "what was found is not forgotten with its finder"
+    assert orphan in world.live()
+    async with sweeping(world, sweep_terminate=True) as sweep:
+        await until(lambda: orphan not in world.live(), "the end of the orphan")
+        await until(lambda: sweep.describe()["orphans"] == [], "nothing left to tell of")
+        assert sweep.describe()["ended"] == 1
+        await swept(sweep)
+    assert world.live() == [worker.status.ec2.instance_id]
+
+
+async def test_a_launch_in_flight_is_its_workers(world: WorkersWorld) -> None:
+    world.aws_fault("RunInstances", "lost-reply")
+    world.aws_fault("DescribeInstances", "server-error", times=3)
+    async with sweeping(world, sweep_terminate=True, sweep_interval=0.05, youngest=0.001) as sweep:
+        await world.create()
+        worker = await world.phase("ReadyUnlicensed")
+        await swept(sweep)
+        assert orphans(sweep) == []
+    assert world.live() == [worker.status.ec2.instance_id]
+    assert world.shim.calls["RunInstances"] == 1
+    assert world.shim.calls["TerminateInstances"] == 0
+
+
+async def test_what_is_adopted_or_retained_or_young_is_never_ended(world: WorkersWorld) -> None:
+    adopted, claimed = await someone_elses(world, "a"), await someone_elses(world, "c", **ORPHAN)
+    await world.adopt("w1", adopted)
+    await world.phase("ReadyUnlicensed", name="w1")
+    retaining = await world.serving("w2", deletionPolicy="Retain")
+    retained = retaining.status.ec2.instance_id or ""
+    marked = await someone_elses(world, "m", **ORPHAN, **{RETAIN_TAG: "true"})
+    await world.storage.create(f"{world.registry.root}/claim/ec2/{claimed}", b"{}")
+    async with sweeping(world, sweep_terminate=True, sweep_interval=0.05) as sweep:
+        await until(lambda: orphans(sweep) == [marked], "what is kept told of")
+        for name in ("w1", "w2"):
+            await world.delete(name)
+            await world.gone(name)
+        await swept(sweep, 5)
+        assert orphans(sweep) == [marked]
+    async with sweeping(world, sweep_terminate=True, youngest=600) as sweep:
+        young = await someone_elses(world, "y", **ORPHAN)
+        await swept(sweep)
+        assert orphans(sweep) == [], "the marked one is young to this sweep, too"
+    assert sorted(world.live()) == sorted([adopted, claimed, retained, marked, young])
+
+
+async def test_what_cannot_be_asked_or_read_proves_nothing(world: WorkersWorld) -> None:
+    await world.serving()
+    orphan = await someone_elses(world, **ORPHAN)
+    async with sweeping(world, sweep_interval=1) as sweep:
+        await until(lambda: sweep.describe()["suspects"] == 1, "the first look")
+        await world.delete()
+        await world.gone()
+        broken = world.aws_fault("DescribeInstances", "server-error", times=0)
+        await until(lambda: "us-east-1" in sweep.describe()["regionErrors"], "a look that failed", timeout=60)
+        assert (sweep.describe()["suspects"], orphans(sweep)) == (1, []), "neither confirmed nor cleared"
+        world.shim.faults.remove(broken.id)
+    unread = world.registry.key(world.registry.of(LabWorker), "default", "of-a-newer-lrm")
+    await world.storage.create(unread, b"not an object")
+    async with sweeping(world, sweep_terminate=True) as sweep:
+        await until(lambda: "cannot be decoded" in sweep.error, "the value that cannot be read")
+        assert orphan in world.live()
+        entry = await world.storage.get(unread)
+        await world.storage.delete(unread, expected_revision=entry.revision)
+        await until(lambda: orphan not in world.live(), "an end, in a region where no worker is left")
+
+
+async def test_a_deposed_leader_ends_nothing(world: WorkersWorld) -> None:
+    await world.serving()
+    orphan = await someone_elses(world, **ORPHAN)
+    election = StaticElection(world.storage, world.clock, root=world.registry.root, lock_name="sweep", identity="a")
+    async with sweeping(world, term=await election.acquire()) as sweep:
+        await until(lambda: orphans(sweep) == [orphan], "the orphan")
+    old = await election.acquire()
+    await election.acquire()
+    async with sweeping(world, term=old, sweep_terminate=True):
+        await asyncio.wait_for(old.wait_lost(), 10)
+    assert orphan in world.live()
