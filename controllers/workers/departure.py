@@ -217,8 +217,12 @@ class Departure:
         return result
 
     async def _retain(self, work: Work) -> Result:
-        """Let the object go and the instance be: only what marks it as ours is taken away."""
+        """Let the object go and the instance be: only what marks it as ours is taken away.
+
+        What keeps its marks keeps a claim: to the sweep they alone would look like something forgotten.
+        """
         ec2 = work.worker.status.ec2
+        marked = work.observe_only and ec2.attempt > 0
         if (ec2.instance_id is not None or ec2.attempt) and not work.observe_only:
             try:
                 if in_doubt(ec2, work.due_by, self._settings.worker_trace_timeout):
@@ -233,15 +237,20 @@ class Departure:
                 if not work.over(work.worker.metadata.deletion_timestamp, self._settings.worker_ec2_deadline):
                     return self._pace.soon()
                 # Tags are no reason to hold an object for ever; the log is what is left of it.
+                marked = True
                 work.log.warning(
                     "worker.retained_with_tags", instance=work.worker.status.ec2.instance_id, error=str(error)
                 )
             crash_point("workers.retain.unmarked")
-        work.log.info("worker.retained", instance=work.worker.status.ec2.instance_id)
+        instance_id = work.worker.status.ec2.instance_id
+        work.log.info("worker.retained", instance=instance_id)
+        if marked and instance_id is not None:
+            await self._claims.take(instance_id, work.worker, work.ctx)
+            return await self._let_go(work, but=instance_id)
         return await self._let_go(work)
 
-    async def _let_go(self, work: Work) -> Result:
-        claimed = {work.worker.spec.aws.instance_id, work.worker.status.ec2.instance_id} - {None}
+    async def _let_go(self, work: Work, *, but: str | None = None) -> Result:
+        claimed = {work.worker.spec.aws.instance_id, work.worker.status.ec2.instance_id} - {None, but}
         for instance_id in sorted(str(c) for c in claimed):
             await self._claims.release(instance_id, work.worker, work.ctx)
         crash_point("workers.claim.released")
