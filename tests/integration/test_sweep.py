@@ -15,7 +15,7 @@ from controllers.sweep.sweep import Sweep
 from controllers.workers.decisions import INSTALLATION_TAG, RETAIN_TAG, UID_TAG
 from controllers.workers.kind import LabWorker
 from equipment.waiting import until
-from equipment.workers_world import INSTALLATION, WorkersWorld, someone_elses, workers_world
+from equipment.workers_world import INSTALLATION, WorkersWorld, someone_elses, tags_of, workers_world
 from lrm.election import StaticElection, Term
 from lrm.telemetry import Telemetry
 
@@ -118,6 +118,30 @@ async def test_what_is_adopted_or_retained_or_young_is_never_ended(world: Worker
         await swept(sweep)
         assert orphans(sweep) == [], "the marked one is young to this sweep, too"
     assert sorted(world.live()) == sorted([adopted, claimed, retained, marked, young])
+
+
+async def test_what_was_retained_and_could_not_be_unmarked_is_still_nobodys_orphan(
+    monkeypatch: pytest.MonkeyPatch, moto_url: str
+) -> None:
+    async with workers_world(monkeypatch, moto_url, worker_ec2_deadline=2) as world:
+        worker, watched = await world.serving("w1"), await world.serving("w2")
+        await world.change(lambda w: setattr(w.spec, "deletion_policy", "Retain"), "w1")
+        await world.change(lambda w: setattr(w.spec, "deletion_policy", "Retain"), "w2")
+        await world.change(lambda w: setattr(w.spec, "observe_only", True), "w2")
+        world.aws_fault("DeleteTags", "server-error", times=0)
+        kept = sorted([worker.status.ec2.instance_id or "", watched.status.ec2.instance_id or ""])
+        async with sweeping(world, sweep_terminate=True) as sweep:
+            await swept(sweep, 1)
+            for name in ("w1", "w2"):
+                await world.delete(name)
+                await world.gone(name)
+            await swept(sweep, 4)
+            assert orphans(sweep) == []
+        assert all(tags_of(world, i)[INSTALLATION_TAG] == INSTALLATION for i in kept), "their marks are there"
+        assert sorted(world.live()) == kept
+        again = {"aws": {"amiId": None, "keyName": None, "instanceId": kept[0]}}
+        await world.create("w3", **again)
+        await world.phase("ReadyUnlicensed", name="w3")
 
 
 async def test_what_cannot_be_asked_or_read_proves_nothing(world: WorkersWorld) -> None:
