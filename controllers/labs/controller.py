@@ -193,7 +193,8 @@ class LabsController(Controller[LabWorker]):
         """Bring the records up to the list: first what is there, then what is not."""
         log, failures = sync.ctx.log, sync.failures
         changed = [(r, lab) for r, lab in found.seen if is_news(r.status, lab, sync.instance_id)]
-        if not sync.worker.deleting:  # a worker on its way out gets no more records to take along
+        # A worker on its way out gets no more records to take along, unless it waits for its labs to end.
+        if not sync.worker.deleting or sync.worker.status.phase == Phase.DRAINING:
             await write_each(found.create, lambda lab: lab.id, lambda lab: self._create(sync, lab), failures)
         await write_each(changed, lambda pair: pair[0].spec.lab_id, lambda pair: self._update(sync, *pair), failures)
         await write_each(found.listed, _lab_of, lambda record: self._mark_listed(sync, record), failures)

@@ -2,9 +2,9 @@
 
 Promises a sync at the interval (spread by ±10 %, differently for each worker and time, so that a fleet does not fall
 into step), at once when this process has not synced the worker yet, when a new value of the reconcile-now annotation
-asks for it, when the worker became Ready after the last sync, and when a desiredState was reached since. A last sync
-that lies in the future (a clock was set back) counts as none, and a turn that lies there is due when its time comes.
-Called by the sync before anything is asked of a CML.
+asks for it, when the worker became Ready or began to drain after the last sync, and when a desiredState was reached
+since. A last sync that lies in the future (a clock was set back) counts as none, and a turn that lies there is due when
+its time comes. Called by the sync before anything is asked of a CML.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from datetime import datetime, timedelta
 
 from controllers.labs.kind import DESIRED_STATE, READY, LabRecord
 from controllers.workers.kind import LabWorker
+from controllers.workers.phases import Phase
 from lrm.model import rfc3339
 from lrm.resource import RECONCILE_ANNOTATION
 
@@ -43,7 +44,7 @@ def due_in(
         return 0.0
     if asked is not None and asked != worker.status.labs_asked:
         return 0.0
-    turns = [_turned(worker, READY), *(_turned(record, DESIRED_STATE) for record in records)]
+    turns = _turns(worker, records)
     unseen = [turn for turn in turns if turn is not None and turn > synced]
     # A turn that is later than now (another clock wrote it, or ours was set back) is no reason to sync before its time:
     # every sync until then would be older than it, and so due again at once.
@@ -56,8 +57,13 @@ def at_rest(worker: LabWorker, records: Iterable[LabRecord]) -> bool:
     synced, asked = worker.status.labs_synced_at, asked_for(worker)
     if synced is None or (asked is not None and asked != worker.status.labs_asked):
         return False
-    turns = [_turned(worker, READY), *(_turned(record, DESIRED_STATE) for record in records)]
-    return all(turn is None or turn <= synced for turn in turns)
+    return all(turn is None or turn <= synced for turn in _turns(worker, records))
+
+
+def _turns(worker: LabWorker, records: Iterable[LabRecord]) -> list[datetime | None]:
+    """When what asks for a sync happened last."""
+    draining = worker.status.timestamps.draining_started_at if worker.status.phase == Phase.DRAINING else None
+    return [_turned(worker, READY), draining, *(_turned(record, DESIRED_STATE) for record in records)]
 
 
 def _turned(resource: LabWorker | LabRecord, condition: str) -> datetime | None:

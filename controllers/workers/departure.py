@@ -86,7 +86,7 @@ class Departure:
         if is_off(sighting):
             return await self.leave(work, Reasons.INSTANCE_STOPPED)
         await self._check(work)
-        return self._pace.rest()  # the last lab that stops wakes us
+        return self._for_labs(work)
 
     async def begin(self, work: Work) -> Result:
         """Take a serving worker out of service, as its wish says."""
@@ -128,10 +128,10 @@ class Departure:
             return await self.leave(work, Reasons.TERMINATION_REQUESTED)
         await self._check(work)
         if not self._is_drained(work):
-            return self._pace.rest()  # the last lab that stops wakes us
+            return self._for_labs(work)
         if goal is Goal.DRAINING:
             return self._pace.rest()  # drained: a change of the spec wakes us
-        reason = Reasons.DRAIN_TIMEOUT if self._busy(work) else Reasons.DRAINED
+        reason = Reasons.DRAINED if self._is_empty(work) else Reasons.DRAIN_TIMEOUT
         if goal is Goal.TERMINATED:
             return await self.leave(work, reason)
         # Stopped keeps the disk and with it the registration; the seat is returned where it can be had again.
@@ -258,11 +258,25 @@ class Departure:
         return Result.done()
 
     def _is_drained(self, work: Work) -> bool:
-        worker = work.worker
-        if not self._busy(work):
-            return True
-        limit = worker.spec.drain_timeout_minutes * 60
-        return work.over(worker.status.timestamps.draining_started_at, limit)
+        """Whether nobody's lab is in the way, or the time for that is over."""
+        limit = work.worker.spec.drain_timeout_minutes * 60
+        return self._is_empty(work) or work.over(work.worker.status.timestamps.draining_started_at, limit)
+
+    def _is_empty(self, work: Work) -> bool:
+        return not self._busy(work) and not work.ctx.wall_jumped and listed_since_drain(work.worker)
+
+    def _for_labs(self, work: Work) -> Result:
+        """The last lab that stops wakes us; a list of them does not."""
+        return self._pace.rest() if self._busy(work) else self._pace.soon()
+
+
+def listed_since_drain(worker: LabWorker) -> bool:
+    """Whether CML was asked for its labs since the drain began, and answered last time.
+
+    What records say from before may be half an hour old: a lab that was started meanwhile is in none.
+    """
+    listed, began = worker.status.labs_synced_at, worker.status.timestamps.draining_started_at
+    return listed is not None and began is not None and listed >= began and not worker.status.labs_sync_error
 
 
 def _unlicensed(worker: LabWorker) -> None:

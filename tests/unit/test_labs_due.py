@@ -32,6 +32,13 @@ def worker(
     return made
 
 
+def draining(*, since: datetime) -> LabWorker:
+    made = worker(synced=ago(5))
+    made.status.phase = "Draining"
+    made.status.timestamps.draining_started_at = since
+    return made
+
+
 def record(reached: datetime | None, *, status: bool = True) -> LabRecord:
     made = LabRecord(metadata=ObjectMeta(name="w1-x"), spec=LabRecordSpec(worker_ref="w1", lab_id="x"))
     if reached:
@@ -48,6 +55,7 @@ def record(reached: datetime | None, *, status: bool = True) -> LabRecord:
         (worker(synced=ago(1), asked="a"), [], False, "it is asked for"),
         (worker(synced=ago(1), asked="b", honoured="a"), [], False, "it is asked for again"),
         (worker(synced=ago(5), ready=ago(1)), [], False, "the worker became Ready since"),
+        (draining(since=ago(1)), [], False, "it drains since, and waits for labs that nobody may have seen"),
         (worker(synced=ago(5)), [record(ago(1))], False, "a desiredState was reached since"),
         (worker(synced=ago(-HOUR)), [], False, "the last sync lies in the future: the clock was set back"),
     ],
