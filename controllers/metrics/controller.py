@@ -139,13 +139,17 @@ class FleetMetrics:
         """Whether the refresh came to its end. A defect is logged, and ends this refresh only."""
         try:
             await self._refresher.refresh(workers, term)
-        except* NotLeading as group:
-            log.info("metrics.not_leading", detail=str(group.exceptions[0]))
+        except* NotLeading:
+            log.info("metrics.not_leading", term=term.number)
             term.lost()
         except* Exception:
             log.exception("metrics.refresh_failed")
         else:
             return True
+        task = asyncio.current_task()
+        if task is not None and task.cancelling():
+            # A group with errors of its own swallows a cancellation that comes at the same moment.
+            raise asyncio.CancelledError
         return False
 
     def _on_update(self, update: CacheUpdate) -> None:

@@ -2,31 +2,30 @@
 
 Played here because the instances are; moto has every other metric and call, and would take seconds for a fleet's.
 A running instance has `AWS/EC2 CPUUtilization`; `CWAgent mem_used_percent` exists only where a test or a person has
-given it a value, as on AWS where the agent is installed. Limits are AWS's: 500 queries a call, 3 h windows of minutes
-at most. Called by `controllers.aws.simulator.server`.
+given it a value, as on AWS where the agent is installed. Only AWS's JSON protocol is played, which boto3 speaks.
+Called by `controllers.aws.simulator.server`.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
-from datetime import UTC, datetime
 from typing import Any
 
-from controllers.aws.simulator import cbor
 from controllers.aws.simulator.instances import Instance, Instances
 from controllers.aws.simulator.wire import CloudError
 
-CBOR = "application/cbor"
+_JSON = "application/x-amz-json-1.0"
 _QUERIES_MOST = 500
 _CPU, _MEMORY = ("AWS/EC2", "CPUUtilization"), ("CWAgent", "mem_used_percent")
 
 
 def about_instances(action: str, content_type: str, body: bytes) -> Mapping[str, Any] | None:
     """The request, if it asks for metrics of simulated instances only; None for all that is moto's to answer."""
-    if action != "GetMetricData" or content_type != CBOR:
+    if action != "GetMetricData" or content_type != _JSON:
         return None
     try:
-        said = cbor.loads(body)
+        said = json.loads(body)
     except ValueError:
         return None
     if not isinstance(said, dict):
@@ -69,7 +68,7 @@ class MetricApi:
         return {
             "Id": query.get("Id"),
             "Label": metric.get("MetricName"),
-            "Timestamps": [datetime.fromtimestamp(at, UTC)] if there else [],
+            "Timestamps": [at] if there else [],
             "Values": [value] if there else [],
             "StatusCode": "Complete",
         }
@@ -79,22 +78,6 @@ class MetricApi:
         if instance is None or instance.region != region or instance.state_at(self._instances.now) != "running":
             return None
         return {_CPU: instance.cpu, _MEMORY: instance.memory}.get(metric)
-
-
-def answer(content: Mapping[str, Any]) -> tuple[bytes, dict[str, str]]:
-    """A good answer's body and headers."""
-    return cbor.dumps(content), _headers()
-
-
-def refusal(error: CloudError) -> tuple[bytes, dict[str, str]]:
-    """A refusal's body and headers, its code in the form of the older protocol too."""
-    fault = "Sender" if error.status < 500 else "Receiver"
-    body = cbor.dumps({"__type": error.code, "message": error.message})
-    return body, {**_headers(), "x-amzn-query-error": f"{error.code};{fault}"}
-
-
-def _headers() -> dict[str, str]:
-    return {"Content-Type": CBOR, "smithy-protocol": "rpc-v2-cbor"}
 
 
 def _instance_of(query: Any) -> str:

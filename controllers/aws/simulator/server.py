@@ -147,7 +147,7 @@ class AwsShim:
             return _refuse(call, CloudError("AuthFailure", "The request is not signed", 401))
         try:
             if (wanted := cloudwatch.about_instances(call.action, call.content_type, body)) is not None:
-                return _cbor(call, cloudwatch.answer(self._metrics.get_metric_data(call.region, wanted)), 200)
+                return _json(call, self._metrics.get_metric_data(call.region, wanted))
             content = await self._simulate(call) if call.service == "ec2" else None
         except CloudError as error:
             return _refuse(call, error)
@@ -222,8 +222,6 @@ def _about_instances(call: _Call) -> bool:
 def _refuse(call: _Call, error: CloudError) -> web.Response:
     if call.service in ("ec2", ""):
         return _xml(error_answer(error, call.request_id), error.status)
-    if call.content_type == cloudwatch.CBOR:
-        return _cbor(call, cloudwatch.refusal(error), error.status)
     return web.json_response(
         {"__type": error.code, "message": error.message},
         status=error.status,
@@ -235,9 +233,8 @@ def _xml(content: bytes, status: int) -> web.Response:
     return web.Response(status=status, body=content, content_type="text/xml", charset="utf-8")
 
 
-def _cbor(call: _Call, content: tuple[bytes, dict[str, str]], status: int) -> web.Response:
-    body, headers = content
-    return web.Response(status=status, body=body, headers={**headers, "x-amzn-requestid": call.request_id})
+def _json(call: _Call, content: dict[str, Any]) -> web.Response:
+    return web.json_response(content, headers={"x-amzn-requestid": call.request_id})
 
 
 def _drop(request: web.Request) -> web.Response:
