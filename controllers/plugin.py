@@ -15,6 +15,8 @@ from typing import Any
 from controllers.aws.cloudwatch import CloudWatch
 from controllers.aws.ec2 import Ec2
 from controllers.cml.sessions import CmlSessions
+from controllers.imports.controller import ImportsController
+from controllers.imports.kind import LAB_WORKER_IMPORT
 from controllers.labs.controller import LabsController
 from controllers.labs.kind import LAB_RECORD
 from controllers.labs.records import LabRecordsController
@@ -78,16 +80,18 @@ async def controllers(context: PluginContext) -> AsyncIterator[Sequence[Controll
             youngest=settings.worker_trace_timeout,
         )
         context.telemetry.observe(sweep.observe)
+        claims = Claims(context.storage, context.root)
         try:
             yield (
                 WorkersController(
                     Provisioner(ec2, settings, context.installation),
                     CmlSide(sessions, context.secrets, settings),
-                    Claims(context.storage, context.root),
+                    claims,
                     settings,
                 ),
                 LabsController(cache=context.cache, sessions=sessions, settings=settings),
                 LabRecordsController(cache=context.cache, sessions=sessions, settings=settings),
+                ImportsController(ec2, claims, context.installation),
                 metrics,
                 sweep,
             )
@@ -172,7 +176,7 @@ DEV_SERVICES = (
 
 plugin = Plugin(
     name="controllers",
-    kinds=(LAB_WORKER, LAB_RECORD),
+    kinds=(LAB_WORKER, LAB_RECORD, LAB_WORKER_IMPORT),
     controllers=controllers,
     settings=ControllersSettings,
     dev_services=DEV_SERVICES,

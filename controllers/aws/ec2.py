@@ -102,18 +102,34 @@ class Ec2:
         timeout: float = READ_TIMEOUT,
     ) -> list[Ec2Instance]:
         """Every instance that carries all these tags and is in one of these states, oldest launch first, all pages."""
-        if not tags or not states:
-            raise ValueError("find_by_tags without a tag or a state would mean every instance of the account, or none")
+        if not tags:
+            raise ValueError("find_by_tags without a tag would mean every instance of the account")
+        return await self.find(region, tags=tags, states=states, timeout=timeout)
+
+    async def find(
+        self,
+        region: str,
+        *,
+        tags: Mapping[str, str] | None = None,
+        image_id: str = "",
+        states: Collection[str] = LIVE_STATES,
+        timeout: float = READ_TIMEOUT,
+    ) -> list[Ec2Instance]:
+        """Every instance with all these tags, of this AMI, in one of these states, oldest launch first, all pages."""
+        tags = tags or {}
+        if not (tags or image_id) or not states:
+            raise ValueError("find without a tag or an AMI would mean every instance of the account, or none")
         if any("\\" in value for value in tags.values()):
-            raise ValueError("find_by_tags: EC2's filters cannot be trusted with a backslash")
+            raise ValueError("find: EC2's filters cannot be trusted with a backslash")
         filters = [{"Name": f"tag:{key}", "Values": [value]} for key, value in sorted(tags.items())]
+        filters += [{"Name": "image-id", "Values": [image_id]}] if image_id else []
         filters.append({"Name": "instance-state-name", "Values": sorted(states)})
         deadline = self._clock.monotonic() + timeout
         # EC2 reads * and ? in values as wildcards, so what it finds is checked here again.
         found = {
             i.id: i
             async for i in self._described(region, filters, deadline)
-            if i.state in states and tags.items() <= i.tags.items()
+            if i.state in states and tags.items() <= i.tags.items() and image_id in ("", i.image_id)
         }
         return sorted(found.values(), key=lambda i: (i.launch_time.timestamp() if i.launch_time else 0.0, i.id))
 

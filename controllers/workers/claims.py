@@ -2,7 +2,7 @@
 
 A claim is taken by create and given up under a compare; every write carries the leader's guard. A claim whose worker
 is gone, or has nothing to do with the instance any more, is taken over: that is proved by a read of the store.
-Called by the provisioning part of the workers' controller.
+Called by the workers' controller; the imports' one asks who has what.
 """
 
 from __future__ import annotations
@@ -42,6 +42,14 @@ class Claims:
             else:
                 return ""
         return "another worker that claims it at the same time"
+
+    async def holder(self, instance_id: str, ctx: Context) -> str:
+        """Who has an instance (`namespace/name`), "" when nobody has."""
+        try:
+            holder = _holder(await self._storage.get(self._prefix + instance_id))
+        except NotFound:
+            return ""
+        return f"{holder['namespace']}/{holder['name']}" if await self._holds(holder, instance_id, ctx) else ""
 
     async def release(self, instance_id: str, worker: LabWorker, ctx: Context) -> None:
         """Give a claim up if it is this worker's; one that is not there is fine."""

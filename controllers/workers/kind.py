@@ -45,6 +45,20 @@ _TAGS_MOST = 40
 """EC2 takes 50 on a resource; the others are for lrm's own and the account's."""
 
 
+def region_of(value: str) -> str:
+    """A region's name. Raises ValueError for what cannot be one."""
+    if not _REGION.fullmatch(value):
+        raise ValueError("a region looks like us-east-1")
+    return value
+
+
+def instance_id_of(value: str) -> str:
+    """An instance's id. Raises ValueError for what cannot be one."""
+    if not _INSTANCE_ID.fullmatch(value):
+        raise ValueError("an instance id looks like i-0123456789abcdef0")
+    return value
+
+
 class AwsSpec(Model):
     """The EC2 instance: either the one to launch, or with `instanceId` the one to adopt."""
 
@@ -64,9 +78,7 @@ class AwsSpec(Model):
     @field_validator("instance_id")
     @classmethod
     def _id(cls, value: str | None) -> str | None:
-        if value is not None and not _INSTANCE_ID.fullmatch(value):
-            raise ValueError("an instance id looks like i-0123456789abcdef0")
-        return value
+        return None if value is None else instance_id_of(value)
 
     @field_validator("tags")
     @classmethod
@@ -144,28 +156,28 @@ class IdleDetection(Model):
     """Not before; the annotation `lab.neuroglia.io/snooze-until` says the same, and the later one holds."""
 
 
-class LabWorkerSpec(Model):
-    """What is wanted."""
+class ServiceSpec(Model):
+    """How a worker serves, whatever machine it is on."""
 
     lab_track: str = Field("", max_length=63)
-    region: str
-    aws: AwsSpec = Field(default_factory=AwsSpec)
     cml: CmlSpec = Field(default_factory=CmlSpec)
-    desired_phase: Literal["Ready", "Draining", "Stopped", "Terminated"] = "Ready"
-    deletion_policy: Literal["Terminate", "Retain"] | None = None
-    observe_only: bool = False
     auto_license: bool = True
     drain_timeout_minutes: int = Field(240, ge=0, le=7 * 24 * 60)
     max_concurrent_labs: int = Field(20, ge=0, le=10000)
     idle_detection: IdleDetection = Field(default_factory=IdleDetection)
     shared: bool = False
+    observe_only: bool = False
 
-    @field_validator("region")
-    @classmethod
-    def _region(cls, value: str) -> str:
-        if not _REGION.fullmatch(value):
-            raise ValueError("a region looks like us-east-1")
-        return value
+
+class LabWorkerSpec(ServiceSpec):
+    """What is wanted."""
+
+    region: str
+    aws: AwsSpec = Field(default_factory=AwsSpec)
+    desired_phase: Literal["Ready", "Draining", "Stopped", "Terminated"] = "Ready"
+    deletion_policy: Literal["Terminate", "Retain"] | None = None
+
+    _known_region = field_validator("region")(region_of)
 
     @property
     def adopts(self) -> bool:

@@ -1,0 +1,1 @@
+"""LabWorkerImports: existing EC2 instances become LabWorkers, many at once."""
