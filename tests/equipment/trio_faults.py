@@ -120,7 +120,7 @@ async def every_daemon_restarted_in_turn(s: Scene) -> None:
     assert not repeated, f"delivered again after an orderly stop: {repeated}"
 
 
-@daemon_fault
+@fault
 async def leader_daemon_killed_in_a_launch(s: Scene) -> None:
     """EC2 has made the instance; the daemon dies before it hears of it."""
     async with asyncio.timeout(60):
@@ -134,7 +134,7 @@ async def leader_daemon_killed_in_a_launch(s: Scene) -> None:
         await node.process.start_ready(40)
 
 
-@daemon_fault
+@fault
 async def leader_daemon_paused_in_a_launch(s: Scene) -> None:
     """The answer of a RunInstances waits until another has finished the work, and then wakes the first one up."""
     node, term = await _leader(s, "workers")
@@ -148,7 +148,7 @@ async def leader_daemon_paused_in_a_launch(s: Scene) -> None:
     await s.progress()
 
 
-@daemon_fault
+@fault
 async def leader_daemon_paused_in_a_registration(s: Scene) -> None:
     """The same with a CML that takes a licence: no seat is taken twice, and none is lost."""
     node, term = await _leader(s, "workers")
