@@ -4,7 +4,8 @@ Promises: nothing blocks the event loop; every call ends by its `timeout` (secon
 of `controllers.aws.errors`; an answer that AWS did not number is an error, for proxies and portals answer too. Reads
 are tried three times by botocore, ever slower while AWS throttles (its adaptive mode); what creates or changes is
 tried once. After a timeout `AwsUnavailable` means that nothing was sent, and nothing will be; `AwsOutcomeUnknown` that
-it was. Endpoint and credentials are boto3's own business (AWS_ENDPOINT_URL, AWS_PROFILE, …).
+it was. Endpoint and credentials are boto3's own business (AWS_ENDPOINT_URL, AWS_PROFILE, …); those that AWS refuses are
+read anew, at most every 30 s, so that a file that somebody has renewed is taken without a restart.
 Called by the services' own modules, `ec2` and `cloudwatch`.
 """
 
@@ -22,6 +23,7 @@ from botocore import xform_name
 from botocore.config import Config
 
 from controllers.aws.errors import (
+    AwsAuthError,
     AwsError,
     AwsOutcomeUnknown,
     AwsServerError,
@@ -41,6 +43,8 @@ IN_FLIGHT = 8
 """Calls to one service at once."""
 
 _MAX_PAGES = 1000
+_CREDENTIALS_KEPT = 30.0
+"""Seconds before credentials are read again, however often AWS refuses them."""
 
 
 class AwsCalls:
@@ -57,6 +61,7 @@ class AwsCalls:
         self._current = threading.local()
         self._clients_lock = threading.Lock()
         self._session: boto3.Session | None = None
+        self._session_since = 0.0
         self._clients: dict[tuple[str, Effect], Any] = {}
 
     def close(self) -> None:
@@ -85,7 +90,10 @@ class AwsCalls:
                 raise
             except Exception as error:  # noqa: BLE001 - urllib3's and socket's own get through botocore
                 # Mapped here, in the thread, so that nothing of botocore ever reaches a task.
-                raise from_botocore(error, effect, operation=operation, region=region, sent=ticket.sent) from None
+                told = from_botocore(error, effect, operation=operation, region=region, sent=ticket.sent)
+                if isinstance(told, AwsAuthError):
+                    self._forget_credentials()
+                raise told from None
             finally:
                 self._end_parse()
             return answer
@@ -142,6 +150,7 @@ class AwsCalls:
                     core = botocore.session.Session()
                     core.register_component("data_loader", _LOADER)
                     self._session = boto3.Session(profile_name=self._profile, botocore_session=core)
+                    self._session_since = self._clock.monotonic()
                 create: Any = self._session.client  # the stubs know one overload for each service, and no name of any
                 client = create(
                     self._service, region_name=region, endpoint_url=self._endpoint_url, config=_CONFIGS[effect]
@@ -151,6 +160,13 @@ class AwsCalls:
                 client.meta.events.register(f"response-received.{self._service}", self._end_parse)
                 self._clients[region, effect] = client
             return client
+
+    def _forget_credentials(self) -> None:
+        """Have the next call read them anew: boto3 reads a file once. Calls under way end with what they have."""
+        with self._clients_lock:
+            if self._clock.monotonic() - self._session_since >= _CREDENTIALS_KEPT:
+                self._session = None
+                self._clients.clear()
 
     def _before_send(self, **_: Any) -> None:
         """Called by botocore before each attempt, in the calling thread; returning None lets it go on."""
