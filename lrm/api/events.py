@@ -22,10 +22,10 @@ from lrm.api.lists import not_yet
 from lrm.api.pages import Place, fingerprint, place_of, read_pages
 from lrm.api.requests import ListQuery, check_namespace, list_query
 from lrm.api.selectors import FieldTerm, field_terms, parse_labels, unknown_field
-from lrm.api.status import About, RequestError, bad_request, expected, not_found
+from lrm.api.status import About, RequestError, bad_request, expected
 from lrm.api.stream import INITIAL_EVENTS_END, LineStream, Stuck, line
 from lrm.api.table import age
-from lrm.errors import LrmError, ResourceNotFound
+from lrm.errors import LrmError, ResourceNotFound, Undecodable
 from lrm.events import events_prefix
 from storage.base import Batch, Entry, Event, Watch
 from storage.errors import NotFound, StorageError
@@ -128,7 +128,7 @@ async def _read(request: web.Request) -> web.Response:
         raise ResourceNotFound("events", name) from error
     document = _document(entry)
     if document is None:
-        raise not_found(f'the value of event "{name}" cannot be decoded')
+        raise Undecodable(entry.key, "it is no event")
     if accepted.form == "table":
         metadata = {"resourceVersion": str(entry.revision)}
         return await respond(accepted, _table([document], metadata, api.clock.now(), whole=_whole(request)))

@@ -16,6 +16,7 @@ from lrm.cache import Cache
 from lrm.client import Client
 from lrm.election import StaticElection, StaticTerm
 from lrm.errors import ResourceNotFound
+from lrm.events import Events
 from lrm.gc import LOCK, GarbageCollector
 from lrm.kind import Kind
 from lrm.registry import Registry
@@ -47,12 +48,14 @@ class GcScene:
         self.registry = Registry(KINDS)
         self.client = Client(storage, self.registry, clock)
         self.cache = Cache(storage, self.registry, clock)
+        self.events = Events(storage, clock, root="/lrm")
+        """Written only where a test runs it."""
         self.collector = self.new_collector()
         self.term: StaticTerm | None = None
         self._running: list[asyncio.Task[None]] = []
 
     def new_collector(self) -> GarbageCollector:
-        return GarbageCollector(self.storage, self.registry, self.cache, self.client, self.clock)
+        return GarbageCollector(self.storage, self.registry, self.cache, self.client, self.clock, events=self.events)
 
     async def start(self) -> None:
         """Lead and collect, as a daemon that has just come up; one that runs already is deposed and does not know."""

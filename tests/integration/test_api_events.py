@@ -92,6 +92,15 @@ async def test_events_are_listed_by_namespace_and_read_one_by_one(scene: Scene) 
     assert (missing.status, missing.body["message"]) == (404, 'events "nothing" not found')
 
 
+async def test_a_value_that_is_no_event_is_left_out_of_lists_and_named_when_asked_for(scene: Scene) -> None:
+    await scene.tell("a")
+    key = f"{events_prefix(scene.api.registry.root, 'default')}odd"
+    await scene.api.storage.create(key, b"[]")
+    assert await scene.messages() == ["a"]
+    answer = await scene.api.get(at(name="odd"))
+    assert (answer.status, key in answer.body["message"]) == (500, True)
+
+
 async def test_field_selectors_find_what_is_told_of_one_object(scene: Scene) -> None:
     await scene.tell("a1", "Opened")
     await scene.tell("a2", "Broken")

@@ -11,6 +11,7 @@ from typing import Any
 import orjson
 import pytest
 
+from equipment.gc_scene import gc_scene
 from equipment.widget import widget
 from lrm import events as module
 from lrm.election import StaticElection
@@ -281,6 +282,23 @@ async def test_flush_waits_for_what_was_told_and_not_for_ever() -> None:
         assert not flushing.done()
         await scene.clock.advance(0.2)
         assert flushing.done()
+
+
+async def test_what_is_collected_is_told_of_the_object_and_outlives_it() -> None:
+    async with gc_scene() as scene:
+        owner = await scene.make("owner")
+        await scene.make("child", owner)
+        await scene.client.delete(owner)
+        await scene.settle()
+        writing = asyncio.create_task(scene.events.run())
+        await scene.settle()
+        writing.cancel()
+        await asyncio.wait([writing])
+        assert await scene.names() == set()
+        [entry] = (await scene.storage.list(events_prefix("/lrm", "default", "child"))).entries
+    event = orjson.loads(entry.value)
+    assert (event["reason"], event["source"]["component"]) == ("Collected", "gc")
+    assert event["message"] == "deletion was asked for: it belonged to Widget/owner"
 
 
 async def _entries(scene: Scene) -> list[Entry]:
