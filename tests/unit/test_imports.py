@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from controllers.aws.ec2 import Ec2Instance
 from controllers.imports.kind import LAB_WORKER_IMPORT, LabWorkerImport, worker_of
 from controllers.imports.selection import plan
-from controllers.workers.kind import LabWorker, LabWorkerSpec
+from controllers.workers.kind import LAB_WORKER, LabWorker, LabWorkerSpec
 from lrm.errors import Invalid
 from lrm.resource import ObjectMeta
 
@@ -135,3 +137,11 @@ def test_what_an_import_cannot_ask_for_is_refused_with_its_field(spec: dict[str,
     with pytest.raises(Invalid) as refused:
         an_import(**spec)
     assert any(cause.field.startswith(field) for cause in refused.value.causes), refused.value.causes
+
+
+def test_the_example_is_an_import() -> None:
+    text = (Path(__file__).parents[2] / "examples/manifests/labworkerimport.yaml").read_text()
+    made, warnings = LAB_WORKER_IMPORT.parse(yaml.safe_load(text))
+    assert list(LAB_WORKER_IMPORT.validate(made, None)) == warnings == []
+    worker = worker_of(made, FREE)
+    assert list(LAB_WORKER.validate(worker, None)) == []
