@@ -108,7 +108,8 @@ class _Series:
     uid: str
     count: int = 0
     queued: bool = False
-    stored: Entry | None = None
+    stored: tuple[str, int] | None = None
+    """Key and revision of what the store has of it."""
 
     @property
     def name(self) -> str:
@@ -254,7 +255,8 @@ class Events:
             group = self._groups[about] = _Group(begun=now, last=now)
         group.last = now
         self._groups.move_to_end(about)
-        if len(self._groups) > _GROUPS_MOST:
+        oldest = next(iter(self._groups.values()))
+        if len(self._groups) > _GROUPS_MOST or now - oldest.last > WINDOW_SECONDS:
             self._groups.popitem(last=False)
         series = group.told.get(message)
         if series is None and len(group.told) < SIMILAR_MOST:
@@ -304,24 +306,24 @@ class Events:
 
     async def _write(self, series: _Series) -> None:
         if series.stored is not None:
+            key, revision = series.stored
             try:
-                series.stored = await self._storage.update(
-                    series.stored.key,
-                    self._encode(series),
-                    expected_revision=series.stored.revision,
-                    guards=series.guards,
+                entry = await self._storage.update(
+                    key, self._encode(series), expected_revision=revision, guards=series.guards
                 )
             except Conflict:
                 self._begin_anew(series)  # it has ended with its lease
             else:
+                series.stored = key, entry.revision
                 return
         key, value = f"{events_prefix(self._root, series.about.namespace)}{series.name}", self._encode(series)
         try:
-            series.stored = await self._create(key, value, series.guards)
+            entry = await self._create(key, value, series.guards)
         except AlreadyExists as error:
             if error.current.value != value:
                 raise
-            series.stored = error.current  # from a try whose answer said nothing
+            entry = error.current  # from a try whose answer said nothing
+        series.stored = key, entry.revision
 
     async def _create(self, key: str, value: bytes, guards: tuple[Guard, ...]) -> Entry:
         try:
