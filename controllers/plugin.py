@@ -1,4 +1,4 @@
-"""The plug-in that makes lrm a Lab Resource Manager: LabWorkers and LabRecords, their controllers, their simulators.
+"""The plug-in that makes lrm a Lab Resource Manager: its kinds, their controllers, their simulators.
 
 lrm finds `plugin` by the entry point group `lrm.plugins`. The composition root of everything that knows of EC2 and
 CML: the outside clients are opened here, shared by the controllers, and closed when the daemon stops.
@@ -24,6 +24,10 @@ from controllers.labs.settings import LabsSettings
 from controllers.metrics.controller import FleetMetrics
 from controllers.metrics.settings import MetricsSettings
 from controllers.metrics.sources import Sources
+from controllers.pools.controller import PoolsController
+from controllers.pools.demand import ObservedDemand
+from controllers.pools.kind import LAB_WORKER_POOL
+from controllers.pools.settings import PoolSettings
 from controllers.sweep.settings import SweepSettings
 from controllers.sweep.sweep import Sweep
 from controllers.workers.claims import Claims
@@ -38,7 +42,7 @@ from lrm.plugin import DevPlan, DevService, Plugin, PluginContext
 from lrm.reconcile import Controller
 
 
-class ControllersSettings(WorkerSettings, LabsSettings, MetricsSettings, SweepSettings):
+class ControllersSettings(WorkerSettings, LabsSettings, MetricsSettings, PoolSettings, SweepSettings):
     """Everything that the kinds' controllers can be told."""
 
 
@@ -91,6 +95,7 @@ async def controllers(context: PluginContext) -> AsyncIterator[Sequence[Controll
                 ),
                 LabsController(cache=context.cache, sessions=sessions, settings=settings),
                 LabRecordsController(cache=context.cache, sessions=sessions, settings=settings),
+                PoolsController(context.cache, ObservedDemand(context.cache), settings),
                 ImportsController(ec2, claims, context.installation),
                 metrics,
                 sweep,
@@ -131,6 +136,7 @@ def _aws_environment(plan: DevPlan) -> dict[str, str]:
         # The simulated EC2 is of one mind at once; a launch that it does not show was not made.
         "LRM_WORKER_TRACE_TIMEOUT": "20",
         "LRM_WORKER_GONE_AFTER": "5",
+        "LRM_POOL_INTERVAL": "1",
     }
 
 
@@ -176,7 +182,7 @@ DEV_SERVICES = (
 
 plugin = Plugin(
     name="controllers",
-    kinds=(LAB_WORKER, LAB_RECORD, LAB_WORKER_IMPORT),
+    kinds=(LAB_WORKER, LAB_RECORD, LAB_WORKER_POOL, LAB_WORKER_IMPORT),
     controllers=controllers,
     settings=ControllersSettings,
     dev_services=DEV_SERVICES,

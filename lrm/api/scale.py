@@ -13,7 +13,7 @@ from typing import Any
 from aiohttp import web
 
 from lrm.api.call import API, call_of
-from lrm.api.codec import negotiate, read_object, read_patch, respond
+from lrm.api.codec import as_object, negotiate, parse_json, read_body, read_object, read_patch, respond
 from lrm.api.discovery import SCALE
 from lrm.api.edits import Edit, edit_of, same_state, store_change
 from lrm.api.patches import apply_patch
@@ -43,7 +43,7 @@ async def replace(request: web.Request) -> web.Response:
     """PUT of the scale; without a resourceVersion whatever the object's state is."""
     edit = edit_of(request, "write", "scale")
     _scale_of(edit.target)
-    body = await read_object(request, edit.api.settings, edit.api.clock)
+    body = await _body(edit)
     return await _scaled(edit, lambda _: body)
 
 
@@ -71,6 +71,14 @@ async def _scaled(edit: Edit, document_for: Callable[[AnyResource], dict[str, An
     same = stored.metadata.resource_version == current.metadata.resource_version and not edit.options.dry_run
     edit.note("unchanged" if same else "scaled", stored, current, stored)
     return await respond(edit.accepted, _document(scale, stored))
+
+
+async def _body(edit: Edit) -> dict[str, Any]:
+    """The Scale of a PUT. `kubectl scale --current-replicas` sends it without a Content-Type: then it is JSON."""
+    request, settings, clock = edit.request, edit.api.settings, edit.api.clock
+    if "Content-Type" in request.headers:
+        return await read_object(request, settings, clock)
+    return as_object(parse_json(await read_body(request, settings, clock)))
 
 
 def _scale_of(target: Target) -> Scale:
