@@ -21,7 +21,7 @@ from lrm.model import rfc3339
 from storage.base import Line, Storage
 from storage.clock import Clock
 from storage.errors import RedisFailed, StorageError
-from storage.redis_bookmarks import Outcome, RedisBookmarks, Save, SavedBookmark
+from storage.redis_bookmarks import Outcome, ProcessBookmarks, RedisBookmarks, Save, SavedBookmark
 
 log = structlog.get_logger(__name__)
 
@@ -42,7 +42,9 @@ _STORE_RETRY = 0.5
 class Bookmarks:
     """A daemon's bookmarks; `run` saves those that moved, all in one round trip."""
 
-    def __init__(self, store: RedisBookmarks, storage: Storage, clock: Clock, *, every: float) -> None:
+    def __init__(
+        self, store: RedisBookmarks | ProcessBookmarks, storage: Storage, clock: Clock, *, every: float
+    ) -> None:
         """`every`: seconds between two saves."""
         self.store = store
         self.storage = storage
@@ -107,13 +109,15 @@ class Bookmarks:
         """Delete the bookmarks of other lines, which nobody can use: once, and again after the line has changed."""
         if self.clock.monotonic() < self._purge_at:
             return
-        self._purge_at = self.clock.monotonic() + _PURGE_AGAIN_SECONDS
-        found = await self.store.all()
+        due, found = self._purge_at, await self.store.all()
+        self.error = ""
         line = await self.storage.line()  # asked after the bookmarks were read, so none is of a line to come
         for watcher, saved in found.items():
             if not saved.same_history(line):
                 log.info("bookmarks.purged", watcher=watcher, revision=saved.revision, epoch=saved.epoch)
                 await self.store.forget(watcher, saved)
+        if self._purge_at == due:  # else the line has changed again meanwhile
+            self._purge_at = self.clock.monotonic() + _PURGE_AGAIN_SECONDS
 
     def failed(self, error: RedisFailed) -> None:
         """Remember the error; it is logged once an outage."""
@@ -128,7 +132,7 @@ class Bookmark:
     def __init__(self, watcher: str, bookmarks: Bookmarks) -> None:
         self.watcher = watcher
         self.refused = False
-        """Whether Redis holds one of a later term; nothing more is saved under this one."""
+        """Whether Redis held one of a later term when it was last asked; under this one it is asked once a minute."""
         self._bookmarks = bookmarks
         self._clock = bookmarks.clock
         self._term: Term | None = None
@@ -193,7 +197,7 @@ class Bookmark:
         """
         self._rebases += 1
         self._line, self._judged = None, False
-        self._saved, self._sent = None, 0
+        self._saved, self._sent, self.refused = None, 0, False
         self._bookmarks.purge_soon()
 
     def describe(self, current_version: int, found: SavedBookmark | None = None) -> dict[str, Any]:
@@ -231,10 +235,9 @@ class Bookmark:
         """What is to be saved now, if anything."""
         if self._term is None or self._position is None or self._line is None:
             return None
-        if not self._judged or self.refused:
-            return None
         revision = self._position()
-        if revision <= 0 or (revision == self._sent and self._clock.monotonic() < self._renew_at):
+        still = self.refused or revision == self._sent
+        if not self._judged or revision <= 0 or (still and self._clock.monotonic() < self._renew_at):
             return None
         value = SavedBookmark(
             cluster_id=self._line.cluster_id,
@@ -251,12 +254,14 @@ class Bookmark:
             return  # the line changed while the save was under way
         self._sent, self._renew_at = value.revision, self._clock.monotonic() + _RENEW_SECONDS
         if outcome == "saved":
-            self._saved, self._disproved = value, None
+            self._saved, self._disproved, self.refused = value, None, False
         elif outcome == "behind":
             self._judged = False  # a predecessor's, which was further; or of no line that ever was
         else:
+            self._judged = False
+            if not self.refused:
+                log.warning("bookmarks.older_term", watcher=self.watcher, term=value.term)
             self.refused = True
-            log.warning("bookmarks.older_term", watcher=self.watcher, term=value.term)
 
     def _compare(self, held: SavedBookmark | None, line: Line) -> None:
         """Judge what Redis held before `line` was read."""

@@ -27,6 +27,7 @@ log = structlog.get_logger(__name__)
 
 _PAGE = 500
 _RETRY_FIRST, _RETRY_MOST = 0.2, 5.0
+_DEAF_RECHECK = 0.2
 _CATCH_UP_RETRY = 0.5
 _BARRIER_AFTER = 0.2
 """Seconds to wait for a revision before a barrier is written: the revision may lie outside the watched prefix."""
@@ -126,9 +127,15 @@ class Cache:
         """The store's when it was listed."""
         self._reset = False
         """The store began another line, which is not listed yet."""
+        self._deaf_since = clock.monotonic()
         self.revision = 0
         self.error: str = "the first list is not complete"
         """Why the cache is not being kept up to date just now; empty while it is."""
+
+    @property
+    def deaf_seconds(self) -> float:
+        """For how long nothing of the store's changes can have been heard; 0 while a watch has a stream."""
+        return self._clock.monotonic() - self._deaf_since if self._watch is None else self._watch.lost_seconds
 
     @property
     def storage(self) -> Storage:
@@ -261,6 +268,12 @@ class Cache:
             else:
                 return
 
+    async def wait_following(self) -> None:
+        """Return once the cache was filled and hears the store."""
+        await self.wait_synced()
+        while self.deaf_seconds > 0:
+            await self._clock.sleep(_DEAF_RECHECK)
+
     async def _following(self, timeout: float) -> Watch:
         """The open watch: while it is being opened anew, callers wait for it. Raises `CacheBehind`."""
         try:
@@ -289,10 +302,13 @@ class Cache:
                     self._lost_history(error)
                 except StorageError as error:
                     self.error = str(error)
-                    log.warning("cache.store_failed", error=str(error), relist=self._need_list)
+                    tell = log.warning if delay == _RETRY_FIRST else log.debug
+                    tell("cache.store_failed", error=str(error), relist=self._need_list)
                     await self._clock.sleep(delay)
                     delay = min(delay * 2, _RETRY_MOST)
                 finally:
+                    if self._watch is not None:
+                        self._deaf_since = self._clock.monotonic()
                     self._watch = None
                     self._watching.clear()
         finally:

@@ -47,15 +47,18 @@ from lrm.status import DaemonStatus
 from lrm.telemetry import Telemetry, observe_daemon
 from storage.base import Storage
 from storage.clock import Clock, SystemClock
-from storage.errors import AlreadyExists, NotFound, OutcomeUnknown, Unavailable
+from storage.errors import NotFound, StorageError
 from storage.etcd import EtcdStorage
 from storage.etcd_gateway import TlsConfig
-from storage.redis_bookmarks import RedisBookmarks
+from storage.redis_bookmarks import ProcessBookmarks, RedisBookmarks
 
 log = structlog.get_logger(__name__)
 
 _RETRY = 0.5
-_LAST_EVENTS = 1.0
+_DEAF_LIMITS = 2
+"""Times the liveness deadline without a watch after which a leader gives up: another daemon may hear more."""
+_LIVENESS_DEADLINE = 10.0
+_LAST_EVENTS = 0.2
 """Seconds for which a lock is kept so that what was done under it is still told."""
 
 
@@ -78,7 +81,9 @@ class Daemon:
             renew_deadline=settings.renew_deadline,
             retry_period=settings.retry_period,
         )
-        self.bookmark_store = RedisBookmarks(settings.redis_url, self.clock, root=settings.etcd_root)
+        self.bookmark_store: RedisBookmarks | ProcessBookmarks = ProcessBookmarks()
+        if settings.redis_url:
+            self.bookmark_store = RedisBookmarks(settings.redis_url, self.clock, root=settings.etcd_root)
         self.bookmarks = Bookmarks(self.bookmark_store, self.storage, self.clock, every=settings.bookmark_every)
         self.compactor = Compactor(
             self.storage,
@@ -112,7 +117,7 @@ class Daemon:
         self._plugins = tuple(plugins)
         self._plugin_settings = {p.name: p.settings() for p in plugins}
         self._stop = asyncio.Event()
-        self._leading: list[tuple[asyncio.Task[None], list[Led]]] = []
+        self._leading: list[tuple[LeaderElection, asyncio.Task[None], list[Led]]] = []
 
     def stop(self) -> None:
         """Ask for a clean stop."""
@@ -160,8 +165,8 @@ class Daemon:
         except BaseExceptionGroup as group:
             raise only_cause(group) from group
         finally:
-            await self.bookmark_store.aclose()
             await self.storage.aclose()
+            await self.bookmark_store.aclose()
         log.info("daemon.stopped")
 
     async def _work(self) -> None:
@@ -193,10 +198,29 @@ class Daemon:
                 locks.setdefault(led.lock_name, []).append(led)
             async with asyncio.TaskGroup() as tasks:
                 for lock_name, group in locks.items():
-                    election = LeaderElection(self._election(lock_name), self.leaders)
+                    election = LeaderElection(self._election(lock_name), self.leaders, fit=self.cache.wait_following)
                     self.status.elections[lock_name] = election
-                    leading = tasks.create_task(_lead(election, group), name=f"lead {lock_name}")
-                    self._leading.append((leading, group))
+                    leading = tasks.create_task(self._lead(election, group), name=f"lead {lock_name}")
+                    self._leading.append((election, leading, group))
+
+    async def _lead(self, election: LeaderElection, group: Sequence[Led]) -> None:
+        async def work(term: Term) -> None:
+            async with asyncio.TaskGroup() as tasks:
+                running = [tasks.create_task(led.run(term), name=led.name) for led in group]
+                running.append(tasks.create_task(self._mind_hearing(term), name=f"hearing of {term.lock_name}"))
+                await term.wait_lost()
+                for task in running:
+                    task.cancel()
+
+        await election.run(work)
+
+    async def _mind_hearing(self, term: Term) -> None:
+        """End a term in which nothing is heard of the store's changes for long, although the lease can be renewed."""
+        limit = _DEAF_LIMITS * (self.settings.etcd_silence + _LIVENESS_DEADLINE)
+        while self.cache.deaf_seconds < limit:
+            await self.clock.sleep(max(limit - self.cache.deaf_seconds, _RETRY))
+        log.error("daemon.gives_up_leading", lock=term.lock_name, deaf=limit, reason=self.cache.error)
+        term.lost()
 
     def _housekeeping(self) -> list[Led]:
         collector = GarbageCollector(
@@ -228,13 +252,14 @@ class Daemon:
         """Each lock on its own: drain, then give it back, so that a slow controller holds up no other's successor."""
         share = self.settings.stop_timeout * 0.8
 
-        async def leave(leading: asyncio.Task[None], group: Sequence[Led]) -> None:
+        async def leave(election: LeaderElection, leading: asyncio.Task[None], group: Sequence[Led]) -> None:
+            election.stop()
             await asyncio.gather(*(led.drain(share) for led in group))
             await self.events.flush(_LAST_EVENTS)
             leading.cancel()
             await asyncio.wait([leading])
 
-        await asyncio.gather(*(leave(leading, group) for leading, group in self._leading))
+        await asyncio.gather(*(leave(*one) for one in self._leading))
 
     async def _installation(self) -> str:
         """The installation's uuid, made by whichever daemon is first."""
@@ -244,22 +269,13 @@ class Daemon:
             try:
                 return (await self.storage.get(key)).value.decode()
             except NotFound:
-                with contextlib.suppress(AlreadyExists, OutcomeUnknown, Unavailable):  # whatever it was, look again
+                with contextlib.suppress(StorageError):  # whatever it was, look again
                     await self.storage.create(key, str(uuid.uuid4()).encode())
-            except Unavailable as error:
+            except StorageError as error:
                 if not waiting:
                     log.warning("daemon.waiting_for_etcd", endpoints=self.settings.etcd_endpoints, error=str(error))
                 waiting = True
             await self.clock.sleep(_RETRY)
-
-
-async def _lead(election: LeaderElection, group: Sequence[Led]) -> None:
-    async def work(term: Term) -> None:
-        async with asyncio.TaskGroup() as tasks:
-            for led in group:
-                tasks.create_task(led.run(term), name=led.name)
-
-    await election.run(work)
 
 
 async def run_daemon(settings: Settings, plugins: Sequence[Plugin]) -> None:
@@ -300,7 +316,7 @@ def open_storage(settings: Settings, clock: Clock) -> EtcdStorage:
         password=settings.etcd_password,
         request_timeout=settings.etcd_timeout,
         liveness_silence=settings.etcd_silence,
-        liveness_deadline=10.0,
+        liveness_deadline=_LIVENESS_DEADLINE,
         quota_bytes=settings.etcd_quota_bytes,
     )
 

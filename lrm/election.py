@@ -170,7 +170,7 @@ class LeaseElection:
     async def _make_way(self, session: Session, held: Entry) -> None:
         """Return when another attempt is worth it."""
         if held.lease != session.lease:
-            await self._leaders.wait_free(self.lock_name, held.revision)
+            await self._leaders.wait_free(self.lock_name, held.revision, own_lease=session.lease)
             return
         try:
             await self._storage.delete(self._key, expected_revision=held.revision)
@@ -222,14 +222,15 @@ class StaticElection:
     async def _clear(self) -> None:
         """Remove whoever holds the key, unless that is a successor of ours.
 
-        Absent, or older than our own term, it is nobody's who came after us: the store was restored. But a successor
-        deletes the key before it creates its own, so after a term of ours an absent one is looked at twice.
+        Absent, or older than our own term, it is nobody's who came after us: the store was restored. One that bears our
+        identity is ours: the answer to its creation was lost. But a successor deletes the key before it creates its
+        own, so after a term of ours an absent one is looked at twice.
         """
         try:
             held = await self._held(looks=2 if self._last else 1)
         except NotFound:
             return
-        if self._last and held.create_revision > self._last:
+        if self._last and held.create_revision > self._last and _holder(held) != self._identity:
             raise Deposed(
                 f"another daemon has taken the lock {self.lock_name}; this one was started with LRM_LEADER=static"
             )
@@ -254,15 +255,19 @@ class LeaderElection:
         election: Election,
         leaders: Leaders,
         *,
+        fit: Callable[[], Awaitable[None]] | None = None,
         on_started_leading: Callable[[Term], None] = lambda _term: None,
         on_stopped_leading: Callable[[Term], None] = lambda _term: None,
     ) -> None:
+        """`fit` returns when this process could do the work: only then it campaigns."""
         self.term: Term | None = None
         """The present term; None while another leads, or nobody."""
         self.terms = 0
         """Terms since the process began."""
+        self._stopping = False
         self._election = election
         self._leaders = leaders
+        self._fit = fit
         self._on_started = on_started_leading
         self._on_stopped = on_stopped_leading
 
@@ -281,13 +286,20 @@ class LeaderElection:
             return False
         return True
 
-    async def run(self, work: Callable[[Term], Awaitable[None]]) -> None:
-        """Do the work in every term that is won, until cancelled; it returns when its term is lost. Raises `Deposed`.
+    def stop(self) -> None:
+        """Begin no further term; the present one goes on."""
+        self._stopping = True
 
-        The key is given back after the work has ended, so that a successor never meets it.
+    async def run(self, work: Callable[[Term], Awaitable[None]]) -> None:
+        """Do the work in every term that is won, until cancelled or stopped. Raises `Deposed`.
+
+        The work returns when its term is lost. The key is given back after it has ended, so that a successor never
+        meets it.
         """
         self._leaders.expect(self.lock_name)
-        while True:
+        while not self._stopping:
+            if self._fit is not None:
+                await self._fit()
             term = await self._election.acquire()
             self.term, self.terms = term, self.terms + 1
             try:
@@ -304,6 +316,14 @@ class LeaderElection:
 
 def _leader_value(identity: str, acquired: datetime) -> bytes:
     return orjson.dumps({"identity": identity, "acquired": rfc3339(acquired)})
+
+
+def _holder(entry: Entry) -> str:
+    """The identity in a leader key's value; empty where another program has written it."""
+    try:
+        return str(orjson.loads(entry.value)["identity"])
+    except (orjson.JSONDecodeError, KeyError, TypeError):
+        return ""
 
 
 async def _release(storage: Storage, term: Term) -> None:

@@ -114,8 +114,10 @@ class TerminalError(LrmError):
 
 
 def only_cause(group: BaseExceptionGroup[BaseException]) -> BaseException:
-    """The one error inside a group that has just one; else the group."""
-    error: BaseException = group
-    while isinstance(error, BaseExceptionGroup) and len(error.exceptions) == 1:
-        error = error.exceptions[0]
-    return error
+    """The first error inside a group whose errors are all of one class; else the group."""
+    errors: list[BaseException] = [group]
+    for error in errors:  # grows while it is walked
+        if isinstance(error, BaseExceptionGroup):
+            errors += error.exceptions
+    causes = [error for error in errors if not isinstance(error, BaseExceptionGroup)]
+    return causes[0] if len({type(error) for error in causes}) == 1 else group

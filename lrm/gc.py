@@ -2,11 +2,11 @@
 
 Promises: an object is deleted only when reads of the store show that each of its owners is gone (no such key, or
 another uid there) or is being deleted in the foreground, and only in the state in which it was judged; one owner that
-is alive, or that this daemon cannot judge, keeps it. An owner deleted in the foreground goes after the dependants that
-block it; one whose dependants are to be orphaned goes after their references to it. Every write is fenced by the term
-and can be repeated, so that a collector may die anywhere. Owners in a circle are kept until someone deletes one of
-them; then they end without waiting for each other. The cache only says where to look. The daemon runs it under its
-lock; deletion policies come from `lrm.writes.for_delete`.
+is alive, or that this daemon cannot judge, keeps it, and a paused object is left as it is. An owner deleted in the
+foreground goes after the dependants that block it; one whose dependants are to be orphaned goes after their references
+to it. Every write is fenced by the term and can be repeated, so that a collector may die anywhere. Owners in a circle
+are kept until someone deletes one of them; then they end without waiting for each other. The cache only says where to
+look. The daemon runs it under its lock; deletion policies come from `lrm.writes.for_delete`.
 """
 
 from __future__ import annotations
@@ -73,6 +73,8 @@ class Stats:
     """Objects that were let go by an owner that was deleted with the policy Orphan."""
     forgotten: int = 0
     """Objects of kinds with `forgotten_with_owner` whose keys were deleted."""
+    released: int = 0
+    """Owners whose deletion policy was carried out."""
     errors: int = 0
 
 
@@ -133,6 +135,18 @@ class GarbageCollector:
         except TimeoutError:
             log.warning("gc.drain_timed_out", left=self.queue.processing)
 
+    def finalizers(self) -> dict[str, Any]:
+        """How many objects wait for their dependants, are in hand, and were let go by this daemon."""
+        policies = {FOREGROUND_FINALIZER, ORPHAN_FINALIZER}
+        deleting = [r for k in self._registry for i in self._cache.items(k) if (r := i.resource) and r.deleting]
+        return {
+            "name": self.name,
+            "finalizer": f"{FOREGROUND_FINALIZER}, {ORPHAN_FINALIZER}",
+            "pending": sum(not policies.isdisjoint(r.metadata.finalizers) for r in deleting),
+            "processing": self.queue.processing,
+            "completed": self.stats.released,
+        }
+
     def describe(self) -> dict[str, Any]:
         """Its entry in the status: what waits, what is in hand, and the counters of `Stats`."""
         return {
@@ -162,8 +176,8 @@ class GarbageCollector:
                 self._consider(item)
 
     def _on_update(self, update: CacheUpdate) -> None:
-        # An opaque value that is gone may have been anybody's owner.
-        if update.relisted or any(c.type == "DELETED" and c.item.resource is None for c in update.changes):
+        # An opaque value that is gone, or can be read now, may have been anybody's owner or dependant.
+        if update.relisted or any(c.old is not None and c.old.resource is None for c in update.changes):
             self._sweep()
             return
         for change in update.changes:
@@ -185,7 +199,7 @@ class GarbageCollector:
     def _consider(self, item: Item) -> None:
         """Queue an object about which, as far as the cache knows, something is to be done."""
         resource = item.resource
-        if resource is None:
+        if resource is None or resource.paused:
             return
         if self._wants_end(resource) or self._lacks_an_owner(item, resource):
             self.queue.add(_place(item))
@@ -305,6 +319,8 @@ class GarbageCollector:
         if kind is None:
             raise LookupError(f"no kind {plural} is known")
         resource: AnyResource = await client.get(kind.model, namespace, name)
+        if resource.paused:
+            return  # the end of the pause wakes us
         owned = resource.metadata.owner_references and (kind.forgotten_with_owner or not resource.deleting)
         if owned and await self._judge(resource, client, bound, events):
             return
@@ -371,6 +387,7 @@ class GarbageCollector:
                 self.stats.orphaned += 1
                 crash_point("gc.child-orphaned")
         await client.remove_finalizer(owner, ORPHAN_FINALIZER)
+        self.stats.released += 1
         bound.info("gc.owner_released", uid=owner.uid, policy="Orphan")
         crash_point("gc.owner-released")
 
@@ -384,6 +401,7 @@ class GarbageCollector:
         if self._blocked(owner):
             return  # a change of who blocks it wakes us
         await client.remove_finalizer(owner, FOREGROUND_FINALIZER)
+        self.stats.released += 1
         bound.info("gc.owner_released", uid=owner.uid, policy="Foreground")
         crash_point("gc.owner-released")
 

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING
 import orjson
 import structlog
 
-from storage.base import Batch, Entry, Storage, check_generation
+from lrm.errors import NotLeading
+from storage.base import Batch, Entry, Storage, Watch, check_generation
 from storage.clock import Clock
 from storage.errors import Compacted, FutureRevision, StorageError, StoreReset
 
@@ -56,6 +57,8 @@ class Leaders:
         self._expected: set[str] = set()
         self._terms: set[Term] = set()
         self._moved = asyncio.Event()
+        self._watch: Watch | None = None
+        self._deaf_since = clock.monotonic()
         self._listed = False
         self._lists = 0
         self._generation = 0
@@ -80,15 +83,32 @@ class Leaders:
         entry = self._entries.get(self.key(lock_name))
         return _holder(entry) if entry else None
 
-    def absent_seconds(self, lock_name: str) -> float:
-        """For how long a lock has had no holder; 0 while it has one."""
-        since = self._free_since.get(lock_name)
-        return 0.0 if since is None else self._clock.monotonic() - since
+    @property
+    def deaf_seconds(self) -> float:
+        """For how long the mirror can have heard of no change; 0 while its watch has a stream."""
+        return self._clock.monotonic() - self._deaf_since if self._watch is None else self._watch.lost_seconds
 
-    async def wait_free(self, lock_name: str, revision: int) -> None:
-        """Return when the lock has no holder as of `revision` or later, or when it had to be read anew meanwhile."""
-        lists = self._lists
-        while self._lists == lists and (self.revision < revision or self.key(lock_name) in self._entries):
+    def absent_seconds(self, lock_name: str) -> float:
+        """For how long a lock has had no leader that is known of; 0 while it has one.
+
+        Whoever held it when the mirror was cut off may not do so any more, and so counts for as long as it is; a term
+        of this process is known by its own clock.
+        """
+        if any(term.lock_name == lock_name and _lasts(term) for term in self._terms):
+            return 0.0
+        since = self._free_since.get(lock_name)
+        return max(self.deaf_seconds, 0.0 if since is None else self._clock.monotonic() - since)
+
+    async def wait_free(self, lock_name: str, revision: int, *, own_lease: int) -> None:
+        """Return when, as of `revision` or later, the lock has no holder but what `own_lease` left.
+
+        Also when it had to be read anew meanwhile: then `revision` may mean nothing any more.
+        """
+        lists, key = self._lists, self.key(lock_name)
+        while self._lists == lists:
+            entry = self._entries.get(key)
+            if self.revision >= revision and (entry is None or entry.lease == own_lease):
+                return
             await self._moved.wait()
 
     @contextmanager
@@ -111,7 +131,7 @@ class Leaders:
                     await self._list()
                 async with self._storage.watch(self.prefix, self.revision) as watch:
                     check_generation(self._storage, self._generation)
-                    self.error, delay = "", _RETRY_FIRST
+                    self._watch, self.error, delay = watch, "", _RETRY_FIRST
                     async for batch in watch:
                         self._apply(batch)
             except (Compacted, FutureRevision, StoreReset) as error:
@@ -119,18 +139,29 @@ class Leaders:
                 self._listed, self.error = False, str(error)
             except StorageError as error:
                 self.error = str(error)
-                log.warning("leaders.store_failed", error=str(error))
+                tell = log.warning if delay == _RETRY_FIRST else log.debug
+                tell("leaders.store_failed", error=str(error))
+                self._end_watch()
                 await self._clock.sleep(delay)
                 delay = min(delay * 2, _RETRY_MOST)
+            finally:
+                self._end_watch()
+
+    def _end_watch(self) -> None:
+        if self._watch is not None:
+            self._watch, self._deaf_since = None, self._clock.monotonic()
 
     async def _list(self) -> None:
+        reset = self._storage.generation != self._generation
         self._generation = self._storage.generation
         page = await self._storage.list(self.prefix)
         self._entries = {entry.key: entry for entry in page.entries}
         self.revision, self._listed, self._lists = page.revision, True, self._lists + 1
-        # After a restore a term may be of a line that has ended: its number says nothing there, its key does.
+        # A term won while this list was under way is not in it. After a restore a term may be of a line that has ended:
+        # its number says nothing there, its key does.
         for term in tuple(self._terms):
-            self._check(term)
+            if reset or self.revision >= term.number:
+                self._check(term)
         self._publish()
 
     def _apply(self, batch: Batch) -> None:
@@ -159,6 +190,14 @@ class Leaders:
                 self._free_since.setdefault(lock_name, now)
         self._moved, moved = asyncio.Event(), self._moved
         moved.set()
+
+
+def _lasts(term: Term) -> bool:
+    try:
+        term.check()
+    except NotLeading:
+        return False
+    return True
 
 
 def _holder(entry: Entry) -> Holder:

@@ -38,6 +38,11 @@ def check_times(lease_duration: float, renew_deadline: float, retry_period: floa
             f"renew_deadline {renew_deadline:g} s + retry_period {retry_period:g} s must stay below"
             f" lease_duration {lease_duration:g} s - 1 s, or a leader could outlive its lease"
         )
+    if 2 * retry_period > renew_deadline:
+        raise ValueError(
+            f"renew_deadline {renew_deadline:g} s must be at least twice retry_period {retry_period:g} s,"
+            " or one renewal that is late ends the lease"
+        )
 
 
 class Session:
@@ -163,9 +168,8 @@ class DaemonLease:
                     session.end("the store does not know it any more")
                     return
                 except (StorageError, TimeoutError) as error:
-                    log.warning(
-                        "lease.not_renewed", lease=f"{session.lease:x}", error=str(error), left=round(session.left, 1)
-                    )
+                    reason, left = str(error) or "no answer in time", round(session.left, 1)
+                    log.warning("lease.not_renewed", lease=f"{session.lease:x}", error=reason, left=left)
                 await self._clock.sleep(min(self._retry_period, _RETRY_MOST))
 
     async def _expire(self, session: Session) -> None:

@@ -22,6 +22,8 @@ K = TypeVar("K", bound=Hashable)
 BACKOFF_FIRST = 0.2
 """Seconds before the first retry of a key; doubles with each failure in a row."""
 BACKOFF_MOST = 60.0
+_STALE_TIMERS = 64
+"""Timers whose keys came earlier that may stay before they are swept out."""
 BACKOFF_SPREAD = 0.2
 """Share by which a delay is spread in both directions, so that keys that failed together do not return together."""
 
@@ -65,6 +67,9 @@ class WorkQueue(Generic[K]):
             return
         self._due[key] = due
         heapq.heappush(self._timers, (due, next(self._sequence), key))
+        if len(self._timers) > 2 * len(self._due) + _STALE_TIMERS:
+            self._timers = [timer for timer in self._timers if self._due.get(timer[2]) == timer[0]]
+            heapq.heapify(self._timers)
         if self._timers[0][2] == key:
             self._wake.set()
 

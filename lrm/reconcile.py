@@ -14,6 +14,7 @@ import random
 import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any, Generic
 
@@ -28,10 +29,10 @@ from lrm.errors import CacheBehind, Fenced, NotLeading, ResourceConflict, Resour
 from lrm.events import Events, Recorder
 from lrm.kind import R
 from lrm.queue import WorkQueue
-from lrm.resource import PAUSE_ANNOTATION, RECONCILE_ANNOTATION, AnyResource
+from lrm.resource import RECONCILE_ANNOTATION
 from storage.base import Guard
 from storage.clock import Clock
-from storage.errors import GuardFailed, NoSpace, StorageError, Unavailable
+from storage.errors import GuardFailed, NoSpace, OutcomeUnknown, StorageError, StoreReset, Unavailable
 
 log = structlog.get_logger(__name__)
 
@@ -40,6 +41,8 @@ Key = tuple[str, str]
 
 _CREATING_MOST = 6.0
 _RESYNC_SPREAD = 0.1
+_NOT_ATTEMPTED = (Unavailable, OutcomeUnknown, GuardFailed, StoreReset)
+"""After these the store had no part in the attempt; what it refuses for good, it will refuse again."""
 _IN_HAND = "in hand"
 """Marks what was seen of a key while a worker had it: its own writes are told from others' only at the end."""
 
@@ -224,10 +227,13 @@ class Runner(Generic[R]):
         self._events = events
         self._watermark: Watermark[tuple[str, ...]] = Watermark()
         self._finalizing: set[Key] = set()
+        self._kind = cache.registry.of(controller.model)
         self._paused: set[Key] = set()
         """What was found paused when its turn came."""
         self._gate = asyncio.Lock()
         self._store_was_away = False
+        self._mistakes: set[str] = set()
+        """Questions in which the controller has failed, so that each is logged once."""
         self._seen = 0
         """The revision of the last update; what comes with a list may have begun right after it."""
         self._resets = 0
@@ -239,13 +245,13 @@ class Runner(Generic[R]):
         self._written.clear()
         self._echoes.clear()
         self._watermark.clear()
-        self._paused.clear()
         self._seen = 0
         generation = self._cache.storage.generation
-        resumed = await self._bookmark.begin(term, self._position) if self._bookmark else None
-        await self._cache.catch_up(self.name)
-        unsubscribe = self._cache.subscribe(self._on_update)
+        subscription = ExitStack()
         try:
+            resumed = await self._bookmark.begin(term, self._position) if self._bookmark else None
+            await self._cache.catch_up(self.name)
+            subscription.callback(self._cache.subscribe(self._on_update))
             if self._bookmark and self._cache.storage.generation != generation:
                 self._bookmark.rebase()
                 resumed = None
@@ -258,7 +264,8 @@ class Runner(Generic[R]):
                 for worker in workers:
                     worker.cancel()
         finally:
-            unsubscribe()
+            subscription.close()
+            self._paused.clear()
             if self._bookmark:
                 await self._bookmark.end()
 
@@ -311,7 +318,7 @@ class Runner(Generic[R]):
                 # Its revision is that of its last event; which was the first that nobody attended to is not known.
                 self._watermark.saw(key, (resumed or 0) + 1)
                 self.queue.add(key)
-            elif resource.deleting or not self.controller.settled(resource):
+            elif resource.deleting or not self._safely(self.controller.settled, resource, False):
                 unsettled.append(key)
             else:
                 self.queue.add_after(key, self.controller.poll * random.random())  # noqa: S311 - spreads work
@@ -343,7 +350,7 @@ class Runner(Generic[R]):
                 self._on_own_change(change, since, relisted=update.relisted)
             mapper = self._triggers.get(model)
             if mapper is not None:
-                for key in mapper(change):
+                for key in self._safely(mapper, change, ()):
                     self._watermark.saw(key, since)
                     self.queue.add(key)
 
@@ -361,9 +368,20 @@ class Runner(Generic[R]):
         asked = _asked(change)
         if asked:
             self.queue.forget_failures(key)
-        if asked or change.type == "DELETED" or self.controller.wakes(change):
+        if asked or change.type == "DELETED" or self._safely(self.controller.wakes, change, True):
             self._watermark.saw(key, since)
             self.queue.add(key)
+
+    def _safely(self, asked: Callable[[Any], Any], about: Any, otherwise: Any) -> Any:
+        """What a controller says, or `otherwise` where it fails: its mistake must not end the daemon. Logged once."""
+        try:
+            answer = asked(about)
+            return answer if isinstance(answer, bool) else tuple(answer)
+        except Exception:
+            if asked.__qualname__ not in self._mistakes:
+                log.exception("reconcile.mistake", controller=self.name, asked=asked.__qualname__)
+            self._mistakes.add(asked.__qualname__)
+            return otherwise
 
     async def _work(self, term: Term) -> None:
         while (key := await self._next()) is not None:
@@ -392,7 +410,7 @@ class Runner(Generic[R]):
 
     def _settle_echoes(self, key: Key, written: Written) -> None:
         echoes = self._echoes[key]
-        own = {revision for revisions in written.revisions.values() for revision in revisions}
+        own = written.revisions.get(self._cache.registry.key(self._kind, *key), set())
         echoes.own = {r for r in echoes.own | own if r > self._cache.revision}
         if foreign := echoes.seen_meanwhile - own:
             self._watermark.saw(key, min(foreign))
@@ -415,7 +433,7 @@ class Runner(Generic[R]):
                 queue.discard(key)
                 self._written.pop(key, None)
                 return _Outcome(client.written, attempted)
-            if _paused(resource):
+            if resource.paused:
                 self._paused.add(key)
                 queue.forget_failures(key)
                 return _Outcome(client.written, attempted)
@@ -438,17 +456,15 @@ class Runner(Generic[R]):
             bound.warning("reconcile.not_leading", detail=str(error))
             attempted = False
             term.lost()
-        except ResourceNotFound:
-            queue.add_after(key, 0.1)
         except TerminalError as error:
             self.stats.terminal += 1
             bound.error("reconcile.terminal", reason=error.reason, detail=str(error))
             queue.forget_failures(key)
-        except (ResourceConflict, CacheBehind) as error:
+        except (ResourceConflict, ResourceNotFound, CacheBehind) as error:
             attempted = False
             bound.info("reconcile.again", detail=str(error), delay=queue.add_failed(key))
         except (RetryLater, StorageError, TimeoutError) as error:
-            attempted = not isinstance(error, StorageError)
+            attempted = not isinstance(error, _NOT_ATTEMPTED)
             self._store_was_away |= isinstance(error, Unavailable) and not isinstance(error, NoSpace)
             self.stats.failures += 1
             reason = str(error) or f"deadline of {self.controller.deadline} s"
@@ -507,10 +523,6 @@ class Runner(Generic[R]):
         self._written.pop(key, None)
 
 
-def _paused(resource: AnyResource) -> bool:
-    return resource.metadata.annotations.get(PAUSE_ANNOTATION, "false") != "false"
-
-
 def _asked(change: Change) -> bool:
     """Whether a person has asked for a reconcile: by a new value of the annotation, or by ending a pause."""
     new = change.new.resource if change.new else None
@@ -518,4 +530,4 @@ def _asked(change: Change) -> bool:
         return False
     old = change.old.resource if change.old else None
     wish, wished = (r.metadata.annotations.get(RECONCILE_ANNOTATION) if r else None for r in (new, old))
-    return (wish is not None and wish != wished) or (old is not None and _paused(old) and not _paused(new))
+    return (wish is not None and wish != wished) or (old is not None and old.paused and not new.paused)

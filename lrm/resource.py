@@ -151,6 +151,11 @@ class Resource(Model, Generic[SpecT, StatusT]):
         """Whether deletion was asked for; the object stays while finalizers do."""
         return self.metadata.deletion_timestamp is not None
 
+    @property
+    def paused(self) -> bool:
+        """Whether controllers are to leave the object alone."""
+        return self.metadata.annotations.get(PAUSE_ANNOTATION, "false") != "false"
+
     def as_owner(self, *, controller: bool = True) -> OwnerReference:
         """The reference that makes another object belong to this one."""
         return OwnerReference(

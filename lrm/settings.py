@@ -11,8 +11,9 @@ import re
 import socket
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
+from urllib.parse import urlsplit
 
-from pydantic import BeforeValidator, Field, SecretStr, field_serializer, model_validator
+from pydantic import BeforeValidator, Field, SecretStr, field_serializer, field_validator, model_validator
 from pydantic_settings import (
     BaseSettings,
     NoDecode,
@@ -24,6 +25,7 @@ from pydantic_settings import (
 from lrm.lease import check_times
 
 _DURATION = re.compile(r"\s*(\d+(?:\.\d+)?)\s*(ms|s|m|h|d)?\s*")
+_ROOT = re.compile(r"(/[A-Za-z0-9_-][A-Za-z0-9._-]*)+")
 _UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0, None: 1.0}
 
 
@@ -46,6 +48,18 @@ Seconds = Annotated[float, BeforeValidator(parse_duration), Field(gt=0)]
 """A duration above zero, in seconds."""
 Words = Annotated[tuple[str, ...], NoDecode, BeforeValidator(split_commas)]
 """A comma-separated list."""
+
+
+def _check_url(name: str, value: str, schemes: tuple[str, ...]) -> None:
+    """Raise ValueError, which does not repeat what may hold a password."""
+    try:
+        url = urlsplit(value)
+        fits = url.scheme in schemes and bool(url.path if url.scheme == "unix" else url.hostname)
+        _ = url.port
+    except ValueError:
+        fits = False
+    if not fits:
+        raise ValueError(f"{name} takes URLs that begin with {' or '.join(f'{s}://' for s in schemes)}")
 
 
 class LrmSettings(BaseSettings):
@@ -78,7 +92,9 @@ class Settings(LrmSettings):
         ("http://127.0.0.1:2379",),
         description="URLs of the etcd members, comma-separated. Default: one on this machine.",
     )
-    etcd_root: str = Field("/lrm", description="Key prefix of this installation; two may share an etcd.")
+    etcd_root: str = Field(
+        "/lrm", description="Key prefix of this installation; two may share an etcd and a Redis under different ones."
+    )
     etcd_ca: Path | None = Field(None, description="CA certificates that sign the members' certificates, PEM.")
     etcd_cert: Path | None = Field(None, description="Client certificate, PEM.")
     etcd_key: Path | None = Field(None, description="Key of the client certificate, PEM.")
@@ -90,7 +106,8 @@ class Settings(LrmSettings):
         description="Seconds without a message before the watch is probed by a barrier; etcd gives no sign itself.",
     )
     redis_url: str = Field(
-        "redis://127.0.0.1:6379/0", description="Redis for watch bookmarks; work goes on without it."
+        "redis://127.0.0.1:6379/0",
+        description="Redis for watch bookmarks; work goes on without it. Empty: they last as long as the process.",
     )
 
     api_host: str = Field("127.0.0.1", description="Address to serve on; other than loopback needs a tokens file.")
@@ -149,8 +166,20 @@ class Settings(LrmSettings):
             raise ValueError("tls_cert and tls_key go together")
         if not self.etcd_endpoints:
             raise ValueError("etcd_endpoints names no endpoint")
+        for endpoint in self.etcd_endpoints:
+            _check_url("etcd_endpoints", endpoint, ("http", "https"))
+        if self.redis_url:
+            _check_url("redis_url", self.redis_url, ("redis", "rediss", "unix"))
         check_times(self.lease_duration, self.renew_deadline, self.retry_period)
         return self
+
+    @field_validator("etcd_root")
+    @classmethod
+    def _root(cls, value: str) -> str:
+        root = value.rstrip("/")
+        if not _ROOT.fullmatch(root):
+            raise ValueError("etcd_root is an absolute path of letters, digits, '.', '_' and '-', such as /lrm")
+        return root
 
     @field_serializer("redis_url")
     def _masked(self, url: str) -> str:

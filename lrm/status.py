@@ -9,6 +9,7 @@ from typing import Any
 from lrm.bookmarks import Bookmarks
 from lrm.cache import Cache
 from lrm.election import LeaderElection
+from lrm.gc import GarbageCollector
 from lrm.leaders import Leaders
 from lrm.led import Led
 from lrm.model import rfc3339
@@ -66,7 +67,7 @@ class DaemonStatus:
     async def health(self) -> dict[str, Any]:
         """etcd, Redis and the caches, each with what is wrong; `status` is ok, degraded or unhealthy."""
         store = await self._store_health()
-        redis = await redis_error(self._settings.redis_url, self._clock)
+        redis = await self._redis_error()
         problems = [] if store.ok else ["etcd does not answer"]
         problems += [f"cache: {self._cache.error}"] if self._cache.error else []
         notes = [*store.notes, *([f"redis: {redis}; bookmarks are not saved"] if redis else [])]
@@ -92,9 +93,15 @@ class DaemonStatus:
                     for m in store.members
                 ],
             },
-            "redis": {"ok": not redis, "error": redis},
+            "redis": {"ok": not redis, "error": redis, "used": bool(self._settings.redis_url)},
             "cache": {"synced": self._cache.synced, "revision": self._cache.revision, "error": self._cache.error},
         }
+
+    async def _redis_error(self) -> str:
+        """Why bookmarks are not saved; empty where they are, and where no Redis is used."""
+        if not self._settings.redis_url:
+            return ""
+        return await redis_error(self._settings.redis_url, self._clock) or self._bookmarks.error
 
     async def _store_health(self) -> Health:
         """In time for a probe: an etcd that hangs is told before the probe gives up."""
@@ -120,11 +127,11 @@ class DaemonStatus:
 
     def leader(self) -> dict[str, Any]:
         """Every lock, who holds it, and whether that is this daemon; `is_leader` is true when it holds any."""
-        locks = [self._lock(name) for name in self.leaders.locks]
+        locks, deaf = [self._lock(name) for name in self.leaders.locks], self.leaders.deaf_seconds
         return {
             "is_leader": any(lock["is_leader"] for lock in locks),
             "identity": self.identity,
-            "error": self.leaders.error,
+            "error": self.leaders.error or (f"the store is not heard for {deaf:.0f} s" if deaf > 1 else ""),
             "locks": locks,
         }
 
@@ -155,8 +162,12 @@ class DaemonStatus:
         return {w["watcher"]: w["lag"] for w in described if w["lag"] is not None}
 
     def finalizers(self) -> dict[str, Any]:
-        """How many objects wait for a finalizer, are being cleaned up by this daemon, and were let go by it."""
-        controllers = [led.finalizers() for led in self.led if isinstance(led, Runner) and led.controller.finalizer]
+        """How many objects wait for a finalizer, are being cleaned up by this daemon, and were let go by it so far."""
+        controllers = [
+            led.finalizers()
+            for led in self.led
+            if isinstance(led, GarbageCollector) or (isinstance(led, Runner) and led.controller.finalizer)
+        ]
         totals = {key: sum(c[key] for c in controllers) for key in ("pending", "processing", "completed")}
         return {**totals, "controllers": controllers}
 

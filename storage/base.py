@@ -135,6 +135,11 @@ class Watch(Protocol):
 
     def __aiter__(self) -> AsyncIterator[Batch]: ...
 
+    @property
+    def lost_seconds(self) -> float:
+        """For how long nothing can have come, because no member gives a stream; 0 while one is open."""
+        ...
+
     async def barrier(self, timeout: float = 3.0) -> int:
         """Return a revision written after this call, once every event up to it was handed to the iterator.
 

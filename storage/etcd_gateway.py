@@ -38,7 +38,7 @@ _LARGE_BODY = 512 * 1024
 """Larger bodies are sent in pieces, between which others run."""
 _POOL = 64
 _CONNECT_SECONDS = 2.0
-_IMPATIENT_SECONDS = 1.0
+_IMPATIENT_SECONDS = 0.25
 _BACKOFF_FIRST, _BACKOFF_MAX = 0.05, 1.0
 
 

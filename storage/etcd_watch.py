@@ -87,6 +87,7 @@ class EtcdWatch:
         self._ended: BaseException | None = None
         self._task: asyncio.Task[None] | None = None
         self._stream: WatchStream | None = None
+        self._lost_at: float | None = None
         self.dropped = 0
         """Events that came again or from before the start."""
         self.resumed = 0
@@ -149,6 +150,10 @@ class EtcdWatch:
             self._barriers.delivered(batch.revision)
         return batch
 
+    @property
+    def lost_seconds(self) -> float:
+        return 0.0 if self._lost_at is None else self._clock.monotonic() - self._lost_at
+
     async def barrier(self, timeout: float = 3.0) -> int:
         if self._barriers is None:
             raise RuntimeError("only a live watch has a barrier")
@@ -167,6 +172,7 @@ class EtcdWatch:
                     reason = str(lost)
                 finally:
                     stream.close()
+                self._lost_at = self._clock.monotonic()
                 self._pending.clear()  # A revision that was not complete comes again whole.
                 self.resumed += 1
                 tell = log.info if self._barriers else log.debug  # Without barriers a silent stream is lost by design.
@@ -177,6 +183,7 @@ class EtcdWatch:
                     await self._clock.sleep(backoff * random.uniform(0.5, 1.0))  # noqa: S311 - spreads retries
                     backoff = min(backoff * 2, _BACKOFF_MAX)
                 stream = self._stream = await self._open_somewhere(self._source.gateway.after(stream.endpoint))
+                self._lost_at = None
         except Exception as error:  # noqa: BLE001 - the consumer raises it: a watch must not fall silent
             self.end(error)
 

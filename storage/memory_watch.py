@@ -75,6 +75,10 @@ class MemoryWatch:
             except TimeoutError:
                 continue
 
+    @property
+    def lost_seconds(self) -> float:
+        return 0.0
+
     async def barrier(self, timeout: float = 3.0) -> int:
         if self._barriers is None:
             raise RuntimeError("only a live watch has a barrier")

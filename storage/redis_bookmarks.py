@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Awaitable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, TypeVar
 
@@ -19,7 +20,7 @@ import orjson
 from redis.asyncio import Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
-from redis.exceptions import NoScriptError, RedisError, ResponseError
+from redis.exceptions import NoScriptError, ResponseError
 
 from storage.base import Line
 from storage.clock import Clock
@@ -163,7 +164,7 @@ class RedisBookmarks:
         pattern = re.sub(r"([\\*?\[\]])", r"\\\1", self._prefix) + "*"
         cursor = 0
         while True:
-            cursor, keys = await self._within(self._client.scan(cursor, match=pattern, count=_SCAN_COUNT))
+            cursor, keys = await self._within(self._scan(cursor, pattern))
             names = [key.decode("utf-8", "backslashreplace") for key in keys if isinstance(key, bytes)]
             for name, saved in zip(names, await self._load(names), strict=True):
                 if saved:
@@ -171,13 +172,18 @@ class RedisBookmarks:
             if not cursor:
                 return found
 
+    async def _scan(self, cursor: int, pattern: str) -> tuple[int, list[Any]]:
+        following, keys = await self._client.scan(cursor, match=pattern, count=_SCAN_COUNT)
+        return following, keys
+
     async def forget(self, watcher: str, bookmark: SavedBookmark) -> None:
         """Delete a bookmark if it still is this one. Raises `RedisFailed`."""
         await self._within(self._client.eval(_FORGET, 1, self.key(watcher), bookmark.encode()))
 
     async def aclose(self) -> None:
-        """Close every connection."""
-        await self._client.aclose()
+        """Close every connection; one whose peer hangs is left to the operating system."""
+        with suppress(RedisFailed):
+            await self._within(self._client.aclose())
 
     async def _run(self, arguments: Sequence[Any]) -> Any:
         """The script's answer; `arguments` are the number of keys, the keys, and the rest."""
@@ -188,8 +194,12 @@ class RedisBookmarks:
 
     async def _load(self, keys: Sequence[str]) -> list[SavedBookmark | None]:
         """The bookmarks at keys; to MGET a value of another kind is none."""
-        found = await self._within(self._client.mget(keys)) if keys else []
-        return [SavedBookmark.decode(value) if isinstance(value, bytes) else None for value in found]
+
+        async def ask() -> list[SavedBookmark | None]:
+            values = zip(keys, await self._client.mget(keys), strict=True)
+            return [SavedBookmark.decode(value) if isinstance(value, bytes) else None for _, value in values]
+
+        return await self._within(ask()) if keys else []
 
     async def _within(self, call: Awaitable[T]) -> T:
         """A call's answer within the timeout; every failure is a `RedisFailed`."""
@@ -198,7 +208,9 @@ class RedisBookmarks:
                 return await call
         except TimeoutError:
             raise RedisFailed(f"redis did not answer within {self._timeout:g} s") from None
-        except (RedisError, OSError, UnicodeError) as error:
+        except RedisFailed:
+            raise
+        except Exception as error:  # noqa: BLE001 - a peer that speaks no Redis raises whatever its bytes lead to
             raise self._failed(error) from None
 
     def _failed(self, error: Exception) -> RedisFailed:
@@ -207,6 +219,34 @@ class RedisBookmarks:
         if self._password:
             said = said.replace(self._password, "***")
         return RedisFailed(f"redis: {type(error).__name__}{said}")
+
+
+class ProcessBookmarks:
+    """Bookmarks of an installation without Redis: they last as long as the process."""
+
+    def __init__(self) -> None:
+        self._saved: dict[str, SavedBookmark] = {}
+
+    async def load(self, watcher: str) -> SavedBookmark | None:
+        return self._saved.get(watcher)
+
+    async def load_many(self, watchers: Sequence[str]) -> dict[str, SavedBookmark]:
+        return {w: self._saved[w] for w in watchers if w in self._saved}
+
+    async def save(self, saves: Sequence[Save]) -> list[Outcome]:
+        """A process is its own only writer, and its terms only grow."""
+        self._saved |= {s.watcher: s.bookmark for s in saves}
+        return ["saved"] * len(saves)
+
+    async def all(self) -> dict[str, SavedBookmark]:
+        return dict(self._saved)
+
+    async def forget(self, watcher: str, bookmark: SavedBookmark) -> None:
+        if self._saved.get(watcher) == bookmark:
+            del self._saved[watcher]
+
+    async def aclose(self) -> None:
+        """Nothing is open."""
 
 
 def _outcome(answer: Any) -> Outcome:

@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+import asyncio
+
 from aiohttp import web
 
 from lrm.api.call import API, call_of
@@ -77,7 +79,7 @@ async def _metrics(request: web.Request) -> web.Response:
     """For Prometheus: its text format, or OpenMetrics where that is accepted."""
     _readable(request)
     accepted = ",".join(request.headers.getall("Accept", ()))
-    body, content_type = request.app[API].telemetry.exposition(accepted)
+    body, content_type = await asyncio.to_thread(request.app[API].telemetry.look(accepted))
     return web.Response(body=body, headers={"Content-Type": content_type})
 
 

@@ -19,7 +19,7 @@ from lrm.election import StaticElection, Term
 from storage.clock import SystemClock
 from storage.errors import RedisFailed, StoreReset
 from storage.memory import MemoryStorage, Snapshot
-from storage.redis_bookmarks import EXPIRES_SECONDS, RedisBookmarks, Save, SavedBookmark
+from storage.redis_bookmarks import EXPIRES_SECONDS, ProcessBookmarks, RedisBookmarks, Save, SavedBookmark
 
 CLOCK = SystemClock()
 EVERY = 0.02
@@ -439,3 +439,48 @@ async def test_bookmarks_of_other_lines_are_purged_and_no_others(
         return await store.all() == {"kept": mine}
 
     await until(purged)
+
+
+async def test_a_refusal_ends_with_what_caused_it(
+    watchers: Iterator[Watcher], storage: MemoryStorage, raw: redis.Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A bookmark of a later term that nobody holds: another program's, or of a line that was not declared ended."""
+    monkeypatch.setattr("lrm.bookmarks._RENEW_SECONDS", 0.1)
+    one = next(watchers)
+    await one.begin()
+    head = await grow(storage, 20)
+    await one.store.save([Save("w", bookmark(head - 15, 900, cluster_id=(await storage.line()).cluster_id))])
+    one.position = head - 5
+    await until(lambda: one.bookmark.refused)
+    await raw.flushall()
+    await until(one.holds(head - 5), "saved again")
+    assert not one.bookmark.refused
+    assert one.bookmark.describe(head)["error"] == ""
+
+
+@pytest.mark.parametrize("answer", [b":no\r\n", b"$no\r\n", b"*no\r\n", b"\xff\xfe\r\n", b"*1\r\n:1\r\n"])
+async def test_a_peer_that_speaks_no_redis_is_an_error_like_any_other(answer: bytes) -> None:
+    async def speak(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while await reader.read(4096):
+            writer.write(answer)
+        writer.close()
+
+    server = await asyncio.start_server(speak, "127.0.0.1", 0)
+    async with server:
+        port = server.sockets[0].getsockname()[1]
+        store = RedisBookmarks(f"redis://127.0.0.1:{port}/0", CLOCK)
+        for call in (store.load("w"), store.load_many(["a", "b"]), store.all(), store.save([Save("w", bookmark(1))])):
+            with pytest.raises(RedisFailed):
+                await call
+        await store.aclose()
+
+
+async def test_without_redis_bookmarks_last_as_long_as_the_process(storage: MemoryStorage) -> None:
+    bookmarks = Bookmarks(ProcessBookmarks(), storage, CLOCK, every=EVERY)
+    head = await grow(storage, 5)
+    election = StaticElection(storage, CLOCK, root="/lrm", lock_name="w", identity="me")
+    assert await bookmarks.of("w").begin(await election.acquire(), lambda: head) is None
+    await bookmarks.of("w").end()
+    assert await bookmarks.of("w").begin(await election.acquire(), lambda: head) == head
+    await bookmarks.of("w").end()
+    assert bookmarks.error == ""

@@ -12,9 +12,9 @@ import pytest
 from lrm.election import Deposed, LeaderElection, LeaseElection, StaticElection, Term
 from lrm.errors import NotLeading, RetryLater
 from lrm.leaders import Leaders
-from lrm.lease import DaemonLease, check_times
+from lrm.lease import DaemonLease, Session, check_times
 from lrm.testing import VirtualClock
-from storage.base import Entry, Guard, Lease
+from storage.base import Entry, Guard, Lease, Page
 from storage.errors import GuardFailed, OutcomeUnknown, Unavailable
 from storage.memory import MemoryStorage
 
@@ -114,7 +114,12 @@ async def running(*candidates: Candidate) -> AsyncIterator[None]:
 
 @pytest.mark.parametrize(
     ("times", "why"),
-    [((2.9, 1, 0.1), "below the least"), ((15, 12, 2), "must stay below"), ((15, 10, 4), "must stay below")],
+    [
+        ((2.9, 1, 0.1), "below the least"),
+        ((15, 12, 2), "must stay below"),
+        ((15, 10, 4), "must stay below"),
+        ((15, 2, 1.5), "at least twice"),
+    ],
 )
 def test_durations_that_cannot_work_are_refused(times: tuple[float, float, float], why: str) -> None:
     with pytest.raises(ValueError, match=why):
@@ -356,3 +361,119 @@ async def test_a_restored_store_is_no_successor_of_a_static_leader(storage: Stor
     again = asyncio.create_task(one.acquire())
     await clock.advance(2)
     await again
+
+
+async def test_the_lock_is_not_lost_for_ever_to_a_key_of_ours_that_arrived_late(
+    storage: Store, clock: VirtualClock
+) -> None:
+    """Our create was lost on its way, another won; it gives the lock back, and only then our create arrives."""
+    one = Candidate(storage, clock, "one")
+    async with running(one):
+        await clock.advance(1)
+        session = await one.lease.session()
+        entry = await storage.get("/lrm/leader/widgets")
+        await storage.delete("/lrm/leader/widgets", expected_revision=entry.revision)
+        other = await storage.create("/lrm/leader/widgets", b"another daemon")
+        await clock.advance(1)
+        assert not one.leads
+        # Both changes come to the mirror in one go.
+        await storage.delete("/lrm/leader/widgets", expected_revision=other.revision)
+        late = await storage.create("/lrm/leader/widgets", b"late", lease=session.lease)
+        await clock.advance(1)
+        assert one.leads == ["widgets"]
+        term = one.elections["widgets"].term
+        assert term is not None
+        assert term.number > late.create_revision
+
+
+async def test_a_static_leader_whose_answer_was_lost_does_not_take_itself_for_its_successor(
+    storage: Store, clock: VirtualClock
+) -> None:
+    one = StaticElection(storage, clock, root="/lrm", lock_name="x", identity="one")
+    first = await one.acquire()
+    storage.lose_creates = 1
+    acquiring = asyncio.create_task(one.acquire())
+    await clock.advance(2)
+    assert (await acquiring).number > first.number
+
+
+async def test_a_process_that_is_not_fit_does_not_campaign_and_one_that_stops_begins_no_other_term(
+    storage: Store, clock: VirtualClock
+) -> None:
+    one = Candidate(storage, clock, "one")
+    fit = asyncio.Event()
+
+    async def until_fit() -> None:
+        await fit.wait()
+
+    backend = LeaseElection(storage, clock, lock_name="other", identity="one", lease=one.lease, leaders=one.leaders)
+    one.elections["other"] = LeaderElection(backend, one.leaders, fit=until_fit)
+    async with running(one):
+        await clock.advance(5)
+        assert one.leads == ["widgets"]
+        fit.set()
+        await clock.advance(1)
+        assert one.leads == ["widgets", "other"]
+        election = one.elections["other"]
+        election.stop()
+        assert election.is_leader
+        assert election.term is not None
+        election.term.lost()
+        await clock.advance(30)
+        assert one.leads == ["widgets"]
+        assert election.terms == 1
+        assert not await storage.exists("/lrm/leader/other")
+
+
+async def test_a_term_is_not_ended_by_a_list_that_was_read_before_it_was_won(
+    storage: Store, clock: VirtualClock
+) -> None:
+    listing, go_on = asyncio.Event(), asyncio.Event()
+
+    class Slow(Store):
+        async def list(self, prefix: str, *, limit: int = 0, continue_token: str = "", revision: int = 0) -> Page:
+            page = await super().list(prefix, limit=limit, continue_token=continue_token, revision=revision)
+            listing.set()
+            await go_on.wait()
+            return page
+
+    store = Slow(clock=clock)
+    one = Candidate(store, clock, "one")
+    async with running(one):
+        await clock.advance(1)
+        assert listing.is_set()
+        assert one.leads == ["widgets"]
+        go_on.set()
+        await clock.advance(5)
+        assert one.elections["widgets"].terms == 1
+
+
+async def test_a_mirror_that_is_cut_off_does_not_vouch_for_the_leader_it_knew(
+    storage: Store, clock: VirtualClock
+) -> None:
+    one, two = Candidate(storage, clock, "one"), Candidate(storage, clock, "two")
+    async with running(one):
+        await clock.advance(1)
+        async with running(two):
+            await clock.advance(1)
+            assert two.leaders.absent_seconds("widgets") == 0
+            two.leaders._end_watch()
+            await clock.advance(70)
+            assert two.leaders.absent_seconds("widgets") == pytest.approx(70)
+            assert two.leaders.holder("widgets").identity == "one"  # type: ignore[union-attr]
+            one.leaders._end_watch()
+            assert one.leaders.absent_seconds("widgets") == 0, "its own term it knows by its own clock"
+
+
+async def test_the_trust_in_a_lease_never_reaches_its_granted_end(storage: Store, clock: VirtualClock) -> None:
+    """The store may grant less than was asked for."""
+    session = Session(clock, 7, renew_deadline=10)
+    session.renewed(clock.monotonic(), ttl=5)
+    assert session.left == pytest.approx(4)
+    session.renewed(clock.monotonic(), ttl=60)
+    assert session.left == pytest.approx(10)
+    await clock.advance(10)
+    with pytest.raises(NotLeading):
+        session.check()
+    session.renewed(clock.monotonic(), ttl=60)
+    assert session.left == 0, "one that has ended never comes back"

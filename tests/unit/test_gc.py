@@ -9,7 +9,7 @@ import pytest
 
 from equipment.gc_scene import SHADOWS, GcScene, Shadow, gc_scene, reference
 from equipment.widget import NOTES, Note
-from lrm.resource import PROTECT_ANNOTATION
+from lrm.resource import PAUSE_ANNOTATION, PROTECT_ANNOTATION
 from lrm.writes import FOREGROUND_FINALIZER, ORPHAN_FINALIZER, Propagation
 from storage.base import Entry, Guard
 from storage.errors import NoSpace, Unavailable
@@ -44,6 +44,20 @@ async def test_an_owner_that_is_being_deleted_in_the_background_keeps_its_own_un
     await scene.settle()
     assert not (await scene.now(child)).deleting
     await scene.release(owner)
+    await scene.settle()
+    assert await scene.names() == set()
+
+
+@pytest.mark.parametrize("policy", ["Background", "Foreground"])
+async def test_a_paused_object_is_left_as_it_is_until_the_pause_ends(scene: GcScene, policy: Propagation) -> None:
+    owner = await scene.make("owner")
+    child = await scene.make("child", owner)
+    await scene.client.update(child, lambda c: c.metadata.annotations.update({PAUSE_ANNOTATION: "true"}))
+    await scene.client.delete(owner, propagation=policy)
+    await scene.settle()
+    held = await scene.now(child)
+    assert not held.deleting
+    await scene.client.update(held, lambda c: c.metadata.annotations.update({PAUSE_ANNOTATION: "false"}))
     await scene.settle()
     assert await scene.names() == set()
 

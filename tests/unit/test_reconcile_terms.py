@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+
+import pytest
 
 from equipment.runner_world import WidgetController, World, world
-from equipment.widget import Note, Widget, widget
-from lrm.errors import RetryLater
-from lrm.reconcile import Context, Result
+from equipment.widget import Note, Widget, registry, widget
+from lrm.cache import Cache, Change
+from lrm.client import Client
+from lrm.election import StaticElection
+from lrm.errors import CacheBehind, NotLeading, ResourceConflict, RetryLater
+from lrm.reconcile import Context, Result, Runner, Trigger
 from lrm.resource import PAUSE_ANNOTATION, RECONCILE_ANNOTATION
-from storage.errors import Unavailable
+from storage.base import Batch, Watch
+from storage.clock import SystemClock
+from storage.errors import OutcomeUnknown, TooLarge, Unavailable
+from storage.memory import MemoryStorage
 
 
 def annotate(key: str, value: str | None) -> Callable[[Widget], None]:
@@ -177,3 +186,142 @@ async def test_a_failure_of_the_store_leaves_the_position_where_it_was() -> None
         assert await position(it) == int(made.metadata.resource_version) - 1
         away = False
         await it.until(lambda: it.runner._position() == it.cache.revision)
+
+
+async def test_what_the_store_refuses_for_good_holds_no_bookmark_back() -> None:
+    async def step(_w: Widget, _ctx: Context) -> Result:
+        raise TooLarge("a value of 2 MiB")
+
+    async with world(WidgetController(step)) as it:
+        await it.until(lambda: it.runner._seen > 0)
+        made = await it.client.create(widget())
+        await it.until(lambda: it.runner.stats.failures >= 1)
+        await it.until(lambda: it.runner._position() >= int(made.metadata.resource_version))
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        NotLeading("deposed"),
+        ResourceConflict("widgets", "w1"),
+        CacheBehind("not yet"),
+        OutcomeUnknown("the reply was lost"),
+    ],
+)
+async def test_an_attempt_that_was_none_holds_the_bookmark_back(error: Exception) -> None:
+    raised = asyncio.Event()
+
+    async def step(_w: Widget, _ctx: Context) -> Result:
+        raised.set()
+        raise error
+
+    async with world(WidgetController(step)) as it:
+        await it.until(lambda: it.runner._seen > 0)
+        made = await it.client.create(widget())
+        await it.until(raised.is_set)
+        assert await position(it) == int(made.metadata.resource_version) - 1
+
+
+async def test_an_object_that_another_one_lacks_is_looked_for_with_growing_delay() -> None:
+    async def step(w: Widget, ctx: Context) -> Result:
+        await ctx.client.get(Widget, w.namespace, "nobody")
+        return Result.done()
+
+    async with world(WidgetController(step), widget()) as it:
+        await it.until(lambda: it.runner.queue.failures(("default", "w1")) == 2)
+
+
+class Mistaken(WidgetController):
+    """Fails in every question but the work itself."""
+
+    def settled(self, resource: Widget) -> bool:
+        raise KeyError(resource.name)
+
+    def wakes(self, change: Change) -> bool:
+        raise KeyError(change.item.name)
+
+    def triggers(self) -> list[Trigger]:
+        def fail(change: Change) -> list[tuple[str, str]]:
+            raise KeyError(change.item.name)
+
+        return [Trigger(Note, fail)]
+
+
+async def test_a_controllers_mistakes_end_neither_its_runner_nor_the_cache() -> None:
+    seen: list[int] = []
+
+    async def step(w: Widget, _ctx: Context) -> Result:
+        seen.append(w.spec.count)
+        return Result.done()
+
+    async with world(Mistaken(step), widget(count=1)) as it:
+        await it.until(lambda: seen == [1])
+        held = await it.client.get(Widget, "default", "w1")
+        await it.client.create(Note.model_validate({**held.wire(), "kind": "Note", "metadata": {"name": "n"}}))
+        await it.client.update(held, lambda w: setattr(w.spec, "count", 2))
+        await it.until(lambda: seen == [1, 2])
+        assert not it.running.done()
+
+
+class Late(MemoryStorage):
+    """A store whose live watches deliver nothing until they are let."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.let = asyncio.Event()
+        self.let.set()
+
+    def watch(self, prefix: str, after_revision: int, *, live: bool = False) -> AbstractAsyncContextManager[Watch]:
+        opened = super().watch(prefix, after_revision, live=live)
+        return self._held(opened) if live else opened
+
+    @asynccontextmanager
+    async def _held(self, opened: AbstractAsyncContextManager[Watch]) -> AsyncIterator[Watch]:
+        async with opened as watch:
+            take = watch.__anext__
+
+            async def taken() -> Batch:
+                await self.let.wait()
+                return await take()
+
+            class Held:
+                barrier = watch.barrier
+                lost_seconds = 0.0
+
+                def __aiter__(self) -> AsyncIterator[Batch]:
+                    return self  # type: ignore[return-value]
+
+                async def __anext__(self) -> Batch:
+                    return await taken()
+
+            yield Held()  # type: ignore[misc]
+
+
+async def test_a_new_term_reconciles_nothing_before_its_cache_holds_its_predecessors_last_write() -> None:
+    seen: list[int] = []
+
+    async def step(w: Widget, _ctx: Context) -> Result:
+        seen.append(w.spec.count)
+        return Result.done()
+
+    storage, clock = Late(), SystemClock()
+    client = Client(storage, registry(), clock, owner="widgets")
+    made = await client.create(widget(count=1))
+    cache = Cache(storage, registry(), clock)
+    caching = asyncio.create_task(cache.run())
+    await cache.wait_following()
+    await asyncio.sleep(0.05)
+    storage.let.clear()
+    await client.update(made, lambda w: setattr(w.spec, "count", 2))  # by the leader before us
+    term = await StaticElection(storage, clock, root="/lrm", lock_name="w", identity="x").acquire()
+    running = asyncio.create_task(Runner(WidgetController(step), client, cache, clock).run(term))
+    await asyncio.sleep(0.2)
+    assert seen == []
+    storage.let.set()
+    async with asyncio.timeout(10):
+        while not seen:
+            await asyncio.sleep(0.01)
+    assert seen == [2]
+    for task in (running, caching):
+        task.cancel()
+    await asyncio.gather(running, caching, return_exceptions=True)
