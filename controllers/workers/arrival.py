@@ -9,7 +9,7 @@ from __future__ import annotations
 from controllers.aws.errors import AwsError, Ec2NotFound
 from controllers.cml.errors import CmlError
 from controllers.workers.claims import Claims
-from controllers.workers.cml_side import CmlSide, LicenseStep, trouble_of
+from controllers.workers.cml_side import CmlSide, LicenseStep
 from controllers.workers.conditions import FAILED_CHECKS
 from controllers.workers.decisions import KEEPABLE, LAUNCHES_MOST, Goal, goal_of, in_doubt, may_license
 from controllers.workers.departure import Departure
@@ -212,14 +212,13 @@ class Arrival:
         try:
             report = await self._cml.ask(work, full=True)
         except CmlError as error:
-            reason, message = trouble_of(error) or (None, "")
+            await self._cml.note_error(work, error, counts=False, most=FAILED_CHECKS)
         else:
             if report is not None:
                 await self._cml.note(work, report)
                 return await self._booted(work, licensed=report.licensing.is_licensed)
-            reason, message = Reasons.BOOTING, "CML answers and is not ready yet"
-        if reason is not None:
-            await self._cml.note_trouble(work, reason, message, counts=False, most=FAILED_CHECKS)
+            message = "CML answers and is not ready yet"
+            await self._cml.note_trouble(work, Reasons.BOOTING, message, counts=False, most=FAILED_CHECKS)
         if self._pace.is_over(work, work.worker.status.timestamps.boot_started_at, self._settings.worker_boot_deadline):
             trouble = work.worker.status.cml.last_error
             limit = f"CML was not ready within {self._settings.worker_boot_deadline:g} s"
@@ -246,8 +245,7 @@ class Arrival:
             step = await self._cml.license(work)
         except CmlError as error:
             step = LicenseStep.WAITING
-            if trouble := trouble_of(error):
-                await self._cml.note_trouble(work, *trouble, counts=False, most=FAILED_CHECKS)
+            await self._cml.note_error(work, error, counts=False, most=FAILED_CHECKS)
             if self._pace.is_over(
                 work, work.worker.status.timestamps.licensing_started_at, self._settings.worker_license_deadline
             ):

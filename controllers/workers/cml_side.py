@@ -3,7 +3,7 @@
 Promises that credentials go only to the CML of the status' identity (the client compares, see `sessions`), that a
 registration is recorded before it is sent and is not sent again while CML works on it, and that an error is told by
 its class: `trouble_of` gives the reason that people read. What is no observation (an open circuit, a throttled login)
-changes nothing. Secrets pass through and are kept nowhere. Called by the workers' controller.
+counts as no failed check. Secrets pass through and are kept nowhere. Called by the workers' controller.
 """
 
 from __future__ import annotations
@@ -47,7 +47,12 @@ from controllers.workers.work import Work
 from lrm.crashpoints import crash_point
 from lrm.secrets import SecretRefused, Secrets
 
-CRASH_POINTS = ("workers.license.recorded", "workers.license.sent")
+CRASH_POINTS = (
+    "workers.license.product-set",
+    "workers.license.recorded",
+    "workers.license.sent",
+    "workers.unlicense.recorded",
+)
 
 _UNHEARD = 15.0
 """Seconds after which a registration of which CML shows no sign is sent again; a second one takes no second seat."""
@@ -150,6 +155,17 @@ class CmlSide:
 
         await work.write(change)
 
+    async def note_error(self, work: Work, error: CmlError, *, counts: bool, most: int) -> None:
+        """Record what a failed call tells of the CML, as `note_trouble`; what tells nothing new changes nothing."""
+        if isinstance(error, CmlLoginThrottled):
+            known = work.worker.status.cml.last_error
+            if known is None or known.reason != Reasons.CREDENTIALS_REFUSED:
+                # Another of those who share the session was refused less than a minute ago.
+                message = "CML refuses the credentials; they are tried once a minute"
+                await self.note_trouble(work, Reasons.CREDENTIALS_REFUSED, message, counts=False, most=most)
+        elif trouble := trouble_of(error):
+            await self.note_trouble(work, *trouble, counts=counts, most=most)
+
     async def note_trouble(self, work: Work, reason: str, message: str, *, counts: bool, most: int) -> None:
         """Record that a check failed; failures in a row are counted up to `most`, and then cost no more writes."""
         now = work.now
@@ -214,6 +230,7 @@ class CmlSide:
             if spec.product_license and licensing.product_license.active != spec.product_license:
                 work.ctx.check_leading()
                 await client.set_product_license(spec.product_license)
+                crash_point("workers.license.product-set")
             await work.write(sending)
             crash_point("workers.license.recorded")
             work.ctx.check_leading(work.ctx.creating_timeout)
@@ -232,7 +249,18 @@ class CmlSide:
         return LicenseStep.WAITING
 
     async def deregister(self, work: Work) -> Deregistration:
-        """Give the licence seat back. Raises `CmlError`."""
+        """Give the licence seat back. Raises `CmlError`.
+
+        That it was asked stands in the status before: CML answers a repetition "already", which does not tell whether
+        Cisco was told the first time.
+        """
+        now = work.now
+
+        def sending(worker: LabWorker) -> None:
+            worker.status.cml.deregistration_sent_at = worker.status.cml.deregistration_sent_at or now
+
+        await work.write(sending)
+        crash_point("workers.unlicense.recorded")
         work.ctx.check_leading()
         outcome = await self.sessions.client_for(work.worker).deregister()
         work.log.info("worker.license_returned", outcome=outcome.value)

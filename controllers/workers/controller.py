@@ -16,7 +16,7 @@ from controllers.cml.errors import CmlError
 from controllers.labs.kind import LabRecord, records_of_worker
 from controllers.workers.arrival import Arrival
 from controllers.workers.claims import Claims
-from controllers.workers.cml_side import CmlSide, trouble_of
+from controllers.workers.cml_side import CmlSide
 from controllers.workers.conditions import FAILED_CHECKS
 from controllers.workers.decisions import Goal, at_rest, goal_of, may_license, may_retry, retry_of
 from controllers.workers.departure import Departure
@@ -136,8 +136,7 @@ class WorkersController(Controller[LabWorker]):
         try:
             report = await self._cml.ask(work, full=work.worker.status.cml.system_info is None)
         except CmlError as error:
-            if trouble := trouble_of(error):
-                await self._cml.note_trouble(work, *trouble, counts=True, most=FAILED_CHECKS)
+            await self._cml.note_error(work, error, counts=True, most=FAILED_CHECKS)
             return False
         if report is None:
             message = "CML answers and is not ready"
@@ -183,6 +182,8 @@ class WorkersController(Controller[LabWorker]):
         failure = work.worker.status.failure
         asked = failure is not None and failure.retry != retry_of(work.worker)
         why = Reasons.RETRY if asked else Reasons.SPEC_CHANGED
+        if gone:
+            await work.lose_seat(f"{ec2.instance_id} has ended with its licence")
         if work.worker.status.ec2.instance_id is None or gone:
             return await work.enter(Phase.PENDING, why, forget_ended if gone else None)
         if goal is Goal.STOPPED:

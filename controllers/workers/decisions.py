@@ -11,8 +11,8 @@ from datetime import datetime
 from enum import Enum, auto
 
 from controllers.aws.ec2 import Ec2Instance, LaunchParameters
-from controllers.workers.kind import DRAIN_ANNOTATION, Ec2Status, LabWorker, Problem
-from controllers.workers.phases import Conditions, Phase
+from controllers.workers.kind import DRAIN_ANNOTATION, WAKE_ANNOTATION, Ec2Status, LabWorker, Problem
+from controllers.workers.phases import Conditions, Phase, Reasons
 from lrm.resource import RETRY_ANNOTATION
 
 UID_TAG, INSTALLATION_TAG = "lrm/uid", "lrm/installation"
@@ -53,8 +53,11 @@ def goal_of(worker: LabWorker) -> Goal:
 
 
 def is_paused(worker: LabWorker) -> bool:
-    """Whether idleness has stopped the worker, or is about to (see `idle`)."""
-    return worker.status.idle is not None and worker.status.idle.paused_at is not None
+    """Whether idleness has stopped the worker, or is about to, and nobody has said a word since (see `idle`)."""
+    idle = worker.status.idle
+    if idle is None or idle.paused_at is None or not worker.spec.idle_detection.enabled:
+        return False
+    return worker.metadata.annotations.get(WAKE_ANNOTATION) == idle.wake
 
 
 def drains_before_delete(worker: LabWorker) -> bool:
@@ -88,6 +91,15 @@ def may_license(worker: LabWorker) -> bool:
         or done.failed is None
         or (done.generation, done.retry) != (worker.metadata.generation, retry_of(worker))
     )
+
+
+def may_hold_seat(worker: LabWorker) -> bool:
+    """Whether Smart Licensing may count a seat for this worker: CML said so, or a registration may yet come through."""
+    cml = worker.status.cml
+    if cml.licensed or cml.registration is None:
+        return cml.licensed
+    failed = cml.registration.failed
+    return failed is None or failed.reason == Reasons.LICENSE_TIMEOUT
 
 
 def at_rest(worker: LabWorker) -> bool:

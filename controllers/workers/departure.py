@@ -14,14 +14,21 @@ from controllers.aws.errors import AwsError
 from controllers.cml.client import Deregistration
 from controllers.cml.errors import CmlError, CmlFingerprintMismatch, CmlIdentityMismatch
 from controllers.workers.claims import Claims
-from controllers.workers.cml_side import CmlSide, trouble_of
+from controllers.workers.cml_side import CmlSide
 from controllers.workers.conditions import FAILED_CHECKS
-from controllers.workers.decisions import Goal, drains_before_delete, ends_at_once, goal_of, in_doubt
+from controllers.workers.decisions import (
+    Goal,
+    drains_before_delete,
+    ends_at_once,
+    goal_of,
+    in_doubt,
+    may_hold_seat,
+)
 from controllers.workers.kind import LabWorker
 from controllers.workers.pace import Pace
 from controllers.workers.phases import SERVING, Phase, Reasons
 from controllers.workers.provisioning import Provisioner, Sighting, fail_if_ended, is_off, note_ended, reason_of
-from controllers.workers.work import Work
+from controllers.workers.work import Work, unlicensed
 from lrm.crashpoints import crash_point
 from lrm.reconcile import Result
 
@@ -97,12 +104,9 @@ class Departure:
     async def leave(self, work: Work, reason: str) -> Result:
         """Begin the end, from any phase: through Unlicensing if there is a licence that can be given back."""
         worker = work.worker
-        if worker.status.cml.licensed:
-            if worker.status.ec2.state == "running" and not work.observe_only:
-                return await work.enter(Phase.UNLICENSING, reason)
-            if not work.observe_only:
-                state = worker.status.ec2.state or "unknown"
-                await work.leaked_seat(Reasons.DEREGISTRATION_FAILED, f"the instance is {state}: CML cannot be asked")
+        if may_hold_seat(worker) and worker.status.ec2.state == "running" and not work.observe_only:
+            return await work.enter(Phase.UNLICENSING, reason)
+        await work.lose_seat(f"the instance is {worker.status.ec2.state or 'unknown'}: CML cannot be asked")
         return await work.enter(Phase.TERMINATING_EC2, reason)
 
     async def step(self, work: Work) -> Result:
@@ -135,7 +139,7 @@ class Departure:
         if goal is Goal.TERMINATED:
             return await self.leave(work, reason)
         # Stopped keeps the disk and with it the registration; the seat is returned where it can be had again.
-        if licensed and worker.spec.wants_license and not work.observe_only:
+        if may_hold_seat(worker) and worker.spec.wants_license and not work.observe_only:
             return await work.enter(Phase.UNLICENSING, reason)
         return await work.enter(Phase.STOPPING, reason)
 
@@ -148,25 +152,28 @@ class Departure:
     async def _unlicensing(self, work: Work) -> Result:
         worker = work.worker
         onward = Phase.TERMINATING_EC2 if goal_of(worker) is Goal.TERMINATED else Phase.STOPPING
-        if not worker.status.cml.licensed:
+        if not may_hold_seat(worker):
             return await work.enter(onward, Reasons.DEREGISTERED)
         if work.observe_only:
             return self._pace.soon()
+        asked_before = worker.status.cml.deregistration_sent_at is not None
         try:
             outcome = await self._cml.deregister(work)
         except CmlError as error:
             foreign = isinstance(error, CmlIdentityMismatch | CmlFingerprintMismatch)
             began = worker.status.timestamps.unlicensing_started_at
             if not foreign and not work.over(began, self._settings.worker_license_deadline):
-                if trouble := trouble_of(error):
-                    await self._cml.note_trouble(work, *trouble, counts=False, most=FAILED_CHECKS)
+                await self._cml.note_error(work, error, counts=False, most=FAILED_CHECKS)
                 return self._pace.soon()
-            await work.leaked_seat(Reasons.DEREGISTRATION_FAILED, str(error))
+            await work.lose_seat(str(error))
         else:
             crash_point("workers.unlicense.sent")
             if outcome is Deregistration.SEAT_LEAKED:
                 await work.leaked_seat(Reasons.SSMS_UNREACHABLE, "CML gave its licence up, and could not tell Cisco")
-        return await work.enter(onward, Reasons.DEREGISTERED, _unlicensed)
+            elif outcome is Deregistration.ALREADY and asked_before:
+                message = "CML gave its licence up, and its answer was lost: whether it could tell Cisco is not known"
+                await work.leaked_seat(Reasons.DEREGISTRATION_UNKNOWN, message, sure=False)
+        return await work.enter(onward, Reasons.DEREGISTERED, unlicensed)
 
     async def _stopping(self, work: Work) -> Result:
         worker = work.worker
@@ -279,15 +286,11 @@ def listed_since_drain(worker: LabWorker) -> bool:
     return listed is not None and began is not None and listed >= began and not worker.status.labs_sync_error
 
 
-def _unlicensed(worker: LabWorker) -> None:
-    worker.status.cml.licensed = False
-    worker.status.cml.registration = None
-
-
 def _ended(worker: LabWorker) -> None:
     """The id stays for people to read; what belonged to the machine goes, the CML's identity with it."""
-    ec2, cml = worker.status.ec2, worker.status.cml
+    ec2 = worker.status.ec2
     if ec2.instance_id is not None:
         ec2.state = "terminated"
     ec2.sent_at = ec2.last_error = None
-    cml.identity, cml.licensed, cml.registration = None, False, None
+    worker.status.cml.identity = None
+    unlicensed(worker)

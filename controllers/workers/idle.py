@@ -124,15 +124,13 @@ def is_idle(worker: LabWorker, now: datetime, *, runs_labs: bool) -> bool:
 
 
 def is_lifted(worker: LabWorker, now: datetime) -> bool:
-    """Whether a pause has ended: by a person's word, or because the spec wishes something else by itself."""
-    idle, rule = worker.status.idle, worker.spec.idle_detection
+    """Whether a pause has ended: by a person's word, by use, or because the spec wishes something else by itself."""
+    idle = worker.status.idle
     if idle is None or idle.paused_at is None:
         return False
-    if (
-        not rule.enabled
-        or worker.spec.desired_phase != "Ready"
-        or worker.metadata.annotations.get(WAKE_ANNOTATION) != idle.wake
-    ):
+    if not is_paused(worker) or worker.spec.desired_phase != "Ready":
+        return True
+    if idle.last_activity_at is not None and idle.last_activity_at > idle.paused_at:
         return True
     until = snoozed_until(worker)
     return until is not None and now < until
@@ -149,22 +147,28 @@ class IdleDetector:
 
     async def lift(self, work: Work) -> None:
         """End a pause that a person has lifted, and forget everything where the detection is switched off."""
-        now, jumped = work.now, work.ctx.wall_jumped
+        # By a clock that was just set no snooze is believed to last.
+        now = FOREVER if work.ctx.wall_jumped else work.now
 
         def change(worker: LabWorker) -> None:
             if not worker.spec.idle_detection.enabled:
                 worker.status.idle = None
-            elif is_lifted(worker, now) and not jumped:
-                _resume(worker)
+            elif worker.status.idle is not None and is_lifted(worker, now):
+                worker.status.idle.paused_at = worker.status.idle.wake = None
 
-        if work.worker.status.idle is not None:
-            paused = is_paused(work.worker)
-            await work.write(change)
-            if paused and not is_paused(work.worker):
-                work.log.info("worker.idle_pause_lifted")
+        before = work.worker.status.idle
+        if before is None:
+            return
+        await work.write(change)
+        after = work.worker.status.idle
+        if before.paused_at is not None and (after is None or after.paused_at is None):
+            work.log.info("worker.idle_pause_lifted")
 
     async def pause_if_idle(self, work: Work, runs_labs: Callable[[], bool]) -> bool:
         """Ask CML, if it is time to, and pause the worker if nobody uses it; whether it was paused."""
+        if work.worker.spec.idle_detection.enabled and (unread := _unreadable_snooze(work.worker)):
+            await self._note_trouble(work, Reasons.INVALID_SETTING, unread)
+            return False
         if work.observe_only or is_kept_up(work.worker, work.due_by, runs_labs=runs_labs()):
             return False
         if not await self._look(work):
@@ -184,15 +188,8 @@ class IdleDetector:
 
     async def reconsider(self, work: Work) -> None:
         """While a paused worker drains: whoever uses it again ends the pause."""
-        if not is_paused(work.worker):
-            return
-        before = work.worker.status.idle
-        if not await self._look(work):
-            return
-        after = work.worker.status.idle
-        if before is not None and after is not None and after.last_activity_at != before.last_activity_at:
-            await work.write(_resume)
-            work.log.info("worker.idle_pause_lifted")
+        if is_paused(work.worker) and await self._look(work):
+            await self.lift(work)
 
     async def _look(self, work: Work) -> bool:
         """Ask CML what people did and note it; whether it answered just now. The same again costs no write."""
@@ -205,9 +202,6 @@ class IdleDetector:
         self._asked = {uid: at for uid, at in self._asked.items() if now - at < self._interval}
         self._asked[work.worker.uid] = now
         rule, account = work.worker.spec.idle_detection, work.worker.spec.cml.username
-        if unread := _unreadable_snooze(work.worker):
-            await self._note_trouble(work, Reasons.INVALID_SETTING, unread)
-            return False
         work.ctx.check_leading()
         try:
             seen = activity_of(await self._cml.sessions.client_for(work.worker).telemetry_events(), rule, account)
@@ -235,11 +229,6 @@ class IdleDetector:
             worker.status.idle = idle
 
         await work.write(note)
-
-
-def _resume(worker: LabWorker) -> None:
-    if worker.status.idle is not None:
-        worker.status.idle.paused_at = worker.status.idle.wake = None
 
 
 def _unreadable_snooze(worker: LabWorker) -> str:

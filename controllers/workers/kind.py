@@ -271,6 +271,8 @@ class CmlStatus(Model):
     last_sync_at: Timestamp | None = None
     last_error: Problem | None = None
     registration: Registration | None = None
+    deregistration_sent_at: Timestamp | None = None
+    """When the licence was first given back, while it is not known what came of it."""
 
 
 class Capacity(Model):

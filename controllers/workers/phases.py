@@ -160,6 +160,7 @@ class Reasons:
     DEREGISTERED = "Deregistered"
     SSMS_UNREACHABLE = "LicenseServerUnreachable"
     DEREGISTRATION_FAILED = "DeregistrationFailed"
+    DEREGISTRATION_UNKNOWN = "DeregistrationUnknown"
     # capacity
     CAPACITY_LEFT = "CapacityLeft"
     FULL = "Full"

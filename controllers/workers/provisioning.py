@@ -51,8 +51,10 @@ CRASH_POINTS = (
     "workers.launch.sent",
     "workers.launch.known",
     "workers.surplus.ended",
+    "workers.start.sent",
+    "workers.stop.sent",
 )
-"""Between every two steps of a launch, in their order."""
+"""Between every two steps of a launch, in their order, and after each other change in EC2."""
 
 _STATES = (*LIVE_STATES, "terminated")
 _SURPLUS_KEPT = 10
@@ -218,11 +220,13 @@ class Provisioner:
     async def start(self, work: Work, instance_id: str) -> None:
         work.ctx.check_leading()
         await self._ec2.start(work.worker.spec.region, instance_id)
+        crash_point("workers.start.sent")
         work.log.info("worker.instance_started", instance=instance_id)
 
     async def stop(self, work: Work, instance_id: str) -> None:
         work.ctx.check_leading()
         await self._ec2.stop(work.worker.spec.region, instance_id)
+        crash_point("workers.stop.sent")
         work.log.info("worker.instance_stopped", instance=instance_id)
 
     async def terminate(self, work: Work, instance_id: str) -> None:
@@ -384,6 +388,7 @@ async def fail_if_ended(work: Work, sighting: Sighting | None) -> Result | None:
         why = f"; {instance.id} carries this worker's uid too"
     else:
         why = f": {instance.state_reason}" if instance is not None and instance.state_reason else ""
+    await work.lose_seat(f"{known} was terminated with its licence")
     return await work.fail(Reasons.INSTANCE_TERMINATED, f"{known} was terminated outside of lrm{why}", note_ended)
 
 

@@ -12,12 +12,16 @@ from datetime import UTC, datetime
 from typing import Any
 
 from controllers.workers.conditions import refresh, tell_of_clock
-from controllers.workers.decisions import over, problem, retry_of
+from controllers.workers.decisions import may_hold_seat, over, problem, retry_of
 from controllers.workers.kind import Failure, LabWorker, Timestamps
-from controllers.workers.phases import Conditions, Phase
+from controllers.workers.phases import Conditions, Phase, Reasons
+from lrm.crashpoints import crash_point
 from lrm.reconcile import Context, Result
 
 Change = Callable[[LabWorker], None]
+
+CRASH_POINTS = tuple(f"workers.entered.{phase}" for phase in Phase if phase is not Phase.PENDING)
+"""Between the write that enters a phase and the first step in it."""
 
 _NO_TIME = datetime.min.replace(tzinfo=UTC)
 
@@ -93,6 +97,7 @@ class Work:
                 self._warn(reason, f"failed in {failure.phase}: {failure.message}")
             else:
                 self.ctx.events.record(self.worker, "Normal", reason, f"went from {before} to {after}")
+            crash_point(f"workers.entered.{after}")
 
     async def settle(self) -> None:
         """Write what the spec alone changes: the observed generation and the conditions."""
@@ -143,14 +148,20 @@ class Work:
         if self.worker.status.ec2.last_error != before:
             self._warn(reason, message)
 
-    async def leaked_seat(self, reason: str, message: str) -> None:
-        """Report that Smart Licensing still counts this worker's licence."""
+    async def lose_seat(self, message: str) -> None:
+        """Report a seat that can be given back no more; nothing, where there is none or it is not ours to give."""
+        if may_hold_seat(self.worker) and not self.observe_only:
+            sure = self.worker.status.cml.licensed
+            await self.leaked_seat(Reasons.DEREGISTRATION_FAILED, message, sure=sure)
+
+    async def leaked_seat(self, reason: str, message: str, *, sure: bool = True) -> None:
+        """Report that Smart Licensing still counts this worker's licence, or that this is not known."""
         now = self.now
         self.log.warning("worker.license_seat_leaked", reason=reason, detail=message)
 
         def note(worker: LabWorker) -> None:
-            worker.status.cml.licensed = False
-            worker.status.set_condition(Conditions.LICENSE_SEAT_LEAKED, True, reason, message, now=now)
+            unlicensed(worker)
+            worker.status.set_condition(Conditions.LICENSE_SEAT_LEAKED, sure or None, reason, message, now=now)
 
         await self.write(note)
         self._warn(Conditions.LICENSE_SEAT_LEAKED, f"{reason}: {message}")
@@ -197,8 +208,8 @@ def forget_instance(worker: LabWorker) -> None:
     forget_running(worker)
     ec2, cml = worker.status.ec2, worker.status.cml
     ec2.instance_id = ec2.state = ec2.first_seen_at = None
-    cml.identity = cml.version = cml.registration = None
-    cml.licensed = False
+    cml.identity = cml.version = None
+    unlicensed(worker)
     worker.status.capacity = worker.status.idle = None
 
 
@@ -211,6 +222,12 @@ def forget_ended(worker: LabWorker) -> None:
 def fresh_registration(worker: LabWorker) -> None:
     """Begin a registration that owes nothing to an earlier one."""
     worker.status.cml.registration = None
+
+
+def unlicensed(worker: LabWorker) -> None:
+    """Note that there is no licence any more, and nothing on its way."""
+    cml = worker.status.cml
+    cml.licensed, cml.registration, cml.deregistration_sent_at = False, None, None
 
 
 def licensed_now(worker: LabWorker) -> None:
