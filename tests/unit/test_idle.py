@@ -232,8 +232,18 @@ LIFTS: list[tuple[str, Change]] = [
     ("a snooze", _annotates(SNOOZE_ANNOTATION, rfc3339(NOW + timedelta(hours=1)))),
     ("a snooze in the spec", _sets("spec.idle_detection.snooze_until", NOW + timedelta(hours=1))),
     ("no detection any more", _sets("spec.idle_detection.enabled", False)),
+    ("its use, while it drains", _sets("status.idle.last_activity_at", ago(9))),
     ("another wish", _sets("spec.desired_phase", "Stopped")),
 ]
+
+
+def test_a_word_counts_at_once_whoever_leads() -> None:
+    worker = paused()
+    worker.metadata.annotations[WAKE_ANNOTATION] = "1"
+    assert goal_of(worker) is Goal.READY
+    del worker.metadata.annotations[WAKE_ANNOTATION]
+    worker.spec.idle_detection.enabled = False
+    assert goal_of(worker) is Goal.READY
 
 
 @pytest.mark.parametrize(("why", "change"), LIFTS, ids=[why for why, _ in LIFTS])
