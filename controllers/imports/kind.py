@@ -40,7 +40,7 @@ _ID_LENGTH = 17
 """Hex digits of an instance's id."""
 
 
-class TemplateMetadata(Model):
+class ImportMetadata(Model):
     """What each worker gets beside its name."""
 
     labels: dict[str, str] = Field(default_factory=dict)
@@ -50,7 +50,7 @@ class TemplateMetadata(Model):
 class ImportTemplate(Model):
     """What the imported workers have in common; their machines are what they are."""
 
-    metadata: TemplateMetadata = Field(default_factory=TemplateMetadata)
+    metadata: ImportMetadata = Field(default_factory=ImportMetadata)
     spec: ServiceSpec = Field(default_factory=ServiceSpec)
 
 
