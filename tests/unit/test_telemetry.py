@@ -162,3 +162,17 @@ async def test_it_is_served_in_the_format_that_is_asked_for(accept: str, content
     assert answer.headers["Content-Type"].startswith(content_type)
     families = list(_families(answer.raw.decode(), answer.headers["Content-Type"]))
     assert 4 in [s.value for f in families for s in f.samples if s.name == "lrm_calls_total"]
+
+
+def test_what_was_looked_at_is_told_as_it_was_then_whenever_it_is_put_into_text() -> None:
+    telemetry, depth = Telemetry(), 1
+    telemetry.observe(lambda meter: meter.create_gauge("depth").set(depth, {"queue": "a"}))
+    telemetry.observe(lambda meter: meter.create_counter("runs").add(depth))
+    first = telemetry.look()
+    depth = 2
+    second = telemetry.look()
+    assert [line for line in first()[0].decode().splitlines() if line[:1] != "#"][-2:] == [
+        'depth{queue="a"} 1.0',
+        "runs_total 1.0",
+    ]
+    assert b'depth{queue="a"} 2.0' in second()[0]
