@@ -42,7 +42,7 @@ _PAGE = 500
 
 
 class ProvesNothing(Exception):  # noqa: N818 - not an error: there is nothing to conclude
-    """The store holds something that this daemon cannot read, and it may be a claim."""
+    """What is known is not enough to judge by."""
 
 
 @dataclass
@@ -170,21 +170,9 @@ class Sweep:
                 continue
 
     async def _turn(self, term: Term) -> float:
-        """Remember the regions in use, and sweep if it is due; seconds until the next turn."""
-        retry = min(_RETRY, self._settings.sweep_interval)
+        """One turn; seconds until the next."""
         try:
-            state = await self._recall()
-            used = {w.spec.region for w in self._cache.all(LabWorker)}
-            if not used <= state.regions:
-                state.regions |= used
-                await self._write_down(state, term)
-            self._state = state
-            wait = self._due_in(state)
-            if wait > 0 or not state.regions:
-                return wait or self._settings.sweep_interval
-            if self._jumps.lately():
-                return retry
-            await self._sweep(state, term)
+            wait = await self._take_turn(term)
         except (NotLeading, GuardFailed) as error:
             log.info("sweep.not_leading", detail=str(error))
             term.lost()
@@ -192,9 +180,27 @@ class Sweep:
             if str(error) != self.error:
                 log.warning("sweep.failed", error=str(error))
             self.error = str(error)
-            return retry
+            return min(_RETRY, self._settings.sweep_interval)
         else:
             self.error = ""
+            return wait
+        return self._settings.sweep_interval
+
+    async def _take_turn(self, term: Term) -> float:
+        """Remember the regions in use, and sweep if it is due; seconds until the next turn."""
+        state = await self._recall()
+        used = {w.spec.region for w in self._cache.all(LabWorker)}
+        if not used <= state.regions:
+            state.regions |= used
+            await self._write_down(state, term)
+        self._state = state
+        jumped = self._jumps.lately()
+        wait = self._due_in(state)
+        if wait > 0 or not state.regions:
+            return wait or self._settings.sweep_interval
+        if jumped:
+            raise ProvesNothing("the wall clock was set a moment ago: nothing is judged before it is steady")
+        await self._sweep(state, term)
         return self._settings.sweep_interval
 
     def _due_in(self, state: _State) -> float:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from datetime import timedelta
 from typing import Any
 
+import orjson
 import pytest
 
 from controllers.aws.ec2 import Ec2
@@ -163,6 +165,29 @@ async def test_what_cannot_be_asked_or_read_proves_nothing(world: WorkersWorld) 
         entry = await world.storage.get(unread)
         await world.storage.delete(unread, expected_revision=entry.revision)
         await until(lambda: orphan not in world.live(), "an end, in a region where no worker is left")
+
+
+async def test_by_a_clock_that_was_just_set_nothing_is_judged(world: WorkersWorld) -> None:
+    await world.serving()
+    await someone_elses(world, **ORPHAN)
+    async with sweeping(world, sweep_interval=1, sweep_terminate=True) as sweep:
+        await until(lambda: sweep.describe()["suspects"] == 1, "the first look")
+        world.clock.offset = timedelta(days=1)
+        await until(lambda: "clock was set" in sweep.error, "the step told of")
+        assert (sweep.describe()["sweeps"], orphans(sweep)) == (1, [])
+
+
+async def test_a_state_that_cannot_be_read_is_begun_anew(world: WorkersWorld) -> None:
+    await world.serving()
+    key = f"{world.registry.root}/sweep"
+    await world.storage.create(key, b'{"regions": 7}')
+    async with sweeping(world) as sweep:
+        await swept(sweep, 1)
+        assert orjson.loads((await world.storage.get(key)).value)["regions"] == ["us-east-1"]
+        await sweep.drain(5)
+        done = sweep.describe()["sweeps"]
+        await world.looked_again(3)
+        assert sweep.describe()["sweeps"] == done, "a drained one begins no sweep"
 
 
 async def test_a_deposed_leader_ends_nothing(world: WorkersWorld) -> None:
