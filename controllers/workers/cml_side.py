@@ -178,7 +178,10 @@ class CmlSide:
             if reason == Reasons.IDENTITY_MISMATCH or cml.failed_checks >= most:
                 cml.ready = False
 
+        failed_before = work.worker.status.cml.failed_checks
         await work.write(change)
+        if failed_before < most <= work.worker.status.cml.failed_checks:
+            work.warn(Reasons.UNHEALTHY, f"{most} health checks in a row failed: {reason}: {message}")
 
     async def license(self, work: Work) -> LicenseStep:
         """One step towards a licence: look, register if nothing is under way, look again later. Raises `CmlError`."""
@@ -275,6 +278,7 @@ class CmlSide:
         failed = Problem(reason=reason, message=message, at=now)
         record = Registration(failed=failed, generation=generation, retry=retry)
         await work.write(lambda w: setattr(w.status.cml, "registration", record))
+        work.warn(reason, message)
         return LicenseStep.FAILED
 
 

@@ -149,6 +149,7 @@ class Reasons:
     INVALID_SETTING = "InvalidSetting"
     NOT_CHECKED = "NotChecked"
     HEALTHY = "Healthy"
+    UNHEALTHY = "Unhealthy"
     # licence
     LICENSED = "Licensed"
     NO_LICENSE = "NoLicense"

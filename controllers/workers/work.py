@@ -94,7 +94,7 @@ class Work:
             self.log.info("worker.phase", source=before, to=after, reason=reason)
             failure = self.worker.status.failure
             if after == Phase.FAILED and failure is not None:
-                self._warn(reason, f"failed in {failure.phase}: {failure.message}")
+                self.warn(reason, f"failed in {failure.phase}: {failure.message}")
             else:
                 self.ctx.events.record(self.worker, "Normal", reason, f"went from {before} to {after}")
             crash_point(f"workers.entered.{after}")
@@ -146,7 +146,7 @@ class Work:
         before = self.worker.status.ec2.last_error
         await self.write(note)
         if self.worker.status.ec2.last_error != before:
-            self._warn(reason, message)
+            self.warn(reason, message)
 
     async def lose_seat(self, message: str) -> None:
         """Report a seat that can be given back no more; nothing, where there is none or it is not ours to give."""
@@ -164,9 +164,10 @@ class Work:
             worker.status.set_condition(Conditions.LICENSE_SEAT_LEAKED, sure or None, reason, message, now=now)
 
         await self.write(note)
-        self._warn(Conditions.LICENSE_SEAT_LEAKED, f"{reason}: {message}")
+        self.warn(Conditions.LICENSE_SEAT_LEAKED, f"{reason}: {message}")
 
-    def _warn(self, reason: str, message: str) -> None:
+    def warn(self, reason: str, message: str) -> None:
+        """Tell people of a trouble, as an event."""
         self.ctx.events.record(self.worker, "Warning", reason, message)
 
 

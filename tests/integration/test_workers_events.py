@@ -8,7 +8,7 @@ import orjson
 import pytest
 
 from equipment.waiting import until
-from equipment.workers_world import WorkersWorld, workers_world
+from equipment.workers_world import BAD_TOKEN_ENV, WorkersWorld, workers_world
 from lrm.events import events_prefix
 
 
@@ -56,3 +56,21 @@ async def test_a_failure_is_a_warning_that_says_where_and_why(world: WorkersWorl
     assert failure is not None
     assert reason == failure.reason
     assert message == f"failed in {failure.phase}: {failure.message}"
+
+
+async def test_a_refused_licence_and_failing_health_checks_are_warnings_told_once(world: WorkersWorld) -> None:
+    await world.create(cml={"licenseTokenFrom": {"env": BAD_TOKEN_ENV}})
+    await world.phase("ReadyUnlicensed")
+    world.cml_fault("html", status=502)
+    await world.until(lambda w: w.status.cml.failed_checks == 3, "the failed health checks")
+    await world.looked_again(3)
+
+    async def warnings() -> list[str]:
+        return [reason for of, reason, _ in await told_of(world) if of == "Warning"]
+
+    async def both() -> bool:
+        return "Unhealthy" in await warnings()
+
+    await until(both, "the warning")
+    assert await warnings() == ["RegistrationFailed", "Unhealthy"]
+    assert not any("INVALID00" in message for _, _, message in await told_of(world)), "no token is told"
