@@ -388,10 +388,9 @@ def _worth(worker: LabWorker) -> int:
     """Failed, not launched yet, on its way, out of service, serving: in this order they are given up."""
     if has_failed(worker):
         return 0
-    if worker.status.phase == Phase.PENDING:
-        return 1
     if _starting(worker):
-        return 2
+        ec2 = worker.status.ec2
+        return 1 if ec2.instance_id is None and ec2.sent_at is None else 2
     return 4 if serving(worker) else 3
 
 
