@@ -140,9 +140,10 @@ class DaemonStatus:
         current = self._cache.revision
         watchers = {w: b.describe(current) for w, b in self._bookmarks.followed.items()}
         try:
-            saved = await self._bookmarks.store.load_many([led.name for led in self.led])
-        except RedisFailed as error:
-            saved, problem = {}, str(error)
+            async with self._clock.timeout(_PROBE_SECONDS):
+                saved = await self._bookmarks.store.all()
+        except (RedisFailed, TimeoutError) as error:
+            saved, problem = {}, str(error) or f"redis did not tell all bookmarks within {_PROBE_SECONDS:g} s"
         else:
             problem = ""
         for name, bookmark in saved.items():

@@ -141,11 +141,6 @@ class RedisBookmarks:
         """The bookmark, None when there is none. Raises `RedisFailed`."""
         return (await self._load([self.key(watcher)]))[0]
 
-    async def load_many(self, watchers: Sequence[str]) -> dict[str, SavedBookmark]:
-        """The bookmarks that there are of these watchers. Raises `RedisFailed`."""
-        found = await self._load([self.key(watcher) for watcher in watchers])
-        return {watcher: saved for watcher, saved in zip(watchers, found, strict=True) if saved}
-
     async def save(self, saves: Sequence[Save]) -> list[Outcome]:
         """Write bookmarks in one round trip, each judged on its own. Raises `RedisFailed`: then any may be written."""
         keys = [self.key(s.watcher) for s in saves]
@@ -229,9 +224,6 @@ class ProcessBookmarks:
 
     async def load(self, watcher: str) -> SavedBookmark | None:
         return self._saved.get(watcher)
-
-    async def load_many(self, watchers: Sequence[str]) -> dict[str, SavedBookmark]:
-        return {w: self._saved[w] for w in watchers if w in self._saved}
 
     async def save(self, saves: Sequence[Save]) -> list[Outcome]:
         """A process is its own only writer, and its terms only grow."""

@@ -33,6 +33,8 @@ def environment(**more: str) -> dict[str, str]:
 @contextmanager
 def playing(name: str, *arguments: str, **env: str) -> Iterator[subprocess.Popen[str]]:
     """A demo that runs while the block does; its output is read by the test."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # inherited, where the suite runs in a script's background
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     process = subprocess.Popen(
         [sys.executable, str(EXAMPLES / f"demo_{name}.py"), *arguments],
         env=environment(**env),

@@ -40,8 +40,8 @@ INSTANCES: list[Exception] = [
     storage.errors.NoSpace("full"),
     storage.errors.OutcomeUnknown("lost"),
 ]
-NOT_FOR_HANDLERS = {"TerminalError", "RetryLater", "LeaseNotFound"}
-"""Errors of reconciles and leases; a handler that meets one has a defect, and it is a 500."""
+NOT_FOR_HANDLERS = {"TerminalError", "RetryLater", "LeaseNotFound", "RedisFailed"}
+"""Errors of reconciles, leases and bookmarks; a handler that meets one has a defect, and it is a 500."""
 
 
 def _subclasses(base: type[Any]) -> set[type[Any]]:
