@@ -48,7 +48,7 @@ async def one_instance(settings: Settings) -> None:
             telling.cancel()
     except BaseExceptionGroup as group:
         raise only_cause(group) from group
-    narrate(settings.instance_id, "has stopped, and given its leadership back")
+    narrate(settings.instance_id, "has stopped, and leads nothing any more")
 
 
 async def tell_leadership(instance: str, url: str) -> None:
@@ -63,7 +63,7 @@ async def tell_leadership(instance: str, url: str) -> None:
                     narrate(instance, f"serves at {url}; give it something to reconcile with")
                     print(f"  curl -fsS -X POST -H 'Content-Type: application/json' -d '{body}' {url}{API}", flush=True)
                 if before.startswith("leads") and now != before:
-                    narrate(instance, "has lost leadership")
+                    narrate(instance, "leads no more")
                 if now != before:
                     narrate(instance, now)
                 before = now

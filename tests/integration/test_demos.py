@@ -186,4 +186,4 @@ def test_one_instance_in_a_terminal_leads_reconciles_and_hands_over(
         demo.terminate()
         output, _ = demo.communicate()
     assert demo.returncode == 0
-    assert "instance-1: has stopped, and given its leadership back" in output
+    assert "instance-1: has stopped, and leads nothing any more" in output
