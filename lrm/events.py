@@ -214,7 +214,7 @@ class Events:
             resource.name,
             resource.uid,
         )
-        series, now = self._series(about, message), self._clock.now()
+        series, now = self._series(about, _cut(message)), self._clock.now()
         series.first = series.first if series.count else now
         series.count += 1
         series.last, series.revision, series.guards = now, resource.metadata.resource_version, guards
@@ -260,7 +260,7 @@ class Events:
             self._groups.popitem(last=False)
         series = group.told.get(message)
         if series is None and len(group.told) < SIMILAR_MOST:
-            series = group.told[message] = self._new_series(about, _cut(message))
+            series = group.told[message] = self._new_series(about, message)
         if series is None:
             series = group.combined = group.combined or self._new_series(about, "")
             series.message = _cut(COMBINED + message)
@@ -297,6 +297,11 @@ class Events:
                 # Refused, or nobody knows. What happens from now on is a new event.
                 if not isinstance(error, GuardFailed):
                     self._tell(series, error)
+                self.stats.dropped += 1
+                self._begin_anew(series, told=count)
+            except Exception:
+                # One event's mistake must not end the telling of all, and with it the daemon.
+                log.exception("events.failed", reason=series.about.reason)
                 self.stats.dropped += 1
                 self._begin_anew(series, told=count)
             else:
@@ -396,4 +401,6 @@ def _seconds(time: datetime) -> str:
 
 
 def _cut(message: str) -> str:
+    """What can be stored of a message: half a surrogate pair cannot."""
+    message = message.encode("utf-8", "replace").decode()
     return message if len(message) <= _MESSAGE_MOST else f"{message[: _MESSAGE_MOST - 1]}…"

@@ -209,7 +209,7 @@ async def test_a_write_whose_answer_was_lost_is_not_told_twice() -> None:
         assert await scene.counts() == [("no answer", 2)]
 
 
-@pytest.mark.parametrize("error", [OutcomeUnknown("?"), TooLarge("!")])
+@pytest.mark.parametrize("error", [OutcomeUnknown("?"), TooLarge("!"), RuntimeError("a mistake of ours")])
 async def test_what_cannot_be_settled_or_is_refused_is_given_up_and_later_ones_go_on(error: Exception) -> None:
     async with telling() as scene:
         scene.storage.errors = [error]
@@ -218,6 +218,15 @@ async def test_what_cannot_be_settled_or_is_refused_is_given_up_and_later_ones_g
         assert scene.events.stats.dropped == 1
         scene.tell()
         assert await scene.counts() == [("no answer", 1)]
+
+
+async def test_a_message_of_any_length_and_letters_is_told() -> None:
+    async with telling() as scene:
+        scene.tell("half a pair: \ud800")
+        scene.tell("long" * 1000)
+        messages = [message for message, _ in await scene.counts()]
+    assert messages[0] == "half a pair: ?"
+    assert (len(messages[1]), messages[1][-1]) == (1024, "…")
 
 
 async def test_a_count_goes_on_in_a_new_event_when_the_old_one_is_gone() -> None:
