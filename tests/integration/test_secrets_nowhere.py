@@ -293,7 +293,8 @@ async def _gather(scene: Scene) -> dict[str, bytes]:
     places["logs"] = scene.daemon.log().encode()
     places["audit"] = (scene.folder / "audit.log").read_bytes()
     await scene.etcd.stop()
-    places["etcd's files"] = b"".join(p.read_bytes() for p in scene.etcd.data_dir.rglob("*") if p.is_file())
+    files = [p.read_bytes().rstrip(b"\0") for p in scene.etcd.data_dir.rglob("*") if p.is_file()]
+    places["etcd's files"] = b"".join(files)
     return places
 
 

@@ -79,8 +79,10 @@ async def test_an_orphan_is_told_of_at_the_second_look_and_ended_only_by_setting
         await swept(sweep)
         assert orphans(sweep) == [orphan], "what was found is not forgotten with its finder"
     assert orphan in world.live()
+    refused = world.aws_fault("TerminateInstances", "server-error")
     async with sweeping(world, sweep_terminate=True) as sweep:
         await until(lambda: orphan not in world.live(), "the end of the orphan")
+        assert refused.hits == 1, "what EC2 did not take is tried again at the next look"
         await until(lambda: sweep.describe()["orphans"] == [], "nothing left to tell of")
         assert sweep.describe()["ended"] == 1
         await swept(sweep)
