@@ -21,11 +21,15 @@ lint: setup
 	$(BIN)/mypy examples/*.py
 	$(BIN)/lint-imports
 
+# Files are shared out among as many processes; most tests wait for servers, so two cores bear more than two.
+WORKERS ?= 2
+PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+
 test: lint
-	$(BIN)/python -m pytest -m "not soak"
+	$(PYTEST) -m "not soak"
 
 soak: setup
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 bench: setup
 	PYTHONPATH=tests $(BIN)/python -m bench
