@@ -30,23 +30,33 @@ def observe(pool: LabWorkerPool, team: Roster, now: datetime) -> None:
     """Set counts, phase and the condition Ready of a copy; what has not changed stays as it was."""
     status, members = pool.status, team.members
     if pool.deleting:
-        status.planned_names, status.removing = [], []
+        status.planned_names, status.removing, status.waking = [], [], []
     status.observed_generation = pool.metadata.generation
     status.selector = selector_of(pool)
     status.replicas, status.ready_replicas = len(members), len(team.serving)
     status.starting_replicas, status.leaving_replicas = len(team.starting), len(team.leaving)
     status.failed_replicas = sum(w.status.phase == "Failed" for w in members)
+    status.paused_replicas = len(team.asleep)
     status.outdated_replicas = _outdated(pool, members)
     times = [s for s in map(seconds_to_ready, members) if s is not None]
     status.seconds_to_ready = max(times, default=status.seconds_to_ready)
     wished = pool.spec.wished
     ready = not pool.deleting and len(team.serving) >= wished
-    moving = bool(team.starting or team.leaving or status.planned_names or status.removing)
-    phase = DELETING if pool.deleting else SCALING if moving else READY if ready else DEGRADED
-    reason = "Deleting" if pool.deleting else "EnoughServing" if ready else "Starting" if moving else "TooFewServing"
+    paused = len(team.serving) + len(team.asleep) >= wished
+    moving = bool(team.starting or team.leaving or status.planned_names or status.removing or status.waking)
+    phase = DELETING if pool.deleting else SCALING if moving else READY if ready or paused else DEGRADED
+    reason = _why_ready(pool, ready=ready, moving=moving, paused=paused)
     message = "" if ready or pool.deleting else f"{len(team.serving)} of {wished} workers serve"
     status.set_condition("Ready", ready, reason, message, now=now, generation=pool.metadata.generation)
     status.enter(phase, reason, now)
+
+
+def _why_ready(pool: LabWorkerPool, *, ready: bool, moving: bool, paused: bool) -> str:
+    if pool.deleting:
+        return "Deleting"
+    if ready:
+        return "EnoughServing"
+    return "Starting" if moving else "Paused" if paused else "TooFewServing"
 
 
 def tell_limit(pool: LabWorkerPool, reason: str, message: str, now: datetime) -> None:

@@ -1,7 +1,7 @@
 """The pools' controller: makes and ends workers until each pool has the size that `decide` says.
 
-Intent before effect: a decision is one write of the status, with the names of the workers to create and to remove; then
-it is carried out, and only when nothing of it is left is the next one made. Whoever goes on after a crash finds the
+Intent before effect: a decision is one write of the status, with the names of the workers that it concerns; then it is
+carried out, and only when nothing of it is left is the next one made. Whoever goes on after a crash finds the
 names: creating one again meets the worker that is there, deleting one again changes nothing. Names are random and never
 given twice. A worker is created under a guard on its pool and removed in exactly the state that was judged; it drains
 before it ends. A pool that is deleted ends its workers first and goes last.
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 
 from controllers.pools.conditions import (
     CLOCK_JUMPED,
@@ -25,10 +26,11 @@ from controllers.pools.demand import Demand, Load
 from controllers.pools.hours import UnknownTimeZone
 from controllers.pools.kind import POOL_FINALIZER, POOLS, LabWorkerPool, ScalingDecision, new_worker
 from controllers.pools.settings import PoolSettings
-from controllers.workers.kind import DRAIN_ANNOTATION, LabWorker
+from controllers.workers.kind import DRAIN_ANNOTATION, WAKE_ANNOTATION, LabWorker
 from lrm.cache import Cache, Change
 from lrm.crashpoints import crash_point
 from lrm.errors import Forbidden, Invalid, ResourceExists, ResourceNotFound, RetryLater
+from lrm.model import rfc3339
 from lrm.reconcile import Context, Controller, Key, Result, Trigger
 from lrm.resource import AnyResource
 from lrm.writes import ORPHAN_FINALIZER
@@ -39,6 +41,7 @@ CRASH_POINTS = (
     "pools.all-created",
     "pools.marked",
     "pools.removed",
+    "pools.woken",
     "pools.carried-out",
 )
 """Where a pool's work can be killed; each is after one write and before the next."""
@@ -78,7 +81,8 @@ class PoolsController(Controller[LabWorkerPool]):
         workers = self._workers(resource)
         load = self._load(resource, workers, ctx)
         team = roster(resource, workers, load)
-        if resource.status.planned_names or resource.status.removing:
+        status = resource.status
+        if status.planned_names or status.removing or status.waking:
             return await self._carry_out(resource, team, load, ctx)
         decision, limit = self._decide(resource, workers, load, ctx)
         if decision is None or not decision.acts or ctx.observe_only:
@@ -141,13 +145,14 @@ class PoolsController(Controller[LabWorkerPool]):
             to=decision.after,
             created=names,
             removed=list(decision.remove),
+            woken=list(decision.wake),
             replaced=decision.replaced,
         )
 
         def mutate(pool: LabWorkerPool) -> None:
             status = pool.status
-            status.planned_names, status.removing = names, list(decision.remove)
-            if decision.direction is Direction.UP:
+            status.planned_names, status.removing, status.waking = names, told.removed, told.woken
+            if decision.direction in (Direction.UP, Direction.WAKE):
                 status.last_scale_up_at = now
             if decision.direction is Direction.DOWN:
                 status.last_scale_down_at = now
@@ -156,7 +161,7 @@ class PoolsController(Controller[LabWorkerPool]):
             tell_limit(pool, "", "", now)
 
         recorded = await ctx.client.update_status(pool, mutate, retry=False)
-        change = {"source": told.source, "to": told.to, "created": names, "removed": told.removed}
+        change = {"source": told.source, "to": told.to, "created": names, "removed": told.removed, "woken": told.woken}
         ctx.log.info("pool.scaling", direction=told.direction, reason=told.reason, detail=told.message, **change)
         words = f"{told.reason}, {told.source} to {told.to} workers: {told.message}"
         ctx.events.record(recorded, "Normal", f"Scaling{told.direction}", words)
@@ -187,7 +192,8 @@ class PoolsController(Controller[LabWorkerPool]):
             crash_point("pools.created")
         crash_point("pools.all-created")
         await self._remove(doomed, load, ctx)
-        done = {*pool.status.planned_names, *pool.status.removing}
+        await self._wake([w for w in team.asleep if w.name in pool.status.waking], pool, ctx)
+        done = {*pool.status.planned_names, *pool.status.removing, *pool.status.waking}
         await ctx.client.update_status(pool, lambda p: _forget(p, done))
         crash_point("pools.carried-out")
         return Result.after(0)
@@ -215,6 +221,19 @@ class PoolsController(Controller[LabWorkerPool]):
                 continue
             removed += await self._end(worker, "true", ctx, exactly=True)
         return removed
+
+    async def _wake(self, asleep: Iterable[LabWorker], pool: LabWorkerPool, ctx: Context) -> None:
+        """Lift the pause of workers that idleness has stopped; the word is the decision's time, so it is given once."""
+        last = pool.status.last_decision
+        word = rfc3339(last.at) if last is not None else rfc3339(ctx.clock.now())
+
+        def tell(w: LabWorker) -> None:
+            w.metadata.annotations[WAKE_ANNOTATION] = word
+
+        for worker in asleep:
+            with suppress(ResourceNotFound):  # gone meanwhile: the next decision takes another
+                await ctx.client.update(worker, tell)
+            crash_point("pools.woken")
 
     async def _end(self, worker: LabWorker, drains: str, ctx: Context, *, exactly: bool) -> bool:
         """Delete a worker after it was told whether to drain, `exactly` in this state; False where it is protected."""
@@ -257,6 +276,7 @@ def _forget(pool: LabWorkerPool, done: set[str]) -> None:
     status = pool.status
     status.planned_names = [name for name in status.planned_names if name not in done]
     status.removing = [name for name in status.removing if name not in done]
+    status.waking = [name for name in status.waking if name not in done]
 
 
 def _pools_of(change: Change) -> Iterable[Key]:

@@ -18,7 +18,7 @@ from enum import StrEnum
 from controllers.pools.demand import Load, WorkerLoad
 from controllers.pools.hours import Window, local_time, soon_or_now
 from controllers.pools.kind import LabWorkerPool
-from controllers.workers.decisions import Goal, goal_of
+from controllers.workers.decisions import Goal, goal_of, is_paused
 from controllers.workers.kind import LabWorker, serving
 from controllers.workers.phases import Phase
 from lrm.resource import PAUSE_ANNOTATION, PROTECT_ANNOTATION
@@ -62,6 +62,7 @@ class Direction(StrEnum):
     UP = "Up"
     DOWN = "Down"
     REPLACE = "Replace"
+    WAKE = "Wake"
     NONE = "None"
 
 
@@ -76,6 +77,8 @@ class Decision:
     """Workers now: those that have not failed and are not leaving."""
     create: int = 0
     remove: tuple[str, ...] = ()
+    wake: tuple[str, ...] = ()
+    """Workers that idleness has stopped and that are to serve again."""
     replaced: int = 0
     """How many of the created stand for failed ones."""
     after: int = 0
@@ -107,6 +110,8 @@ class Roster:
     serving: tuple[LabWorker, ...]
     starting: tuple[LabWorker, ...]
     """Wanted Ready and not there yet."""
+    asleep: tuple[LabWorker, ...]
+    """Stopped by idleness."""
 
 
 def roster(pool: LabWorkerPool, workers: Iterable[LabWorker], load: Load) -> Roster:
@@ -128,6 +133,7 @@ def roster(pool: LabWorkerPool, workers: Iterable[LabWorker], load: Load) -> Ros
         able=able,
         serving=tuple(w for w in able if serving(w)),
         starting=tuple(w for w in able if _starting(w)),
+        asleep=tuple(w for w in able if is_paused(w) and not serving(w)),
     )
 
 
@@ -313,19 +319,22 @@ def _grow(
     wishes = [*_more_by_measures(measures), *_more_by_waiting(pool, team, load)]
     if not wishes:
         return None
-    create, reason, message = max(wishes, key=lambda w: w[0])
+    more, reason, message = max(wishes, key=lambda w: w[0])
     before = len(team.able)
     room = pool.spec.max_workers - len(team.members)
-    if room <= 0:
+    if room <= 0 and not team.asleep:
         return Decision(Direction.NONE, Reason.AT_MAXIMUM, "load asks for more workers than maxWorkers", before=before)
     # A worker that has just become ready is not seen in what is measured.
     changes = (pool.status.last_scale_up_at, *(w.status.timestamps.ready_at for w in team.serving))
     if any(_within(at, pool.spec.cooldowns.up_minutes, now) for at in changes):
-        message = "load asks for more workers, soon after the last growth"
-        return Decision(Direction.NONE, Reason.COOLDOWN, message, before=before)
+        held = "load asks for more workers, soon after the last growth"
+        return Decision(Direction.NONE, Reason.COOLDOWN, held, before=before)
     if not _allowed(pool.spec.allowed_hours.scale_up, pool, now):
         return Decision(Direction.NONE, Reason.OUTSIDE_HOURS, "load asks for more workers", before=before)
-    create = min(create, room)
+    if team.asleep:  # sooner there than a new one, and no more expensive
+        wake = tuple(w.name for w in team.asleep[:more])
+        return Decision(Direction.WAKE, reason, message, before=before, after=before, wake=wake)
+    create = min(more, room)
     return Decision(Direction.UP, reason, message, before=before, after=before + create, create=create)
 
 

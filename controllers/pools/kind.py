@@ -124,7 +124,7 @@ class ScalingDecision(Model):
     """One change of a pool's size, and why."""
 
     at: Timestamp
-    direction: Literal["Up", "Down", "Replace"]
+    direction: Literal["Up", "Down", "Replace", "Wake"]
     reason: str
     message: str = ""
     source: int = Field(alias="from")
@@ -132,6 +132,7 @@ class ScalingDecision(Model):
     to: int
     created: list[str] = Field(default_factory=list)
     removed: list[str] = Field(default_factory=list)
+    woken: list[str] = Field(default_factory=list)
     replaced: int = 0
     """How many of the created stand for failed ones."""
 
@@ -147,6 +148,8 @@ class LabWorkerPoolStatus(Status):
     failed_replicas: int = 0
     leaving_replicas: int = 0
     """Workers that are being deleted."""
+    paused_replicas: int = 0
+    """Workers that idleness has stopped."""
     outdated_replicas: int = 0
     """Workers made from a template that has changed since; they stay as they are."""
     selector: str = ""
@@ -154,6 +157,8 @@ class LabWorkerPoolStatus(Status):
     """Names of workers that the last decision creates, written before the first of them is."""
     removing: list[str] = Field(default_factory=list)
     """Names of workers that the last decision removes, until their deletion was asked for."""
+    waking: list[str] = Field(default_factory=list)
+    """Names of workers that the last decision wakes from idleness, until they were told."""
     last_scale_up_at: Timestamp | None = None
     last_scale_down_at: Timestamp | None = None
     last_decision: ScalingDecision | None = None

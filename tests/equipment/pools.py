@@ -8,7 +8,7 @@ from typing import Any
 
 from controllers.pools.demand import Load, WorkerLoad
 from controllers.pools.kind import LAB_WORKER_POOL, LabWorkerPool, LabWorkerPoolStatus
-from controllers.workers.kind import LabWorker
+from controllers.workers.kind import WAKE_ANNOTATION, LabWorker
 
 NOW = datetime(2026, 5, 6, 12, tzinfo=UTC)
 """A Wednesday."""
@@ -29,7 +29,7 @@ def a_pool(**spec: Any) -> LabWorkerPool:
 def a_worker(name: str, phase: str = "Ready", *, deleting: bool = False, **status: Any) -> LabWorker:
     """A worker of the pool; it became ready long ago, if ever."""
     state = {"Failed": "terminated", "Stopped": "stopped", "Pending": None}.get(phase, "running")
-    wished = "Stopped" if phase in ("Stopped", "Stopping") else status.pop("wished", "Ready")
+    wished = status.pop("wished", "Stopped" if phase in ("Stopped", "Stopping") else "Ready")
     ec2 = {"state": state, "instanceId": "i-0123456789abcdef0" if state else None}
     ready_at = LONG_AGO if phase in ("Ready", "Active", "ReadyUnlicensed") else None
     metadata = {
@@ -47,12 +47,23 @@ def a_worker(name: str, phase: str = "Ready", *, deleting: bool = False, **statu
     return LabWorker.model_validate({"metadata": metadata, "spec": spec, "status": told})
 
 
+def asleep(name: str, **metadata: Any) -> LabWorker:
+    """A worker that idleness has stopped."""
+    worker = a_worker(name, "Stopped", wished="Ready", idle={"pausedAt": LONG_AGO, "wake": "before"}, **metadata)
+    worker.spec.idle_detection.enabled = True
+    return worker
+
+
 def workers(*phases: str) -> list[LabWorker]:
-    """w0, w1, …, one per phase; one in `Leaving` is being deleted."""
-    return [
-        a_worker(f"w{i}", "TerminatingEC2" if phase == "Leaving" else phase, deleting=phase == "Leaving")
-        for i, phase in enumerate(phases)
-    ]
+    """w0, w1, …, one per phase; one in `Leaving` is being deleted, one in `Asleep` was stopped by idleness."""
+    made: list[LabWorker] = []
+    for i, phase in enumerate(phases):
+        if phase == "Asleep":
+            made.append(asleep(f"w{i}", annotations={WAKE_ANNOTATION: "before"}))
+        else:
+            leaving = phase == "Leaving"
+            made.append(a_worker(f"w{i}", "TerminatingEC2" if leaving else phase, deleting=leaving))
+    return made
 
 
 def evenly(

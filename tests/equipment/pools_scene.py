@@ -20,7 +20,7 @@ from controllers.pools.controller import PoolsController, new_suffix
 from controllers.pools.demand import ObservedDemand
 from controllers.pools.kind import LAB_WORKER_POOL, LabWorkerPool, LabWorkerPoolSpec
 from controllers.pools.settings import PoolSettings
-from controllers.workers.kind import INSTANCE_FINALIZER, LAB_WORKER, LabWorker
+from controllers.workers.kind import INSTANCE_FINALIZER, LAB_WORKER, IdleStatus, LabWorker
 from equipment.pools import TEMPLATE
 from lrm.cache import Cache, CacheUpdate, Change
 from lrm.client import Client
@@ -167,6 +167,17 @@ class PoolScene:
             w.status.enter(phase, "Test", now)
             w.status.ec2.instance_id = "i-0123456789abcdef0"
             w.status.ec2.state = "terminated" if phase == "Failed" else "running"
+
+        await self.workers_client.update_status(worker, mutate)
+
+    async def doze(self, worker: LabWorker) -> None:
+        """Idleness has stopped a worker."""
+        now = self.clock.now()
+
+        def mutate(w: LabWorker) -> None:
+            w.status.enter("Stopped", "Idle", now)
+            w.status.ec2.state = "stopped"
+            w.status.idle = IdleStatus(paused_at=now)
 
         await self.workers_client.update_status(worker, mutate)
 

@@ -12,7 +12,8 @@ from controllers.pools.conditions import SCALING_LIMITED
 from controllers.pools.controller import CRASH_POINTS
 from controllers.pools.demand import ObservedDemand
 from controllers.pools.kind import POOL_FINALIZER, POOL_LABEL, LabWorkerPool
-from controllers.workers.kind import DRAIN_ANNOTATION, Allocation, LabWorker, Utilization
+from controllers.workers.kind import DRAIN_ANNOTATION, WAKE_ANNOTATION, Allocation, LabWorker, Utilization
+from equipment.pools import TEMPLATE
 from equipment.pools_scene import INTERVAL, PoolScene, dying_at, pool_scene
 from lrm.resource import PROTECT_ANNOTATION
 
@@ -370,7 +371,7 @@ def judge(scene: PoolScene) -> None:
 
 
 @pytest.mark.parametrize("time", [1, 2])
-@pytest.mark.parametrize("point", CRASH_POINTS)
+@pytest.mark.parametrize("point", sorted(set(CRASH_POINTS) - {"pools.woken"}))
 async def test_killed_between_any_two_writes_nothing_is_doubled_or_left(
     point: str, time: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -382,6 +383,37 @@ async def test_killed_between_any_two_writes_nothing_is_doubled_or_left(
         await story(scene)
         assert scene.running is not starts, "it did not die"
         judge(scene)
+
+
+@pytest.mark.parametrize("point", [None, "pools.decided", "pools.woken", "pools.carried-out"])
+async def test_under_load_one_that_idleness_has_stopped_is_woken_once_whoever_dies(
+    point: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with pool_scene() as scene:
+        template = {"spec": {**TEMPLATE["spec"], "idleDetection": {"enabled": True}}}
+        await scene.make(policy="LabCountBased", replicas=2, template=template)
+        await scene.fleet()
+        await scene.clock.advance(1800)  # the cooldown is over
+        busy, sleeper = await scene.workers()
+        await scene.doze(sleeper)
+        await scene.clock.settle()
+        assert (await scene.pool()).status.paused_replicas == 1
+        if point is not None:
+            dying_at(monkeypatch, point)
+        await scene.place(busy, 16)
+        await live(scene)
+        woken = {
+            c.item.resource.metadata.annotations[WAKE_ANNOTATION]
+            for c in scene.changes
+            if c.item.resource is not None and WAKE_ANNOTATION in c.item.resource.metadata.annotations
+        }
+        assert len(woken) == 1, "the word was given once"
+        assert len(await scene.workers()) == 2
+        pool = await scene.pool()
+        assert decisions(pool) == [("Up", "BelowWished", 0, 2), ("Wake", "Labs", 2, 2)]
+        assert pool.status.last_decision is not None
+        assert pool.status.last_decision.woken == [sleeper.name]
+        assert (pool.status.phase, pool.status.waking) == ("Scaling", [])
 
 
 @pytest.mark.parametrize("lost", range(1, 15))

@@ -15,8 +15,8 @@ from controllers.pools.decisions import Decision, Direction, Reason, decide, is_
 from controllers.pools.demand import Load, WorkerLoad
 from controllers.pools.hours import UnknownTimeZone
 from controllers.pools.kind import LabWorkerPool, Policy, ScalingDecision
-from controllers.workers.kind import LabWorker
-from equipment.pools import NOW, a_pool, a_worker, evenly, workers
+from controllers.workers.kind import WAKE_ANNOTATION, LabWorker
+from equipment.pools import NOW, a_pool, a_worker, asleep, evenly, workers
 
 BUSY = {"hosts": True}
 
@@ -27,7 +27,7 @@ class Case:
     phases: Sequence[str]
     spec: dict[str, Any]
     expected: tuple[str, str, int, Sequence[str]]
-    """Direction, reason, how many to create, whom to remove."""
+    """Direction, reason, how many to create, whom to remove or wake."""
     load: dict[str, Any] = field(default_factory=dict)
     status: dict[str, Any] = field(default_factory=dict)
 
@@ -44,7 +44,7 @@ def replaced(many: int, minutes: float) -> dict[str, Any]:
 CAPACITY, LABS, HYBRID = {"policy": "CapacityBased"}, {"policy": "LabCountBased"}, {"policy": "Hybrid"}
 NIGHT = {"start": "22:00", "end": "06:00"}
 NOON = {"start": "11:00", "end": "13:00"}
-UP, DOWN, REPLACE, NONE = "Up", "Down", "Replace", "None"
+UP, DOWN, REPLACE, WAKE, NONE = "Up", "Down", "Replace", "Wake", "None"
 
 CASES = [
     # what a person says
@@ -219,6 +219,32 @@ CASES = [
         (NONE, "Settled", 0, ()),
         load={"waiting": 99},
     ),
+    # those that idleness has stopped
+    Case("one asleep is woken first", ("Active", "Asleep"), CAPACITY, (WAKE, "CPU", 0, ("w1",)), load={"cpu": 0.9}),
+    Case(
+        "as many as are needed",
+        ("Active", "Asleep", "Asleep", "Asleep"),
+        LABS,
+        (WAKE, "Labs", 0, ("w1", "w2")),
+        load={"labs": 30},
+    ),
+    Case(
+        "also at the maximum",
+        ("Active", "Asleep"),
+        {**CAPACITY, "maxWorkers": 2},
+        (WAKE, "CPU", 0, ("w1",)),
+        load={"cpu": 0.9},
+    ),
+    Case(
+        "not right after growth",
+        ("Active", "Asleep"),
+        CAPACITY,
+        (NONE, "Cooldown", 0, ()),
+        load={"cpu": 0.9},
+        status={"lastScaleUpAt": minutes_ago(5)},
+    ),
+    Case("sleep is no failure, nor on its way", ("Asleep",), {"replicas": 1}, (NONE, "Settled", 0, ())),
+    Case("one asleep is given up first", ("Ready", "Asleep"), {"replicas": 1}, (DOWN, "AboveWished", 0, ("w1",))),
     # one thing at a time, cooldowns, hours
     Case("one is on its way", ("Active", "Starting"), CAPACITY, (NONE, "InFlight", 0, ()), load={"cpu": 0.9, **BUSY}),
     Case("one is leaving", ("Ready", "Ready", "Leaving"), CAPACITY, (NONE, "InFlight", 0, ()), load={"cpu": 0.1}),
@@ -302,7 +328,7 @@ CASES = [
 def test_each_rule(case: Case) -> None:
     team = workers(*case.phases)
     decision = decide(a_pool(**case.spec, status=case.status), team, evenly(team, **case.load), NOW)
-    got = (str(decision.direction), str(decision.reason), decision.create, tuple(decision.remove))
+    got = (str(decision.direction), str(decision.reason), decision.create, (*decision.remove, *decision.wake))
     assert got == (*case.expected[:3], tuple(case.expected[3])), (case.why, decision)
     assert decision.acts == (case.expected[0] != NONE)
 
@@ -349,6 +375,12 @@ def test_a_failed_worker_whose_labs_may_still_run_stays_and_counts() -> None:
     assert (decision.direction, decision.reason) == (Direction.NONE, Reason.SETTLED)
     over = a_worker("w0", "Failed")  # its instance has ended: what the records say of its labs is over too
     assert decide(a_pool(), [over], evenly([over], hosts=True), NOW).remove == ("w0",)
+
+
+def test_one_that_was_just_woken_is_on_its_way() -> None:
+    woken = asleep("w1", annotations={WAKE_ANNOTATION: "now"})
+    team = [a_worker("w0", "Active"), woken]
+    assert decide(a_pool(**CAPACITY), team, evenly(team, cpu=0.9), NOW).reason is Reason.IN_FLIGHT
 
 
 def test_a_decision_counts_the_workers_that_are_left() -> None:

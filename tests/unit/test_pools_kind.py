@@ -193,6 +193,7 @@ def test_a_first_start_is_measured_while_the_history_tells_of_it() -> None:
         (("Ready", "ReadyUnlicensed", "Leaving"), (2, 2, 0, 0, 1), "Scaling", ("True", "EnoughServing")),
         (("Ready", "Failed"), (2, 1, 0, 1, 0), "Degraded", ("False", "TooFewServing")),
         (("Ready", "Stopped"), (2, 1, 0, 0, 0), "Degraded", ("False", "TooFewServing")),
+        (("Ready", "Asleep"), (2, 1, 0, 0, 0), "Ready", ("False", "Paused")),
     ],
 )
 def test_the_status_tells_the_workers(
