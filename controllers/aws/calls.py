@@ -12,6 +12,7 @@ Called by the services' own modules, `ec2` and `cloudwatch`.
 from __future__ import annotations
 
 import asyncio
+import gc
 import threading
 from collections.abc import AsyncIterator, Mapping
 from typing import Any
@@ -183,13 +184,21 @@ class AwsCalls:
         ticket.begin_send()
 
     def _begin_parse(self, **_: Any) -> None:
-        """Called by botocore before it parses an answer: eight parsing threads would keep the event loop waiting."""
+        """Called by botocore before it parses an answer.
+
+        Eight parsing threads would keep the event loop waiting; so would the cycle collector, which a page's hundred
+        thousand new objects would send through all that lives, in vain.
+        """
         _PARSING.acquire()
         self._current.parses = True
+        self._current.collects = gc.isenabled()
+        gc.disable()
 
     def _end_parse(self, **_: Any) -> None:
         if getattr(self._current, "parses", False):
             self._current.parses = False
+            if self._current.collects:
+                gc.enable()
             _PARSING.release()
 
 

@@ -9,6 +9,7 @@ from dataclasses import replace
 
 import uvloop
 
+from bench.fleet import fleet
 from bench.idle import idleness
 from bench.report import FULL, QUICK, Figure, Size, machine, table
 from bench.restart import restarts
@@ -20,6 +21,7 @@ MEASUREMENTS: dict[str, Callable[[Size], Awaitable[list[Figure]]]] = {
     "restart": restarts,
     "idle": idleness,
     "throughput": throughput,
+    "fleet": fleet,
 }
 
 

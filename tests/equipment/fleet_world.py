@@ -1,6 +1,6 @@
 """Many workers that serve, as the workers' controller would have left them, and the fleet's metrics over them.
 
-Their instances are a simulated AWS's in this process, their CMLs a simulator's wherever it is.
+Their instances are a simulated AWS's and their CMLs a simulator's, in this process or (`servers`) in others.
 `refresh` is one whole cycle; `leading` runs the metrics as a daemon's leader does.
 """
 
@@ -8,12 +8,17 @@ from __future__ import annotations
 
 import asyncio
 import os
+import sys
+import time
 import uuid
 from collections import Counter
 from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
+
+import aiohttp
 
 from controllers.aws.cloudwatch import CloudWatch
 from controllers.aws.ec2 import Ec2
@@ -27,11 +32,12 @@ from controllers.metrics.sources import Sources
 from controllers.plugin import ControllersSettings
 from controllers.workers.decisions import INSTALLATION_TAG
 from controllers.workers.kind import INSTANCE_FINALIZER, LAB_WORKER, Identity, LabWorker, LabWorkerSpec, LabWorkerStatus
-from equipment.aws import REGION
+from equipment.aws import REGION, boto, shim_process
 from equipment.waiting import until
 from lrm.cache import Cache, CacheUpdate
 from lrm.client import Client
 from lrm.election import StaticElection, StaticTerm
+from lrm.processes import ChildProcess
 from lrm.registry import Registry
 from lrm.resource import RECONCILE_ANNOTATION, ObjectMeta
 from lrm.secrets import Secrets
@@ -54,7 +60,9 @@ class FleetWorld:
     metrics: FleetMetrics
     telemetry: Telemetry
     term: StaticTerm
-    shim: AwsShim
+    aws_url: str
+    shim: AwsShim | None
+    """The simulated AWS, where it is in this process: what is counted and set there."""
     cml_url: str
 
     @property
@@ -67,18 +75,31 @@ class FleetWorld:
     ) -> list[LabWorker]:
         """Workers with an instance each; without `cml` nobody has said yet which CML is theirs, so none is asked."""
         tags = {INSTALLATION_TAG: INSTALLATION} if marked else {"Name": "somebody's"}
-        ids = self.launch(count, region=region, tags=tags)
+        ids = await self.launch(count, region=region, tags=tags)
         for number, instance_id in enumerate(ids):
             worker = self._worker(f"{prefix}{number}", instance_id, region, cml=cml)
             await self.storage.create(self.registry.key_of(worker), LAB_WORKER.encode(worker))
         await self.cache.barrier()
         return [await self.get(f"{prefix}{number}") for number in range(count)]
 
-    def launch(self, count: int, *, region: str = REGION, tags: dict[str, str]) -> list[str]:
+    async def launch(self, count: int, *, region: str = REGION, tags: dict[str, str]) -> list[str]:
         """Ids of new running instances."""
-        launch = Launch(image_id=DEMO_AMI, instance_type="m5zn.metal")
-        made = self.shim.instances.run(region, launch, tags, count=count, token="", fingerprint="")
-        return [instance.id for instance in made]
+        if self.shim is not None:
+            launch = Launch(image_id=DEMO_AMI, instance_type="m5zn.metal")
+            made = self.shim.instances.run(region, launch, tags, count=count, token="", fingerprint="")
+            return [instance.id for instance in made]
+        async with boto(self.aws_url, region=region) as call:
+            answer = await call(
+                "run_instances",
+                ImageId=DEMO_AMI,
+                InstanceType="m5zn.metal",
+                MinCount=count,
+                MaxCount=count,
+                TagSpecifications=[
+                    {"ResourceType": "instance", "Tags": [{"Key": k, "Value": v} for k, v in tags.items()]}
+                ],
+            )
+        return [instance["InstanceId"] for instance in answer["Instances"]]
 
     def _worker(self, name: str, instance_id: str, region: str, *, cml: bool) -> LabWorker:
         access = {"passwordFrom": {"env": PASSWORD_ENV}, "apiBaseUrl": f"{self.cml_url}/{instance_id}"} if cml else {}
@@ -131,12 +152,14 @@ class FleetWorld:
 
     def calls(self) -> dict[str, int]:
         """Calls that the simulated AWS received since the last question, by action."""
+        assert self.shim is not None
         counted = dict(self.shim.calls)
         self.shim.calls.clear()
         return counted
 
     def measure(self, worker: LabWorker, *, cpu: float | None, memory: float | None) -> None:
         """Set what CloudWatch tells of a worker's instance."""
+        assert self.shim is not None
         assert self.shim.instances.measure(worker.status.ec2.instance_id or "", cpu=cpu, memory=memory)
 
     @contextmanager
@@ -166,18 +189,74 @@ class FleetWorld:
 
 
 @asynccontextmanager
+async def servers(folder: Path) -> AsyncIterator[tuple[str, str]]:
+    """URLs of a simulated AWS and of a CML simulator as processes of their own; nothing here needs their moto."""
+    times = [word for name in ("boot-bad-gateway", "boot-not-ready") for word in (f"--{name}", "0")]
+    command = [sys.executable, "-m", "controllers.cml.simulator", *times]
+    async with shim_process(folder, "http://127.0.0.1:1", "--delay", "0") as (_, aws_url):
+        child = ChildProcess.start(command, name="cml", log_path=folder / "cml.log")
+        try:
+
+            def announced() -> str:
+                return next((line.split()[1] for line in child.log_tail() if line.startswith("ready ")), "")
+
+            yield aws_url, await until(announced, "the CML simulator", timeout=30)
+        finally:
+            child.kill()
+
+
+async def calls_of(aws_url: str) -> dict[str, int]:
+    """Calls that a simulated AWS received since the last question, by action."""
+    url = f"{aws_url}/_shim/calls"
+    async with aiohttp.ClientSession() as session:
+        async with session.get(url) as reply:
+            counted: dict[str, int] = await reply.json()
+        async with session.delete(url):
+            return counted
+
+
+class LoopLag:
+    """How long the event loop let others wait, in seconds: by the wall, and by what this thread computed meanwhile.
+
+    The second is the loop's own doing; the first has what else runs on the machine in it.
+    """
+
+    def __init__(self) -> None:
+        self.wall = 0.0
+        self.computed = 0.0
+
+    @asynccontextmanager
+    async def watched(self) -> AsyncIterator[None]:
+        task = asyncio.create_task(self._watch())
+        try:
+            yield
+        finally:
+            task.cancel()
+            await asyncio.wait([task])
+
+    async def _watch(self) -> None:
+        step = 0.002
+        while True:
+            began, used = time.perf_counter(), time.thread_time()
+            await asyncio.sleep(step)
+            self.wall = max(self.wall, time.perf_counter() - began - step)
+            self.computed = max(self.computed, time.thread_time() - used)
+
+
+@asynccontextmanager
 async def fleet_world(
-    shim: AwsShim, cml_url: str = "", *, clock: Clock | None = None, **settings: Any
+    aws: AwsShim | str, cml_url: str = "", *, clock: Clock | None = None, **settings: Any
 ) -> AsyncIterator[FleetWorld]:
     """The world over these servers; `settings` are of the plug-in."""
     os.environ[PASSWORD_ENV] = PASSWORD
+    aws_url, shim = (aws, None) if isinstance(aws, str) else (aws.url, aws)
     clock, storage, registry = clock or SystemClock(), MemoryStorage(), Registry((LAB_WORKER,))
     cache, telemetry = Cache(storage, registry, clock), Telemetry()
     known: MetricsSettings = ControllersSettings(**{"metrics_refresh_interval": 3600, **settings})
     assert isinstance(known, ControllersSettings)
     async with (
-        Ec2(clock, endpoint_url=shim.url) as ec2,
-        CloudWatch(clock, endpoint_url=shim.url) as cloud_watch,
+        Ec2(clock, endpoint_url=aws_url) as ec2,
+        CloudWatch(clock, endpoint_url=aws_url) as cloud_watch,
         CmlSessions(known, Secrets([PASSWORD_ENV]), clock) as sessions,
     ):
         sources = Sources(
@@ -189,7 +268,7 @@ async def fleet_world(
         try:
             await cache.wait_synced()
             term = await StaticElection(storage, clock, root="/lrm", lock_name="metrics", identity="test").acquire()
-            yield FleetWorld(storage, cache, clock, registry, metrics, telemetry, term, shim, cml_url)
+            yield FleetWorld(storage, cache, clock, registry, metrics, telemetry, term, aws_url, shim, cml_url)
         finally:
             following.cancel()
             await asyncio.wait([following])

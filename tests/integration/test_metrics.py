@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import AsyncIterator
+from pathlib import Path
 
 import pytest
 
 from controllers.aws.simulator import AwsShim, ShimOptions
 from controllers.cml.simulator import Options, Simulator
 from controllers.workers.kind import LabWorker
-from equipment.fleet_world import FleetWorld, fleet_world
+from equipment.fleet_world import FleetWorld, LoopLag, fleet_world, servers
 from equipment.waiting import until
+from lrm.pauses import shortened
 
 EUROPE = "eu-west-1"
 FAST_CML = Options(boot_bad_gateway=0, boot_not_ready=0)
@@ -226,7 +228,7 @@ async def test_an_instance_without_our_tag_and_one_that_has_vanished_are_asked_f
 
 
 async def test_status_checks_are_asked_for_by_id_where_the_region_is_full_of_others(world: FleetWorld) -> None:
-    world.launch(2000, tags={"Name": "somebody's"})
+    await world.launch(2000, tags={"Name": "somebody's"})
     await world.add(120)
     world.calls()
     await world.refresh()
@@ -391,3 +393,16 @@ async def test_a_stop_does_not_wait_for_a_refresh(shim: AwsShim) -> None:
             await until(lambda: any(f["hits"] for f in shim.faults.list()), "a call that hangs")
             await world.metrics.drain(5)
             assert all(task.done() for task in world.metrics._working)
+
+
+async def test_a_fleets_refresh_does_not_hold_the_event_loop(aws_credentials: None, tmp_path: Path) -> None:
+    """1,000 workers at rest, their cloud in a process of its own; the CMLs too are for the measurements."""
+    async with servers(tmp_path) as (aws_url, _), fleet_world(aws_url) as world:
+        await world.add(1000)
+        await world.refresh()
+        with shortened():
+            lag = LoopLag()
+            async with lag.watched():
+                await world.refresh()
+        assert lag.computed < 0.05
+        assert len(world.metrics._refresher.known) == 1000
