@@ -32,7 +32,6 @@ from lrm.crashpoints import crash_point
 from lrm.errors import Forbidden, Invalid, ResourceExists, ResourceNotFound, RetryLater
 from lrm.model import rfc3339
 from lrm.reconcile import Context, Controller, Key, Result, Trigger
-from lrm.resource import AnyResource
 from lrm.writes import ORPHAN_FINALIZER
 
 CRASH_POINTS = (
@@ -74,7 +73,7 @@ class PoolsController(Controller[LabWorkerPool]):
         self.poll = settings.pool_interval
 
     def triggers(self) -> Sequence[Trigger]:
-        """Whatever happens to a worker may concern its pool."""
+        """What becomes of a worker concerns its pool."""
         return (Trigger(LabWorker, _pools_of),)
 
     async def reconcile(self, resource: LabWorkerPool, ctx: Context) -> Result:
@@ -280,11 +279,30 @@ def _forget(pool: LabWorkerPool, done: set[str]) -> None:
 
 
 def _pools_of(change: Change) -> Iterable[Key]:
-    """The pools that own a worker, before or after the change."""
-    seen: set[Key] = set()
-    for item in (change.old, change.new):
-        resource: AnyResource | None = item.resource if item is not None else None
-        for owner in resource.metadata.owner_references if resource is not None else ():
-            if owner.kind == "LabWorkerPool":
-                seen.add((change.item.namespace, owner.name))
-    return seen
+    """The pools that own a worker, before or after a change that is news to them.
+
+    What is measured of it is not: a fleet's refresh writes a thousand workers, and a pool looks at that in its turn.
+    """
+    old, new = (item.resource if item is not None else None for item in (change.old, change.new))
+    if isinstance(old, LabWorker) and isinstance(new, LabWorker) and _standing(old) == _standing(new):
+        return ()
+    owners = (o for r in (old, new) if r is not None for o in r.metadata.owner_references)
+    return {(change.item.namespace, o.name) for o in owners if o.kind == "LabWorkerPool"}
+
+
+def _standing(worker: LabWorker) -> tuple[object, ...]:
+    """All of a worker that decides what it is to its pool, but for its load."""
+    meta, status = worker.metadata, worker.status
+    paused = status.idle.paused_at if status.idle is not None else None
+    return (
+        worker.deleting,
+        worker.spec.desired_phase,
+        worker.spec.max_concurrent_labs,
+        meta.annotations,
+        meta.owner_references,
+        status.phase,
+        status.ec2.instance_id,
+        status.ec2.state,
+        bool(status.allocations),
+        paused,
+    )

@@ -207,7 +207,7 @@ def new_worker(pool: LabWorkerPool, name: str, *, drains: str) -> LabWorker:
     return LabWorker(metadata=metadata, spec=template.spec)
 
 
-def validate(new: LabWorkerPool, _old: LabWorkerPool | None) -> Iterator[Cause]:
+def validate(new: LabWorkerPool, old: LabWorkerPool | None) -> Iterator[Cause]:
     """What types cannot say."""
     spec, thresholds = new.spec, new.spec.thresholds
     if spec.max_workers < spec.min_workers:
@@ -218,7 +218,8 @@ def validate(new: LabWorkerPool, _old: LabWorkerPool | None) -> Iterator[Cause]:
     for name in ("cpu", "memory", "labs"):
         if getattr(thresholds, f"{name}_down") >= getattr(thresholds, f"{name}_up"):
             yield Cause(f"spec.thresholds.{name}Down", "FieldValueInvalid", f"must be less than {name}Up")
-    yield from zone_causes(spec.time_zone, "spec.timeZone")
+    if old is None or old.spec.time_zone != spec.time_zone:  # a machine that lacks the zone can still let the pool go
+        yield from zone_causes(spec.time_zone, "spec.timeZone")
     for i, window in enumerate(spec.schedule):
         if window.workers > spec.max_workers:
             message = f"must not be more than maxWorkers ({spec.max_workers})"

@@ -84,6 +84,7 @@ class PoolScene:
     observe_only: bool = False
     changes: list[Change] = field(default_factory=list)
     """Everything that happened to objects, in order."""
+    runner: Runner[LabWorkerPool] | None = None
     running: asyncio.Task[None] | None = None
 
     # Who leads
@@ -94,8 +95,8 @@ class PoolScene:
         term = await election.acquire()
         settings = PoolSettings(pool_interval=INTERVAL)
         controller = PoolsController(self.cache, ObservedDemand(self.cache), settings, suffix=self.suffix)
-        runner = Runner(controller, self.client, self.cache, self.clock, observe_only=self.observe_only)
-        self.running = asyncio.create_task(runner.run(term))
+        self.runner = Runner(controller, self.client, self.cache, self.clock, observe_only=self.observe_only)
+        self.running = asyncio.create_task(self.runner.run(term))
         await self.clock.settle()
 
     async def stop(self) -> None:

@@ -11,11 +11,13 @@ import pytest
 from controllers.pools.conditions import SCALING_LIMITED
 from controllers.pools.controller import CRASH_POINTS
 from controllers.pools.demand import ObservedDemand
-from controllers.pools.kind import POOL_FINALIZER, POOL_LABEL, LabWorkerPool
+from controllers.pools.kind import LAB_WORKER_POOL, POOL_FINALIZER, POOL_LABEL, LabWorkerPool
 from controllers.workers.kind import DRAIN_ANNOTATION, WAKE_ANNOTATION, Allocation, LabWorker, Utilization
 from equipment.pools import TEMPLATE
 from equipment.pools_scene import INTERVAL, PoolScene, dying_at, pool_scene
 from lrm.resource import PROTECT_ANNOTATION
+
+NIGHT = {"start": "22:00", "end": "06:00", "workers": 2}
 
 
 def limit(pool: LabWorkerPool) -> tuple[str, str]:
@@ -65,6 +67,39 @@ async def test_a_pool_at_rest_is_not_written() -> None:
         before = len(scene.changes)
         await scene.clock.advance(3600)
         assert scene.changes[before:] == []
+
+
+async def test_what_is_measured_of_a_worker_does_not_wake_its_pool_and_what_becomes_of_it_does() -> None:
+    async with pool_scene() as scene:
+        await scene.make(minWorkers=1)
+        await scene.fleet()
+        metrics = scene.client.bind(owner="metrics", fence=None)
+        runner = scene.runner
+        assert runner is not None
+        looks = runner.stats.reconciles
+        for percent in range(5):
+            [worker] = await scene.workers()
+            used = Utilization(cpu_percent=percent * 10.0)
+            await metrics.update_status(worker, lambda w, used=used: setattr(w.status, "utilization", used))
+            await scene.clock.settle()
+        assert runner.stats.reconciles == looks
+        await scene.phase((await scene.workers())[0], "Active")
+        await scene.clock.settle()
+        assert runner.stats.reconciles > looks
+
+
+async def test_a_zone_that_this_machine_lacks_is_told_and_the_pool_can_still_end() -> None:
+    async with pool_scene(leading=False) as scene:
+        pool = (await scene.make(minWorkers=1, policy="Scheduled", schedule=[NIGHT])).thaw()
+        pool.spec.time_zone = "Nowhere/At-All"  # as another machine's data had it
+        key = scene.registry.key_of(pool)
+        await scene.storage.update(key, LAB_WORKER_POOL.encode(pool), expected_revision=pool.revision)
+        await scene.lead()
+        await scene.fleet()
+        assert limit(await scene.pool()) == ("True", "UnknownTimeZone")
+        await scene.client.delete(await scene.pool())
+        await scene.fleet()
+        assert await scene.gone()
 
 
 async def test_scaled_down_the_emptiest_go_drained_and_none_with_labs() -> None:
