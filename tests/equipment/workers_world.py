@@ -31,6 +31,7 @@ from lrm.clock import HOLD_SECONDS, WallJumps
 from lrm.election import StaticElection, StaticTerm
 from lrm.errors import ResourceNotFound
 from lrm.events import Events
+from lrm.led import Led
 from lrm.plugin import PluginContext
 from lrm.reconcile import Controller, Runner
 from lrm.registry import Registry
@@ -94,6 +95,8 @@ class WorkersWorld:
     term: StaticTerm
     clock: SetClock
     telemetry: Telemetry
+    others: list[Led]
+    """What is run beside the controllers."""
 
     @property
     def client(self) -> Client:
@@ -324,7 +327,7 @@ async def workers_world(
                     ]
                     await cache.wait_synced()
                     try:
-                        yield WorkersWorld(store, registry, cache, shim, cml, runners, term, clock, telemetry)
+                        yield WorkersWorld(store, registry, cache, shim, cml, runners, term, clock, telemetry, others)
                     finally:
                         for task in running:
                             task.cancel()

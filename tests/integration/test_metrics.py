@@ -10,9 +10,11 @@ import pytest
 
 from controllers.aws.simulator import AwsShim, ShimOptions
 from controllers.cml.simulator import Options, Simulator
-from controllers.workers.kind import LabWorker
+from controllers.metrics.controller import FleetMetrics
+from controllers.workers.kind import METRICS, LabWorker
 from equipment.fleet_world import FleetWorld, LoopLag, fleet_world, servers
 from equipment.waiting import until
+from equipment.workers_world import workers_world
 from lrm.pauses import shortened
 
 EUROPE = "eu-west-1"
@@ -406,3 +408,27 @@ async def test_a_fleets_refresh_does_not_hold_the_event_loop(aws_credentials: No
                 await world.refresh()
         assert lag.computed < 0.05
         assert len(world.metrics._refresher.known) == 1000
+
+
+async def test_a_worker_is_measured_when_it_begins_to_serve_and_its_metrics_wake_no_reconcile(
+    monkeypatch: pytest.MonkeyPatch, moto_url: str
+) -> None:
+    """The whole plug-in: from a manifest to numbers in status and gauges, and back when it is stopped."""
+    fast = {"metrics_refresh_interval": 3600, "metrics_on_demand_interval": 0.1}
+    async with workers_world(monkeypatch, moto_url, led=[METRICS], worker_rest_interval=3600, **fast) as whole:
+        worker = await whole.serving()
+        await whole.until(lambda w: w.status.utilization and w.status.metrics.cml.version, "the first numbers")
+        assert f'worker_id="{worker.uid}"' in whole.telemetry.exposition()[0].decode()
+        workers = whole.runners[0]
+        await until(lambda: not len(workers.queue) and not workers.queue.processing, "the workers' controller at rest")
+        before = workers.stats.reconciles
+        whole.shim.instances.measure(instance_of(worker), cpu=90, memory=70)
+        (metrics,) = whole.others
+        assert isinstance(metrics, FleetMetrics)
+        await metrics._refresher.refresh([await whole.get()], whole.term)
+        await whole.until(lambda w: w.status.utilization.memory_percent == 70, "the new numbers")
+        await whole.cache.barrier()
+        assert (workers.stats.reconciles, len(workers.queue), workers.queue.processing) == (before, 0, 0)
+        await whole.wish("Stopped")
+        await whole.phase("Stopped")
+        await whole.until(lambda w: w.status.utilization is None, "the numbers to go")
