@@ -133,6 +133,7 @@ def _aws_environment(plan: DevPlan) -> dict[str, str]:
         "AWS_EC2_METADATA_DISABLED": "true",
         "LRM_WORKER_POLL_INTERVAL": "0.5",
         "LRM_WORKER_REST_INTERVAL": "2",
+        "LRM_METRICS_REFRESH_INTERVAL": "5",
         # The simulated EC2 is of one mind at once; a launch that it does not show was not made.
         "LRM_WORKER_TRACE_TIMEOUT": "20",
         "LRM_WORKER_GONE_AFTER": "5",
