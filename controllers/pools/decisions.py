@@ -26,6 +26,9 @@ from lrm.resource import PAUSE_ANNOTATION, PROTECT_ANNOTATION
 FIRST_LEAD = 20 * 60
 """Seconds that a worker takes to be ready, while none of the pool has shown it: 15 to 20 minutes are usual on metal."""
 
+MEASURED_AFTER = 15
+"""Minutes after which a worker that became ready has been measured, if it ever is: three of the metrics' intervals."""
+
 _BY_WORD = frozenset({"None", "Scheduled"})
 """Policies that do not look at load."""
 _ENDED = frozenset({"terminated", "shutting-down", "stopped"})
@@ -276,40 +279,51 @@ class _Measure:
     reason: Reason
     up: float
     down: float
-    values: tuple[float | None, ...]
+    known: tuple[float, ...]
+    newcomers: int
+    """Workers that are ready since a moment ago and not measured yet: there is room on them."""
+    unknown: int
+    """Others that nothing is known of."""
 
     @property
-    def known(self) -> tuple[float, ...]:
-        return tuple(v for v in self.values if v is not None)
+    def average(self) -> float:
+        return sum(self.known) / (len(self.known) + self.newcomers)
 
     def asks_for_more(self) -> bool:
-        return bool(self.known) and sum(self.known) / len(self.known) >= self.up
+        return self.average >= self.up
 
     def allows_one_less(self, left: int) -> bool:
         """Whether it is low, known of every worker, and would not ask for more on so many workers."""
-        if len(self.known) < len(self.values) or sum(self.known) / len(self.known) >= self.down:
+        if self.newcomers or self.unknown or self.average >= self.down:
             return False
         total = sum(self.known)
         return total / left < self.up if left else total == 0 or self.reason is not Reason.LABS
 
 
-def _measures(pool: LabWorkerPool, team: Roster, load: Load) -> list[_Measure]:
+def _measures(pool: LabWorkerPool, team: Roster, load: Load, now: datetime) -> list[_Measure]:
     """What the policy looks at, of that which anyone knows."""
     policy, limits = pool.spec.policy, pool.spec.thresholds
+    new = [_within(w.status.timestamps.ready_at, MEASURED_AFTER, now) for w in team.serving]
     each = [load.of(w) for w in team.serving]
+
+    def measure(reason: Reason, up: float, down: float, values: Sequence[float | None]) -> _Measure:
+        missing = [fresh for fresh, value in zip(new, values, strict=True) if value is None]
+        known = tuple(v for v in values if v is not None)
+        return _Measure(reason, up, down, known, newcomers=sum(missing), unknown=len(missing) - sum(missing))
+
     found: list[_Measure] = []
     if policy in ("CapacityBased", "Hybrid"):
-        found.append(_Measure(Reason.CPU, limits.cpu_up, limits.cpu_down, tuple(w.cpu for w in each)))
-        found.append(_Measure(Reason.MEMORY, limits.memory_up, limits.memory_down, tuple(w.memory for w in each)))
+        found.append(measure(Reason.CPU, limits.cpu_up, limits.cpu_down, [w.cpu for w in each]))
+        found.append(measure(Reason.MEMORY, limits.memory_up, limits.memory_down, [w.memory for w in each]))
     if policy in ("LabCountBased", "Hybrid"):
-        found.append(_Measure(Reason.LABS, limits.labs_up, limits.labs_down, tuple(w.labs for w in each)))
+        found.append(measure(Reason.LABS, limits.labs_up, limits.labs_down, [w.labs for w in each]))
     return [m for m in found if m.known]
 
 
 def _by_load(pool: LabWorkerPool, team: Roster, load: Load, floor: int, now: datetime) -> Decision | None:
     if pool.spec.policy in _BY_WORD:
         return None
-    measures = _measures(pool, team, load)
+    measures = _measures(pool, team, load, now)
     return _grow(pool, team, load, measures, now) or _shrink(pool, team, load, measures, floor, now)
 
 
@@ -324,9 +338,7 @@ def _grow(
     room = pool.spec.max_workers - len(team.members)
     if room <= 0 and not team.asleep:
         return Decision(Direction.NONE, Reason.AT_MAXIMUM, "load asks for more workers than maxWorkers", before=before)
-    # A worker that has just become ready is not seen in what is measured.
-    changes = (pool.status.last_scale_up_at, *(w.status.timestamps.ready_at for w in team.serving))
-    if any(_within(at, pool.spec.cooldowns.up_minutes, now) for at in changes):
+    if _within(pool.status.last_scale_up_at, pool.spec.cooldowns.up_minutes, now):
         held = "load asks for more workers, soon after the last growth"
         return Decision(Direction.NONE, Reason.COOLDOWN, held, before=before)
     if not _allowed(pool.spec.allowed_hours.scale_up, pool, now):
@@ -341,15 +353,11 @@ def _grow(
 def _more_by_measures(measures: Sequence[_Measure]) -> Iterable[tuple[int, Reason, str]]:
     for measure in measures:
         if measure.asks_for_more():
-            total, many = sum(measure.known), len(measure.known)
-            average = total / many
+            many = len(measure.known) + measure.newcomers
             # Labs are placed where there is room, and so many workers hold them; a share of a machine may be a peak.
-            more = math.floor(total / measure.up) + 1 - many if measure.reason is Reason.LABS else 1
-            yield (
-                more,
-                measure.reason,
-                f"{average:.2f} on average of {many} workers, the limit is {measure.up:g}",
-            )
+            more = math.floor(sum(measure.known) / measure.up) + 1 - many if measure.reason is Reason.LABS else 1
+            message = f"{measure.average:.2f} on average of {many} workers, the limit is {measure.up:g}"
+            yield more, measure.reason, message
 
 
 def _more_by_waiting(pool: LabWorkerPool, team: Roster, load: Load) -> Iterable[tuple[int, Reason, str]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import AsyncIterator
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +21,7 @@ from equipment.workers_world import FAST_CML, PASSWORD_ENV, REGION, WorkersWorld
 from lrm.crashpoints import EXIT_CODE
 from lrm.devservers import EtcdServer
 from lrm.errors import ResourceNotFound
+from lrm.events import events_prefix
 from lrm.resource import ObjectMeta
 
 POOLS = "/apis/lab.neuroglia.io/v1/namespaces/default/labworkerpools"
@@ -107,6 +109,29 @@ async def test_a_pools_whole_life(world: WorkersWorld) -> None:
     assert await world.client.list(LabWorker) == []
     assert world.live() == []
     assert world.shim.calls["RunInstances"] == 4, "three and one in place of the failed one"
+    told = [json.loads(e.value) for e in (await world.storage.list(events_prefix("/lrm", "default", "p"))).entries]
+    reasons = [e["reason"] for e in told if e["reason"].startswith("Scaling")]
+    assert reasons == ["ScalingUp", "ScalingReplace", "ScalingDown"]
+
+
+async def test_labs_make_a_pool_grow_and_their_end_lets_it_shrink(world: WorkersWorld) -> None:
+    no_cooldown = {"upMinutes": 0, "downMinutes": 0}
+    limits = {"labsUp": 2, "labsDown": 1}
+    await make(world, policy="LabCountBased", thresholds=limits, cooldowns=no_cooldown, maxWorkers=3)
+    [first] = await serves(world, 1)
+    machine = world.machine(first)
+    labs = [machine.add_lab(f"exam {i}", nodes=1, running=True) for i in range(2)]
+    await serves(world, 2)
+    for lab in labs:
+        machine.force(lab, "STOPPED")
+        machine.remove(lab)
+    await serves(world, 1)
+    history = (await pool(world)).status.scaling_history
+    assert [(d.direction, d.reason, d.source, d.to) for d in history] == [
+        ("Up", "BelowWished", 0, 1),
+        ("Up", "Labs", 1, 2),
+        ("Down", "Idle", 2, 1),
+    ]
 
 
 async def test_removed_workers_drain_also_when_the_pool_is_deleted_in_the_foreground(world: WorkersWorld) -> None:

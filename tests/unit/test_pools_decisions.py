@@ -340,12 +340,16 @@ def test_a_zone_that_this_machine_does_not_know_decides_nothing() -> None:
         decide(pool, workers("Ready"), Load(), NOW)
 
 
-def test_growth_by_load_waits_until_a_new_worker_shows_in_what_is_measured() -> None:
+def test_a_new_worker_that_is_not_measured_yet_has_room_and_one_that_never_is_says_nothing() -> None:
     team = workers("Active", "Ready")
-    load = Load({"w0": WorkerLoad(hosts=True, cpu=0.9)})
-    assert decide(a_pool(**CAPACITY), team, load, NOW).reason is Reason.CPU
-    team[1].status.timestamps.ready_at = minutes_ago(5)
-    assert decide(a_pool(**CAPACITY), team, load, NOW).reason is Reason.COOLDOWN
+    for policy, load, reason in (
+        (CAPACITY, WorkerLoad(hosts=True, cpu=0.9), Reason.CPU),
+        (LABS, WorkerLoad(hosts=True, labs=15), Reason.LABS),
+    ):
+        team[1].status.timestamps.ready_at = minutes_ago(5)
+        assert decide(a_pool(**policy), team, Load({"w0": load}), NOW).reason is Reason.SETTLED
+        team[1].status.timestamps.ready_at = minutes_ago(16)
+        assert decide(a_pool(**policy), team, Load({"w0": load}), NOW).reason is reason
 
 
 def test_the_emptiest_idle_worker_goes() -> None:
