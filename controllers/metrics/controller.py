@@ -102,6 +102,7 @@ class FleetMetrics:
             "refreshed": stats.refreshed,
             "written": stats.written,
             "unwritten": stats.unwritten,
+            "defects": stats.defects,
             "lastCycleAt": rfc3339(self._ended) if self._ended else None,
             "lastCycleSeconds": round(self._seconds, 3),
         }

@@ -43,6 +43,8 @@ class Stats:
     written: int = 0
     unwritten: int = 0
     """Writes that failed; the next refresh makes up for them."""
+    defects: int = 0
+    """Mistakes of ours, each logged; they cost one worker, or the cloud's part of one region, one refresh."""
 
 
 class Refresher:
@@ -78,24 +80,31 @@ class Refresher:
             for worker in workers:
                 tasks.create_task(self._worker(worker, cloud, term))
 
-    async def _cloud(self, region: str, workers: list[LabWorker]) -> _Cloud:
+    async def _cloud(self, region: str, workers: list[LabWorker]) -> _Cloud | None:
         by_id = {worker.status.ec2.instance_id or "": worker for worker in workers}
-        instances = await self._sources.ec2(region, by_id)
-        # CloudWatch bills by the metric: it is not asked of machines that do not run.
-        running = [i for i, worker in by_id.items() if _runs(instances[i], worker)]
-        return instances, await self._sources.cloud_watch(region, running)
+        try:
+            instances = await self._sources.ec2(region, by_id)
+            # CloudWatch bills by the metric: it is not asked of machines that do not run.
+            running = [i for i, worker in by_id.items() if _runs(instances[i], worker)]
+            return instances, await self._sources.cloud_watch(region, running)
+        except Exception:  # noqa: BLE001 - a mistake here must not end what the CMLs tell
+            self.stats.defects += 1
+            log.exception("metrics.defect", region=region)
+            return None
 
-    async def _worker(self, worker: LabWorker, cloud: asyncio.Task[_Cloud], term: Term) -> None:
-        cml = await self._sources.cml(worker) if can_be_asked(worker) else CmlMeasured()
-        instances, utilizations = await cloud
-        instance_id = worker.status.ec2.instance_id or ""
-        told = Told(
-            ec2=instances[instance_id],
-            cloud_watch=utilizations.get(instance_id, CloudWatchMeasured()),
-            cml=cml,
-            asked=worker.metadata.annotations.get(RECONCILE_ANNOTATION),
-        )
-        await self._take(worker, told, term)
+    async def _worker(self, worker: LabWorker, cloud: asyncio.Task[_Cloud | None], term: Term) -> None:
+        try:
+            cml = await self._sources.cml(worker) if can_be_asked(worker) else CmlMeasured()
+            asked = worker.metadata.annotations.get(RECONCILE_ANNOTATION)
+            told, instance_id = await cloud, worker.status.ec2.instance_id or ""
+            ec2 = told[0].get(instance_id) if told is not None else None
+            cloud_watch = told[1].get(instance_id, CloudWatchMeasured()) if told is not None else None
+            await self._take(worker, Told(ec2, cloud_watch, cml, asked), term)
+        except NotLeading:
+            raise
+        except Exception:  # noqa: BLE001 - nor a mistake with one worker all the others
+            self.stats.defects += 1
+            log.exception("metrics.defect", namespace=worker.namespace, name=worker.name)
 
     async def _take(self, worker: LabWorker, told: Told | None, term: Term) -> None:
         """Remember what was told of a worker (None: it has no machine), and write it if that is worth it."""

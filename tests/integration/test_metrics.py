@@ -386,6 +386,18 @@ async def test_a_leader_that_was_deposed_writes_nothing_and_steps_down(world: Fl
     assert not writes
 
 
+async def test_a_worker_that_cannot_be_handled_spoils_no_other_ones_refresh(
+    world: FleetWorld, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await world.add(3)
+    defect = await world.get("w1")
+    # What a mistake of ours would look like.
+    monkeypatch.setattr("controllers.metrics.refresh.can_be_asked", lambda w: 1 / int(w.uid != defect.uid) > 2)
+    await world.refresh()
+    assert [(await world.status(f"w{n}")).utilization is not None for n in range(3)] == [True, False, True]
+    assert world.metrics.describe()["defects"] == 1
+
+
 async def test_a_stop_does_not_wait_for_a_refresh(shim: AwsShim) -> None:
     async with fleet_world(shim) as world:
         await world.add(1)
@@ -397,17 +409,18 @@ async def test_a_stop_does_not_wait_for_a_refresh(shim: AwsShim) -> None:
             assert all(task.done() for task in world.metrics._working)
 
 
-async def test_a_fleets_refresh_does_not_hold_the_event_loop(aws_credentials: None, tmp_path: Path) -> None:
-    """1,000 workers at rest, their cloud in a process of its own; the CMLs too are for the measurements."""
+@pytest.mark.parametrize("count", [300, pytest.param(1000, marks=pytest.mark.soak)])
+async def test_a_fleets_refresh_does_not_hold_the_event_loop(aws_credentials: None, tmp_path: Path, count: int) -> None:
+    """A fleet at rest, its cloud in a process of its own; the measurements have 1,000 with their CMLs."""
     async with servers(tmp_path) as (aws_url, _), fleet_world(aws_url) as world:
-        await world.add(1000)
+        await world.add(count)
         await world.refresh()
         with shortened():
             lag = LoopLag()
             async with lag.watched():
                 await world.refresh()
         assert lag.computed < 0.05
-        assert len(world.metrics._refresher.known) == 1000
+        assert len(world.metrics._refresher.known) == count
 
 
 async def test_a_worker_is_measured_when_it_begins_to_serve_and_its_metrics_wake_no_reconcile(
