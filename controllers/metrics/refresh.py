@@ -87,7 +87,7 @@ class Refresher:
             # CloudWatch bills by the metric: it is not asked of machines that do not run.
             running = [i for i, worker in by_id.items() if _runs(instances[i], worker)]
             return instances, await self._sources.cloud_watch(region, running)
-        except Exception:  # noqa: BLE001 - a mistake here must not end what the CMLs tell
+        except Exception:  # a mistake here must not end what the CMLs tell
             self.stats.defects += 1
             log.exception("metrics.defect", region=region)
             return None
@@ -102,7 +102,7 @@ class Refresher:
             await self._take(worker, Told(ec2, cloud_watch, cml, asked), term)
         except NotLeading:
             raise
-        except Exception:  # noqa: BLE001 - nor a mistake with one worker all the others
+        except Exception:  # nor a mistake with one worker all the others
             self.stats.defects += 1
             log.exception("metrics.defect", namespace=worker.namespace, name=worker.name)
 
