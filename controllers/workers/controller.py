@@ -24,7 +24,7 @@ from controllers.workers.idle import IdleDetector
 from controllers.workers.kind import INSTANCE_FINALIZER, LAB_WORKER, LABS, METRICS, WORKERS, LabWorker
 from controllers.workers.pace import Pace
 from controllers.workers.phases import Phase, Reasons
-from controllers.workers.provisioning import Provisioner, Sighting, fail_if_ended, is_off, reason_of
+from controllers.workers.provisioning import Provisioner, Sighting, fail_if_ended, is_off, reason_of, tell_of_seat
 from controllers.workers.settings import WorkerSettings
 from controllers.workers.work import Work, forget_ended, fresh_registration
 from lrm.cache import Change
@@ -160,16 +160,18 @@ class WorkersController(Controller[LabWorker]):
             return await work.enter(Phase.STOPPING, Reasons.STOP_REQUESTED)
         return self._pace.rest()
 
-    async def _failed(self, work: Work) -> Result:
+    async def _failed(self, work: Work) -> Result:  # noqa: PLR0911 - each way out says what is next
         goal, ec2 = goal_of(work.worker), work.worker.status.ec2
         if goal is Goal.TERMINATED:
             return await self._departure.leave(work, Reasons.TERMINATION_REQUESTED)
-        gone = False
+        gone = ending = False
         try:
             # One that was launched and never seen may show itself late; a deletion must know of it.
             if ec2.instance_id is not None or ec2.sent_at is not None:
                 sighting = await self._ec2.look(work)
+                await tell_of_seat(work, sighting)
                 # Another one that carries the uid is recorded, and then it is that one which a retry starts.
+                ending = sighting.has_ended and not sighting.gone
                 gone = sighting.gone and (sighting.instance is None or sighting.instance.id == ec2.instance_id)
                 if sighting.instance is not None:
                     await self._ec2.record(work, sighting.instance)
@@ -179,11 +181,11 @@ class WorkersController(Controller[LabWorker]):
             return self._pace.rest()
         if not may_retry(work.worker):
             return self._pace.rest()  # a change of spec or annotation wakes us
+        if ending:
+            return self._pace.soon()  # it cannot be started any more, and is not yet to be replaced
         failure = work.worker.status.failure
         asked = failure is not None and failure.retry != retry_of(work.worker)
         why = Reasons.RETRY if asked else Reasons.SPEC_CHANGED
-        if gone:
-            await work.lose_seat(f"{ec2.instance_id} has ended with its licence")
         if work.worker.status.ec2.instance_id is None or gone:
             return await work.enter(Phase.PENDING, why, forget_ended if gone else None)
         if goal is Goal.STOPPED:

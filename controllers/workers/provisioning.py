@@ -124,6 +124,7 @@ class Provisioner:
         except AwsError as error:
             await work.ec2_trouble(reason_of(error), str(error))
             return None
+        await tell_of_seat(work, sighting)
         instance = sighting.instance
         takes_over = instance is not None and instance.id != work.worker.status.ec2.instance_id
         if instance is not None and (not sighting.gone or not takes_over or work.phase in _EMPTY):
@@ -379,6 +380,12 @@ def note_instance(worker: LabWorker, instance: Ec2Instance) -> None:
     ec2.last_error = None
 
 
+async def tell_of_seat(work: Work, sighting: Sighting) -> None:
+    """Report the licence of an instance that has ended; before anything else is put in its place."""
+    if sighting.has_ended:
+        await work.lose_seat(f"{work.worker.status.ec2.instance_id} has ended with its licence")
+
+
 async def fail_if_ended(work: Work, sighting: Sighting | None) -> Result | None:
     """Fail if the instance is proved to have ended: what was on it is lost, and only a person may accept that."""
     if sighting is None or not sighting.has_ended:
@@ -388,7 +395,6 @@ async def fail_if_ended(work: Work, sighting: Sighting | None) -> Result | None:
         why = f"; {instance.id} carries this worker's uid too"
     else:
         why = f": {instance.state_reason}" if instance is not None and instance.state_reason else ""
-    await work.lose_seat(f"{known} was terminated with its licence")
     return await work.fail(Reasons.INSTANCE_TERMINATED, f"{known} was terminated outside of lrm{why}", note_ended)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from equipment.waiting import until
-from equipment.workers_world import REGION, TOKEN_ENV, WorkersWorld, condition, history, workers_world
+from equipment.workers_world import REGION, TOKEN, TOKEN_ENV, WorkersWorld, condition, history, workers_world
 from lrm.resource import RETRY_ANNOTATION
 
 LICENSED: dict[str, Any] = {"licenseTokenFrom": {"env": TOKEN_ENV}}
@@ -90,6 +90,26 @@ async def test_the_seat_of_an_instance_that_somebody_else_ended_is_told_of_befor
     again = await world.phase("Ready")
     assert condition(again, "LicenseSeatLeaked")[0] == "True", "that seat is still taken"
     assert condition(again, "Licensed")[0] == "True"
+
+
+async def test_the_seat_of_an_instance_that_ended_after_its_worker_had_failed_is_told_of(
+    monkeypatch: pytest.MonkeyPatch, moto_url: str
+) -> None:
+    """A licence that somebody registered by hand, on a machine that was stopped and does not come up again."""
+    async with workers_world(monkeypatch, moto_url, worker_boot_deadline=0.5) as world:
+        worker = await world.serving()
+        machine = world.machine(worker)
+        machine.licensing.register(TOKEN, world.clock.monotonic(), world.clock.now(), again=False)
+        await world.phase("Ready")
+        await world.wish("Stopped")
+        stopped = await world.phase("Stopped")
+        assert stopped.status.cml.licensed, "what lrm has not registered a stop does not give back"
+        world.cml_fault("html", status=502)
+        await world.wish("Ready")
+        failed = await world.phase("Failed")
+        assert condition(failed, "LicenseSeatLeaked") == ("", "")
+        world.shim.instances.terminate(REGION, [worker.status.ec2.instance_id or ""])
+        await world.until(lambda w: condition(w, "LicenseSeatLeaked")[0] == "True", "the seat told of")
 
 
 async def test_while_the_licence_server_cannot_be_reached_the_worker_serves_and_takes_the_licence_when_it_comes(

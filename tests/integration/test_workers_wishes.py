@@ -130,6 +130,18 @@ async def test_a_worker_at_work_that_somebody_else_stops_is_started_again(world:
     assert steps[steps.index("Stopped") - 1] == "Active"
 
 
+async def test_a_retry_while_the_old_instance_is_still_ending_waits_and_is_not_lost(world: WorkersWorld) -> None:
+    worker = await world.serving()
+    world.shim.instances.delay = 0.6
+    world.shim.instances.terminate(REGION, [worker.status.ec2.instance_id or ""])
+    await world.phase("Failed")
+    await world.annotate(RETRY_ANNOTATION, "1")
+    world.shim.instances.delay = 0.05
+    again = await world.phase("ReadyUnlicensed")
+    assert history(again).count("Failed") == 1
+    assert again.status.ec2.attempt == 2
+
+
 @pytest.mark.parametrize("fault", ["lost-reply", pytest.param("dropped", marks=pytest.mark.soak)])
 async def test_lost_replies_to_a_stop_a_start_and_an_end_change_nothing_of_how_it_ends(
     world: WorkersWorld, fault: str
