@@ -21,10 +21,10 @@ from controllers.pools.conditions import (
     observe,
     tell_limit,
 )
-from controllers.pools.decisions import Decision, Direction, Roster, decide, is_removable, lead_of, roster
+from controllers.pools.decisions import Decision, Direction, Reason, Roster, decide, is_removable, lead_of, roster
 from controllers.pools.demand import Demand, Load
 from controllers.pools.hours import UnknownTimeZone
-from controllers.pools.kind import POOL_FINALIZER, POOLS, LabWorkerPool, ScalingDecision, new_worker
+from controllers.pools.kind import NAMES_TOLD, POOL_FINALIZER, POOLS, LabWorkerPool, ScalingDecision, new_worker
 from controllers.pools.settings import PoolSettings
 from controllers.workers.kind import DRAIN_ANNOTATION, WAKE_ANNOTATION, LabWorker
 from lrm.cache import Cache, Change
@@ -45,6 +45,8 @@ CRASH_POINTS = (
 )
 """Where a pool's work can be killed; each is after one write and before the next."""
 
+_ROUTINE = {Reason.COOLDOWN, Reason.OUTSIDE_HOURS, Reason.HOSTS_LABS, OBSERVE_ONLY}
+"""What holds a decision back as it was meant to; nobody needs to do anything."""
 _SUFFIX_LETTERS = "bcdfghjklmnpqrstvwxz2456789"
 _SUFFIX_LENGTH = 10
 _NAME_MOST = 63
@@ -135,6 +137,7 @@ class PoolsController(Controller[LabWorkerPool]):
         """Write what is going to be done; holds only for the state of the pool that it was decided on."""
         now = ctx.clock.now()
         names = [self._name(pool) for _ in range(decision.create)]
+        removing, waking = list(decision.remove), list(decision.wake)
         told = ScalingDecision(
             at=now,
             direction=decision.direction.value,
@@ -142,15 +145,15 @@ class PoolsController(Controller[LabWorkerPool]):
             message=decision.message,
             source=decision.before,
             to=decision.after,
-            created=names,
-            removed=list(decision.remove),
-            woken=list(decision.wake),
+            created=names[:NAMES_TOLD],
+            removed=removing[:NAMES_TOLD],
+            woken=waking[:NAMES_TOLD],
             replaced=decision.replaced,
         )
 
         def mutate(pool: LabWorkerPool) -> None:
             status = pool.status
-            status.planned_names, status.removing, status.waking = names, told.removed, told.woken
+            status.planned_names, status.removing, status.waking = names, removing, waking
             if decision.direction in (Direction.UP, Direction.WAKE):
                 status.last_scale_up_at = now
             if decision.direction is Direction.DOWN:
@@ -160,7 +163,7 @@ class PoolsController(Controller[LabWorkerPool]):
             tell_limit(pool, "", "", now)
 
         recorded = await ctx.client.update_status(pool, mutate, retry=False)
-        change = {"source": told.source, "to": told.to, "created": names, "removed": told.removed, "woken": told.woken}
+        change = {"source": told.source, "to": told.to, "created": names, "removed": removing, "woken": waking}
         ctx.log.info("pool.scaling", direction=told.direction, reason=told.reason, detail=told.message, **change)
         words = f"{told.reason}, {told.source} to {told.to} workers: {told.message}"
         ctx.events.record(recorded, "Normal", f"Scaling{told.direction}", words)
@@ -268,7 +271,7 @@ class PoolsController(Controller[LabWorkerPool]):
         before = pool.status.condition("ScalingLimited")
         noted = await ctx.client.update_status(pool, mutate)
         if limit[0] and (before is None or before.reason != limit[0]):
-            ctx.events.record(noted, "Warning", limit[0], limit[1])
+            ctx.events.record(noted, "Normal" if limit[0] in _ROUTINE else "Warning", limit[0], limit[1])
 
 
 def _forget(pool: LabWorkerPool, done: set[str]) -> None:

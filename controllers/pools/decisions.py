@@ -146,8 +146,13 @@ def has_failed(worker: LabWorker) -> bool:
 
 
 def is_removable(worker: LabWorker, load: WorkerLoad) -> bool:
-    """Whether the pool may end a worker: nobody forbids it, and no lab runs there or is placed there."""
+    """Whether the pool may end a worker: nobody forbids it, and no lab runs there or is placed there.
+
+    One that a person has made outlive its object, or only to be observed, would leave its instance behind.
+    """
     annotations = worker.metadata.annotations
+    if worker.spec.retains or worker.spec.observe_only:
+        return False
     if any(annotations.get(name, "false") != "false" for name in (PROTECT_ANNOTATION, PAUSE_ANNOTATION)):
         return False
     if has_failed(worker) and (worker.status.ec2.instance_id is None or worker.status.ec2.state in _ENDED):

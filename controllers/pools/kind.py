@@ -32,6 +32,8 @@ TEMPLATE_ANNOTATION = "lab.neuroglia.io/pool-template"
 
 HISTORY_LENGTH = 50
 """Scaling decisions that a status keeps."""
+NAMES_TOLD = 20
+"""Names that a decision tells of each sort; a thousand of them fifty times over would be more than an object may be."""
 WORKERS_MOST = 1000
 """Workers that a pool may be asked to have."""
 
@@ -131,6 +133,7 @@ class ScalingDecision(Model):
     """Workers before it: those that have not failed and are not leaving."""
     to: int
     created: list[str] = Field(default_factory=list)
+    """The first twenty, as of those below."""
     removed: list[str] = Field(default_factory=list)
     woken: list[str] = Field(default_factory=list)
     replaced: int = 0
@@ -236,6 +239,8 @@ def _template_causes(pool: LabWorkerPool) -> Iterator[Cause]:
         yield Cause(f"{path}.aws.instanceId", "FieldValueForbidden", "a pool launches its instances")
     if spec.desired_phase != "Ready":
         yield Cause(f"{path}.desiredPhase", "FieldValueInvalid", "must be Ready")
+    if spec.observe_only:
+        yield Cause(f"{path}.observeOnly", "FieldValueForbidden", "a pool launches and ends its instances")
     if spec.deletion_policy == "Retain":
         yield Cause(f"{path}.deletionPolicy", "FieldValueForbidden", "a pool's instances end with their workers")
     trial = LabWorker(metadata=ObjectMeta(name="x"), spec=spec)

@@ -60,6 +60,18 @@ async def test_a_pool_is_filled_with_workers_of_its_own_whose_names_were_written
         assert limit(pool) == ("False", "NotLimited")
 
 
+async def test_a_decision_about_many_tells_of_some_and_does_all() -> None:
+    async with pool_scene() as scene:
+        await scene.make(minWorkers=0, maxWorkers=60)
+        await scene.clock.settle()
+        await scene.change(replicas=60)
+        await scene.fleet(rounds=4)
+        assert len(await scene.workers()) == 60
+        decided = (await scene.pool()).status.last_decision
+        assert decided is not None
+        assert (decided.to, len(decided.created)) == (60, 20)
+
+
 async def test_a_pool_at_rest_is_not_written() -> None:
     async with pool_scene() as scene:
         await scene.make(minWorkers=2, policy="Hybrid")

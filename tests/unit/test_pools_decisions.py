@@ -373,6 +373,14 @@ def test_a_worker_that_is_protected_or_paused_stays(annotation: str) -> None:
     assert not is_removable(a_worker("w0", "Failed", annotations={annotation: "true"}), WorkerLoad(hosts=False))
 
 
+@pytest.mark.parametrize("spec", [{"observe_only": True}, {"deletion_policy": "Retain"}])
+def test_a_worker_whose_instance_would_be_left_behind_stays(spec: dict[str, Any]) -> None:
+    kept = a_worker("w0")
+    for name, value in spec.items():
+        setattr(kept.spec, name, value)
+    assert decide(a_pool(replicas=1), [kept, a_worker("w1")], Load(), NOW).remove == ("w1",)
+
+
 def test_a_failed_worker_whose_labs_may_still_run_stays_and_counts() -> None:
     alive = a_worker("w0", "Failed", ec2={"state": "running", "instanceId": "i-0123456789abcdef0"})
     decision = decide(a_pool(), [alive], evenly([alive], hosts=True), NOW)
