@@ -167,10 +167,17 @@ async def test_the_brake_on_instances_holds_pools_too(monkeypatch: pytest.Monkey
         assert world.shim.calls["RunInstances"] == 2, "the one that had no instance went first"
 
 
+FILLING = [
+    "pools.created:2",
+    *(pytest.param(p, marks=pytest.mark.soak) for p in ("pools.decided", "pools.all-created", "pools.carried-out")),
+]
+
+
+@pytest.mark.parametrize("point", FILLING)
 async def test_a_daemon_killed_while_it_fills_a_pool_fills_it_once(
-    server_dir: Path, etcd: EtcdServer, etcd_root: str, moto_url: str
+    server_dir: Path, etcd: EtcdServer, etcd_root: str, moto_url: str, point: str
 ) -> None:
-    """A real process dies with one of three workers made; the next one makes the other two and no more."""
+    """A real process dies, say, with two of three workers made; the next one makes what is missing and no more."""
     async with (
         AwsShim.run(ShimOptions(moto_url=moto_url, delay=0.1)) as shim,
         Simulator.run(replace(FAST_CML, ec2_state_url=f"{shim.url}/_shim/instances")) as cml,
@@ -191,7 +198,7 @@ async def test_a_daemon_killed_while_it_fills_a_pool_fills_it_once(
             **{PASSWORD_ENV: FAST_CML.password},
         )
         try:
-            await daemon.start_ready(LRM_CRASH_AT="pools.created")
+            await daemon.start_ready(LRM_CRASH_AT=point)
             document = {
                 "apiVersion": "lab.neuroglia.io/v1",
                 "kind": "LabWorkerPool",
