@@ -383,7 +383,7 @@ def note_instance(worker: LabWorker, instance: Ec2Instance) -> None:
 async def tell_of_seat(work: Work, sighting: Sighting) -> None:
     """Report the licence of an instance that has ended; before anything else is put in its place."""
     if sighting.has_ended:
-        await work.lose_seat(f"{work.worker.status.ec2.instance_id} has ended with its licence")
+        await work.lose_seat("the instance has ended with its licence")
 
 
 async def fail_if_ended(work: Work, sighting: Sighting | None) -> Result | None:

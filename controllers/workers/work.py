@@ -157,6 +157,7 @@ class Work:
     async def leaked_seat(self, reason: str, message: str, *, sure: bool = True) -> None:
         """Report that Smart Licensing still counts this worker's licence, or that this is not known."""
         now = self.now
+        message = f"{self.worker.status.ec2.instance_id}: {message}"
         self.log.warning("worker.license_seat_leaked", reason=reason, detail=message)
 
         def note(worker: LabWorker) -> None:

@@ -2,7 +2,7 @@
 
 Every kind of trouble that the simulators can make strikes three workers at random moments, while users change their
 minds and leaders come and go. While it lasts no worker ever has two instances; afterwards all is as the specs say, and
-EC2 holds nothing that nobody claims.
+EC2 holds nothing that nobody claims. Each instance that ended with a licence was told of.
 """
 
 from __future__ import annotations
@@ -16,9 +16,11 @@ from typing import Any
 
 import pytest
 
+from controllers.cml.simulator import Machine
 from controllers.workers.kind import LabWorker
 from equipment.waiting import until
 from equipment.workers_world import TOKEN_ENV, WorkersWorld, workers_world
+from lrm.cache import CacheUpdate
 from lrm.election import StaticElection
 from lrm.errors import LrmError, ResourceNotFound
 from lrm.resource import RETRY_ANNOTATION
@@ -34,6 +36,32 @@ CML_FAULTS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("truncate", {}),
     ("registration-stuck", {}),
 )
+
+
+class Seats:
+    """The licences that machines took, and those of which a worker said that they may be left taken."""
+
+    def __init__(self, world: WorkersWorld) -> None:
+        self._world = world
+        self._machines: dict[str, Machine] = {}
+        self._told: set[str] = set()
+        world.cache.subscribe(self._hear)
+
+    def look(self) -> None:
+        """Remember the machines that there are: the simulator forgets them with their instances."""
+        self._machines.update(self._world.cml.fleet.machines)
+
+    def check(self) -> None:
+        """Raise if an instance ended with a licence and nobody was told."""
+        taken = {name for name, machine in self._machines.items() if machine.licensing.status == "COMPLETED"}
+        assert taken - set(self._world.live()) <= self._told
+
+    def _hear(self, update: CacheUpdate) -> None:
+        for change in update.changes:
+            worker = change.new.resource if change.new else None
+            said = worker.status.condition("LicenseSeatLeaked") if isinstance(worker, LabWorker) else None
+            if said is not None and said.status != "False":
+                self._told.add(said.message.partition(":")[0])
 
 
 @asynccontextmanager
@@ -93,12 +121,14 @@ async def test_whatever_happens_all_is_as_wished_once_it_ends(
     monkeypatch.setattr("controllers.workers.cml_side._UNHEARD", 0.3)
     async with workers_world(monkeypatch, moto_url, worker_license_deadline=1, worker_boot_deadline=3) as world:
         world.term.lost()  # the leaders of this test come and go
+        seats = Seats(world)
         for name in NAMES:
             await world.create(name, cml={"licenseTokenFrom": {"env": TOKEN_ENV}})
         for _ in range(4):
             async with leading(world):
                 for _ in range(10):
                     await trouble(world, chance)
+                    seats.look()
                     owners = Counter(i.tags["lrm/uid"] for i in world.instances("pending", "running", "stopped"))
                     assert max(owners.values(), default=0) <= 1, "two instances of one worker"
                     await asyncio.sleep(chance.uniform(0, 0.25))  # not waiting for anything: the moment is the point
@@ -107,11 +137,13 @@ async def test_whatever_happens_all_is_as_wished_once_it_ends(
         async with leading(world):
             await settled(world)
             await check(world)
+            seats.look()
             for worker in await world.client.list(LabWorker):
                 await world.delete(worker.name)
             for name in NAMES:
                 await world.gone(name, timeout=30)
             assert world.live() == []
+            seats.check()
 
 
 async def settled(world: WorkersWorld) -> None:
