@@ -20,12 +20,14 @@ from controllers.workers.decisions import (
     goal_of,
     in_doubt,
     launch_parameters,
+    may_hold_seat,
     may_license,
     may_retry,
     next_launch,
     over,
     problem,
 )
+from controllers.workers.departure import listed_since_drain
 from controllers.workers.kind import Ec2Status, Failure, LabWorker, Problem, Registration
 from controllers.workers.phases import Conditions
 
@@ -189,6 +191,47 @@ def test_a_failed_licence_is_tried_again_for_another_wish_only() -> None:
     assert may_license(worker)
     worker.spec.auto_license = False
     assert not may_license(worker)
+
+
+SENT = Registration(sent_at=NOW)
+
+
+@pytest.mark.parametrize(
+    ("licensed", "registration", "expected", "why"),
+    [
+        (True, None, True, "CML says so"),
+        (False, None, False, "nothing was asked for"),
+        (False, SENT, True, "it may come through at any moment"),
+        (False, Registration(failed=Problem(reason="LicenseTimeout", message="", at=NOW)), True, "it still may"),
+        (False, Registration(failed=Problem(reason="RegistrationFailed", message="", at=NOW)), False, "CML says no"),
+        (False, Registration(failed=Problem(reason="SecretUnavailable", message="", at=NOW)), False, "never sent"),
+    ],
+)
+def test_a_seat_may_be_held_while_a_registration_can_come_through(
+    licensed: bool, registration: Registration | None, expected: bool, why: str
+) -> None:
+    worker = a_worker()
+    worker.status.cml.licensed, worker.status.cml.registration = licensed, registration
+    assert may_hold_seat(worker) is expected, why
+
+
+@pytest.mark.parametrize(
+    ("listed", "error", "expected", "why"),
+    [
+        (None, None, False, "nobody knows a lab of it"),
+        (ago(61), None, False, "a lab may have been started since"),
+        (ago(60), None, True, "asked when the drain began"),
+        (ago(1), None, True, "asked since"),
+        (ago(1), "CML does not answer", False, "since then nobody knows"),
+    ],
+)
+def test_a_drain_believes_a_list_of_labs_that_is_younger_than_itself(
+    listed: datetime | None, error: str | None, expected: bool, why: str
+) -> None:
+    worker = a_worker()
+    worker.status.timestamps.draining_started_at = ago(60)
+    worker.status.labs_synced_at, worker.status.labs_sync_error = listed, error
+    assert listed_since_drain(worker) is expected, why
 
 
 def test_the_same_problem_keeps_its_time() -> None:
