@@ -24,6 +24,7 @@ from typing import Any
 
 import structlog
 
+from lrm import pauses
 from lrm.api.app import Api, serve
 from lrm.api.settings import ApiSettings
 from lrm.bookmarks import Bookmarks
@@ -293,7 +294,17 @@ async def run_daemon(settings: Settings, plugins: Sequence[Plugin]) -> None:
 
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, on_signal)
-    await daemon.run()
+    settling = loop.create_task(_settle(daemon.cache), name="settle")
+    try:
+        await daemon.run()
+    finally:
+        settling.cancel()
+
+
+async def _settle(cache: Cache) -> None:
+    """Tell Python's collector, once the caches are full, that they are there to stay."""
+    await cache.wait_synced()
+    pauses.shorten()
 
 
 def _give_up() -> None:
