@@ -127,12 +127,7 @@ class GarbageCollector:
 
     async def drain(self, seconds: float) -> None:
         """Begin nothing more and let what is in hand end, for so long at most."""
-        self.queue.close()
-        try:
-            async with self._clock.timeout(seconds):
-                while self.queue.processing:
-                    await self._clock.sleep(0.02)
-        except TimeoutError:
+        if not await self.queue.drain(seconds):
             log.warning("gc.drain_timed_out", left=self.queue.processing)
 
     def finalizers(self) -> dict[str, Any]:

@@ -22,6 +22,7 @@ K = TypeVar("K", bound=Hashable)
 BACKOFF_FIRST = 0.2
 """Seconds before the first retry of a key; doubles with each failure in a row."""
 BACKOFF_MOST = 60.0
+_DRAIN_LOOK = 0.02
 _STALE_TIMERS = 64
 """Timers whose keys came earlier that may stay before they are swept out."""
 BACKOFF_SPREAD = 0.2
@@ -127,6 +128,17 @@ class WorkQueue(Generic[K]):
         """Give out no more keys; those who wait get None."""
         self._closed = True
         self._wake.set()
+
+    async def drain(self, seconds: float) -> bool:
+        """Close, and wait until nothing is in hand; False when something still was after so many seconds."""
+        self.close()
+        try:
+            async with self._clock.timeout(seconds):
+                while self._processing:
+                    await self._clock.sleep(_DRAIN_LOOK)
+        except TimeoutError:
+            return False
+        return True
 
     def clear(self) -> None:
         """Drop everything that is not in hand."""

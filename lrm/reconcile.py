@@ -146,12 +146,7 @@ class Runner(Generic[R]):
 
     async def drain(self, seconds: float) -> None:
         """Give out no more keys and let the reconciles in hand end, for so long at most."""
-        self.queue.close()
-        try:
-            async with self._clock.timeout(seconds):
-                while self.queue.processing:
-                    await self._clock.sleep(0.02)
-        except TimeoutError:
+        if not await self.queue.drain(seconds):
             log.warning("reconcile.drain_timed_out", controller=self.controller.name, left=self.queue.processing)
 
     def finalizers(self) -> dict[str, Any]:
