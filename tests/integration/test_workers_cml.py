@@ -25,7 +25,7 @@ async def world(monkeypatch: pytest.MonkeyPatch, moto_url: str) -> AsyncIterator
 
 
 async def test_while_it_boots_the_worker_waits_and_says_why(monkeypatch: pytest.MonkeyPatch, moto_url: str) -> None:
-    slow = replace(FAST_CML, boot_bad_gateway=0.6, boot_not_ready=0.6)
+    slow = replace(FAST_CML, boot_bad_gateway=1.5, boot_not_ready=1.5)
     async with workers_world(monkeypatch, moto_url, cml_options=slow) as world:
         await world.create()
         await world.until(lambda w: condition(w, "CMLReady") == ("False", "CMLNotReady"), "the 502 told")
