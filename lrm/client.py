@@ -92,8 +92,11 @@ class Client:
             raise ResourceNotFound(kind.plural, name) from error
         return kind.decode(entry)
 
-    async def list(self, model: type[R], namespace: str = "") -> list[R]:
-        """All objects of a kind at one revision, from the store; what cannot be decoded is left out."""
+    async def list(self, model: type[R], namespace: str = "", *, whole: bool = False) -> list[R]:
+        """All objects of a kind at one revision, from the store.
+
+        What cannot be decoded is left out; for who decides by what is absent (`whole`) it raises `Undecodable`.
+        """
         kind, found, token = self._registry.of(model), [], ""
         while True:
             page = await self._storage.list(
@@ -103,7 +106,8 @@ class Client:
                 try:
                     found.append(kind.decode(entry))
                 except Undecodable:
-                    continue
+                    if whole:
+                        raise
             token = page.continue_token
             if not token:
                 return found

@@ -28,10 +28,10 @@ from controllers.imports.selection import Plan, Reasons, plan
 from controllers.workers.claims import Claims
 from controllers.workers.kind import LabWorker
 from controllers.workers.phases import Reasons as WorkerReasons
-from controllers.workers.provisioning import reason_of
+from controllers.workers.provisioning import UNDECODABLE_WORKER, reason_of
 from lrm.cache import Change
 from lrm.crashpoints import crash_point
-from lrm.errors import Invalid, ResourceExists, RetryLater
+from lrm.errors import Invalid, ResourceExists, RetryLater, Undecodable
 from lrm.reconcile import Context, Controller, Result
 from lrm.resource import RECONCILE_ANNOTATION
 
@@ -78,7 +78,12 @@ class ImportsController(Controller[LabWorkerImport]):
                 return await self._give_up(resource, ctx, wish, (_reason_of(error), str(error)))
             await self._note(resource, ctx, _reason_of(error), str(error))
             raise RetryLater(f"EC2 cannot be asked: {error}") from error
-        workers = await ctx.client.list(LabWorker)
+        try:
+            workers = await ctx.client.list(LabWorker, whole=True)
+        except Undecodable as error:
+            message = f"any instance may be the one of a worker that this version cannot read: {error}"
+            await self._note(resource, ctx, UNDECODABLE_WORKER, message)
+            raise RetryLater(message) from error
         claimed = {i: holder for i in found if (holder := await self._claims.holder(i, ctx))}
         chosen = plan(resource, found, workers, claimed, self._installation)
         # What comes back may have a newer spec: it is told of this run, and this run goes on with its own.

@@ -158,7 +158,7 @@ class Arrival:
             return self._pace.soon()
         if instance.state not in KEEPABLE:
             return await work.fail(Reasons.INSTANCE_TERMINATED, f"{instance_id} is {instance.state}")
-        refusal = self._ec2.belongs_elsewhere(work, instance)
+        refusal = await self._ec2.belongs_elsewhere(work, instance)
         if refusal:
             return await work.fail(Reasons.ADOPTION_REFUSED, f"{instance_id} is not adopted: {refusal}")
         holder = await self._claims.take(instance_id, work.worker, work.ctx)

@@ -38,11 +38,12 @@ from controllers.workers.decisions import (
     next_launch,
     tags_of,
 )
-from controllers.workers.kind import LabWorker
+from controllers.workers.kind import LAB_WORKER, LabWorker
 from controllers.workers.phases import Conditions, Phase, Reasons
 from controllers.workers.settings import WorkerSettings
 from controllers.workers.work import Change, Work, forget_instance
 from lrm.crashpoints import crash_point
+from lrm.errors import RetryLater
 from lrm.reconcile import Result
 
 CRASH_POINTS = (
@@ -55,6 +56,9 @@ CRASH_POINTS = (
     "workers.stop.sent",
 )
 """Between every two steps of a launch, in their order, and after each other change in EC2."""
+
+UNDECODABLE_WORKER = "UndecodableWorker"
+"""Nothing is taken over, as a worker that this version cannot read may have it."""
 
 _STATES = (*LIVE_STATES, "terminated")
 _SURPLUS_KEPT = 10
@@ -273,14 +277,27 @@ class Provisioner:
                 raise Ec2NotFound("InvalidInstanceID.NotFound", f"EC2 does not show {recorded} yet")
         return [i for i in found if i.state != "terminated"]
 
-    def belongs_elsewhere(self, work: Work, instance: Ec2Instance) -> str:
-        """Why an instance must not be adopted, by its tags; empty when it may be."""
+    async def belongs_elsewhere(self, work: Work, instance: Ec2Instance) -> str:
+        """Why an instance must not be adopted, by its tags; empty when it may be.
+
+        Raises `RetryLater` while a worker that this version cannot read may be the one that the tags name.
+        """
         installation = instance.tags.get(INSTALLATION_TAG, "")
         if installation not in ("", self._installation):
             return f"its tag {INSTALLATION_TAG} names another installation"
         uid = instance.tags.get(UID_TAG, "")
-        others = [w for w in work.ctx.cache.all(LabWorker) if w.uid == uid and w.uid != work.worker.uid]
-        return f"it is the instance of {others[0].namespace}/{others[0].name}" if others else ""
+        if uid in ("", work.worker.uid):
+            return ""
+        others = [w for w in work.ctx.cache.all(LabWorker) if w.uid == uid]
+        if others:
+            return f"it is the instance of {others[0].namespace}/{others[0].name}"
+        opaque = next((i for i in work.ctx.cache.items(LAB_WORKER) if i.resource is None), None)
+        if opaque is not None:
+            name = f"{opaque.namespace}/{opaque.name}"
+            message = f"{instance.id} may be the instance of {name}, a worker that this version cannot read"
+            await work.ec2_trouble(UNDECODABLE_WORKER, message)
+            raise RetryLater(message)
+        return ""
 
     async def _intend(self, work: Work) -> object:
         """Record the attempt and what it sends; return since when an earlier call of it is in doubt."""

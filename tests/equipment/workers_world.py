@@ -252,6 +252,17 @@ async def claims(world: WorkersWorld) -> dict[str, str]:
 
 
 @asynccontextmanager
+async def unreadable(world: WorkersWorld, name: str) -> AsyncIterator[None]:
+    """A worker as a later version would have written it, which this one cannot decode."""
+    key = world.registry.key_of(await world.get(name))
+    value = (await world.storage.get(key)).value
+    await world.storage.set(key, orjson.dumps({**orjson.loads(value), "spec": "of a later version"}))
+    await world.cache.barrier()
+    yield
+    await world.storage.set(key, value)
+
+
+@asynccontextmanager
 async def workers_world(
     monkeypatch: pytest.MonkeyPatch,
     moto_url: str,

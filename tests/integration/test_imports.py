@@ -19,6 +19,7 @@ from equipment.workers_world import (
     claims,
     someone_elses,
     tags_of,
+    unreadable,
     workers_world,
 )
 from lrm.resource import RECONCILE_ANNOTATION, ObjectMeta
@@ -140,6 +141,22 @@ async def test_an_import_that_ec2_holds_up_says_why_and_goes_on_when_it_can(worl
     await until(told, "the reason")
     world.shim.faults.remove(struck.id)
     assert (await ended(world)).status.imported[0].instance_id == instance_id
+
+
+async def test_nothing_is_imported_while_a_worker_cannot_be_read(world: WorkersWorld) -> None:
+    own = (await world.serving()).status.ec2.instance_id
+    async with unreadable(world, "w1"):
+        await post(world, amiId=DEMO_AMI)
+
+        async def told() -> bool:
+            seen = (await world.client.get(LabWorkerImport, "default", "old")).status.condition("Ready")
+            return seen is not None and (seen.status, seen.reason) == ("False", "UndecodableWorker")
+
+        await until(told, "the reason")
+        assert await world.client.list(LabWorker) == []
+    done = await ended(world)
+    assert [(one.instance_id, one.reason) for one in done.status.skipped] == [(own, "HasWorker: default/w1")]
+    assert [w.name for w in await world.client.list(LabWorker)] == ["w1"]
 
 
 async def test_what_ec2_does_not_know_is_told(world: WorkersWorld) -> None:

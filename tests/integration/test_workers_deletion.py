@@ -9,7 +9,7 @@ import orjson
 import pytest
 
 from controllers.aws.simulator import ShimOptions
-from controllers.workers.kind import DRAIN_ANNOTATION
+from controllers.workers.kind import DRAIN_ANNOTATION, LabWorker
 from equipment.waiting import until
 from equipment.workers_world import (
     FAST_CML,
@@ -21,6 +21,7 @@ from equipment.workers_world import (
     history,
     someone_elses,
     tags_of,
+    unreadable,
     workers_world,
 )
 from lrm.resource import RECONCILE_ANNOTATION
@@ -184,6 +185,23 @@ async def test_a_claim_whose_worker_is_no_more_is_taken_over(world: WorkersWorld
     await world.adopt("w1", instance_id)
     worker = await world.phase("ReadyUnlicensed")
     assert await claims(world) == {instance_id: worker.uid}
+
+
+async def test_nothing_is_adopted_that_may_be_a_worker_s_that_cannot_be_read(world: WorkersWorld) -> None:
+    owner = await world.serving("w1")
+    async with unreadable(world, "w1"):
+        await world.adopt("w2", owner.status.ec2.instance_id or "")
+
+        def held(worker: LabWorker) -> bool:
+            trouble = worker.status.ec2.last_error
+            return trouble is not None and trouble.reason == "UndecodableWorker"
+
+        held_up = await world.until(held, "the reason", name="w2")
+        assert held_up.status.ec2.instance_id is None
+        assert await claims(world) == {}
+    failed = await world.phase("Failed", name="w2")
+    assert failed.status.failure is not None
+    assert "default/w1" in failed.status.failure.message
 
 
 async def test_what_belongs_to_another_worker_or_installation_is_not_adopted(world: WorkersWorld) -> None:
