@@ -25,7 +25,7 @@ from controllers.imports.kind import (
     worker_of,
 )
 from controllers.imports.selection import Plan, Reasons, plan
-from controllers.workers.claims import Claims
+from controllers.workers.claims import Claims, holding
 from controllers.workers.kind import LabWorker
 from controllers.workers.phases import Reasons as WorkerReasons
 from controllers.workers.provisioning import UNDECODABLE_WORKER, reason_of
@@ -78,14 +78,14 @@ class ImportsController(Controller[LabWorkerImport]):
                 return await self._give_up(resource, ctx, wish, (_reason_of(error), str(error)))
             await self._note(resource, ctx, _reason_of(error), str(error))
             raise RetryLater(f"EC2 cannot be asked: {error}") from error
+        claims = await self._claims.everyone()  # before the workers: whoever claims later is among them
         try:
             workers = await ctx.client.list(LabWorker, whole=True)
         except Undecodable as error:
             message = f"any instance may be the one of a worker that this version cannot read: {error}"
             await self._note(resource, ctx, UNDECODABLE_WORKER, message)
             raise RetryLater(message) from error
-        claimed = {i: holder for i in found if (holder := await self._claims.holder(i, ctx))}
-        chosen = plan(resource, found, workers, claimed, self._installation)
+        chosen = plan(resource, found, workers, holding(claims, workers), self._installation)
         # What comes back may have a newer spec: it is told of this run, and this run goes on with its own.
         stored = await self._intend(resource, ctx, chosen, found)
         crash_point("imports.planned")

@@ -7,6 +7,8 @@ Called by the workers' controller; the imports' one asks who has what.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
+
 import orjson
 
 from controllers.workers.kind import LabWorker
@@ -14,6 +16,8 @@ from lrm.errors import ResourceNotFound
 from lrm.reconcile import Context
 from storage.base import Entry, Storage
 from storage.errors import AlreadyExists, Conflict, GuardFailed, NotFound
+
+_PAGE = 500
 
 
 class Claims:
@@ -43,13 +47,16 @@ class Claims:
                 return ""
         return "another worker that claims it at the same time"
 
-    async def holder(self, instance_id: str, ctx: Context) -> str:
-        """Who has an instance (`namespace/name`), "" when nobody has."""
-        try:
-            holder = _holder(await self._storage.get(self._prefix + instance_id))
-        except NotFound:
-            return ""
-        return f"{holder['namespace']}/{holder['name']}" if await self._holds(holder, instance_id, ctx) else ""
+    async def everyone(self) -> dict[str, dict[str, str]]:
+        """Whom the claims name, by instance, all at one revision; `holding` says which of them count."""
+        found: dict[str, dict[str, str]] = {}
+        token = ""
+        while True:
+            page = await self._storage.list(self._prefix, limit=_PAGE, continue_token=token)
+            found |= {entry.key.removeprefix(self._prefix): _holder(entry) for entry in page.entries}
+            token = page.continue_token
+            if not token:
+                return found
 
     async def release(self, instance_id: str, worker: LabWorker, ctx: Context) -> None:
         """Give a claim up if it is this worker's; one that is not there is fine."""
@@ -65,8 +72,7 @@ class Claims:
             other = await ctx.client.get(LabWorker, holder["namespace"], holder["name"])
         except ResourceNotFound:
             return False
-        mine = other.uid == holder["uid"]
-        return mine and instance_id in (other.spec.aws.instance_id, other.status.ec2.instance_id)
+        return _has(other, holder, instance_id)
 
     async def _drop(self, entry: Entry, ctx: Context) -> None:
         try:
@@ -75,6 +81,23 @@ class Claims:
             return  # somebody else was faster; whoever needs the claim looks again
         except GuardFailed as error:
             raise ctx.fenced(error) from error
+
+
+def holding(claims: Mapping[str, Mapping[str, str]], workers: Iterable[LabWorker]) -> dict[str, str]:
+    """Who has what (`namespace/name` by instance), by the claims and by workers that were read after them."""
+    by_place = {(w.namespace, w.name): w for w in workers}
+    found: dict[str, str] = {}
+    for instance_id, holder in claims.items():
+        worker = by_place.get((holder["namespace"], holder["name"]))
+        if worker is not None and _has(worker, holder, instance_id):
+            found[instance_id] = f"{worker.namespace}/{worker.name}"
+    return found
+
+
+def _has(worker: LabWorker, holder: Mapping[str, str], instance_id: str) -> bool:
+    """Whether the worker of that name is the one that claimed the instance, and still has to do with it."""
+    named = instance_id in (worker.spec.aws.instance_id, worker.status.ec2.instance_id)
+    return named and worker.uid == holder["uid"]
 
 
 def _holder(entry: Entry) -> dict[str, str]:

@@ -159,6 +159,35 @@ async def test_nothing_is_imported_while_a_worker_cannot_be_read(world: WorkersW
     assert [w.name for w in await world.client.list(LabWorker)] == ["w1"]
 
 
+async def test_the_claims_are_read_in_pages_however_many_instances_are_found(
+    world: WorkersWorld, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ids = await several(world, 4, track="ccna")
+    for number, instance_id in enumerate(ids[:2]):
+        await world.adopt(f"w{number}", instance_id)
+        await world.phase("ReadyUnlicensed", name=f"w{number}")
+    read: list[str] = []
+    get, listed = world.storage.get, world.storage.list
+
+    async def count_get(key: str, **how: Any) -> Any:
+        read.append(key)
+        return await get(key, **how)
+
+    async def count_list(prefix: str, **how: Any) -> Any:
+        read.append(prefix)
+        return await listed(prefix, **how)
+
+    monkeypatch.setattr(world.storage, "get", count_get)
+    monkeypatch.setattr(world.storage, "list", count_list)
+    await post(world, tags={"track": "ccna"}, limit=1)
+    done = await ended(world)
+    assert {s.reason.partition(":")[0] for s in done.status.skipped} == {"HasWorker", "LimitReached"}
+    assert len(done.status.imported) == 1
+    new = done.status.imported[0].instance_id
+    claimed = [key for key in read if "/claim/ec2/" in key and not key.endswith(new)]
+    assert len(claimed) == 1, claimed
+
+
 async def test_what_ec2_does_not_know_is_told(world: WorkersWorld) -> None:
     unknown = "i-0123456789abcdef0"
     await post(world, instanceIds=[unknown])
