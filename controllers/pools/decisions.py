@@ -17,7 +17,7 @@ from enum import StrEnum
 
 from controllers.pools.demand import Load, WorkerLoad
 from controllers.pools.hours import Window, local_time, soon_or_now
-from controllers.pools.kind import LabWorkerPool
+from controllers.pools.kind import LONGEST_LEAD, LabWorkerPool
 from controllers.workers.decisions import Goal, goal_of, is_paused
 from controllers.workers.kind import LabWorker, serving
 from controllers.workers.phases import Phase
@@ -163,21 +163,23 @@ def is_removable(worker: LabWorker, load: WorkerLoad) -> bool:
 def lead_of(pool: LabWorkerPool) -> timedelta:
     """How long before a known need its workers are begun."""
     measured = pool.status.seconds_to_ready
-    return timedelta(seconds=FIRST_LEAD if measured is None else measured)
+    return timedelta(seconds=FIRST_LEAD if measured is None else min(measured, LONGEST_LEAD))
 
 
 def decide(pool: LabWorkerPool, workers: Iterable[LabWorker], load: Load, now: datetime) -> Decision:
     """The next change of the pool, if any. Raises `UnknownTimeZone`."""
     team = roster(pool, workers, load)
-    floor, why = _floor(pool, now)
+    floor, why = _floor(pool, now, lead_of(pool))
+    # The lead falls as soon as a worker shows how quick it is: what a longer one began stays for its window.
+    kept, _ = _floor(pool, now, timedelta(seconds=LONGEST_LEAD))
     return (
-        _shrink_to(pool, team, load, floor)
+        _shrink_to(pool, team, load, kept)
         or _grow_to(team, floor, why)
         or _in_flight(team.starting)
-        or _replace(pool, team, floor, now)
+        or _replace(pool, team, kept, now)
         # One that waits for its labs may take hours; until they end it changes nothing for the others.
         or _in_flight([w for w in team.leaving if not load.of(w).hosts])
-        or _by_load(pool, team, load, floor, now)
+        or _by_load(pool, team, load, kept, now)
         or Decision(Direction.NONE, Reason.SETTLED, before=len(team.able))
     )
 
@@ -185,25 +187,24 @@ def decide(pool: LabWorkerPool, workers: Iterable[LabWorker], load: Load, now: d
 # What a person says
 
 
-def _floor(pool: LabWorkerPool, now: datetime) -> tuple[int, Reason]:
-    """The size that the pool must have, and what says so."""
+def _floor(pool: LabWorkerPool, now: datetime, ahead: timedelta) -> tuple[int, Reason]:
+    """The size that the pool must have, windows that begin within `ahead` heeded, and what says so."""
     spec, wished = pool.spec, pool.spec.wished
     if spec.policy not in ("Scheduled", "Hybrid"):
         return wished, Reason.BELOW_WISHED
-    lead = lead_of(pool)
-    scheduled = max((w.workers for w in spec.schedule if soon_or_now(w, now, spec.time_zone, lead)), default=0)
+    scheduled = max((w.workers for w in spec.schedule if soon_or_now(w, now, spec.time_zone, ahead)), default=0)
     scheduled = min(scheduled, spec.max_workers)
     return (scheduled, Reason.SCHEDULE) if scheduled > wished else (wished, Reason.BELOW_WISHED)
 
 
-def _most(pool: LabWorkerPool, floor: int) -> int:
-    """The size that the pool must not exceed: where load decides nothing, the one that it must have."""
-    return floor if pool.spec.policy in _BY_WORD else pool.spec.max_workers
+def _most(pool: LabWorkerPool, kept: int) -> int:
+    """The size that the pool must not exceed: where load decides nothing, the one that it must keep."""
+    return kept if pool.spec.policy in _BY_WORD else pool.spec.max_workers
 
 
-def _shrink_to(pool: LabWorkerPool, team: Roster, load: Load, floor: int) -> Decision | None:
+def _shrink_to(pool: LabWorkerPool, team: Roster, load: Load, kept: int) -> Decision | None:
     """Down to the size that is asked for, or to the maximum; as far as workers can be spared now."""
-    most = _most(pool, floor)
+    most = _most(pool, kept)
     excess, before = len(team.members) - most, len(team.able)
     if excess <= 0 or (before < most and len(team.members) <= pool.spec.max_workers):
         return None  # the failed ones that make it too large are replaced first, and then go
@@ -243,12 +244,12 @@ def _in_flight(workers: Sequence[LabWorker]) -> Decision | None:
     return Decision(Direction.NONE, Reason.IN_FLIGHT, f"waiting for {names}")
 
 
-def _replace(pool: LabWorkerPool, team: Roster, floor: int, now: datetime) -> Decision | None:
+def _replace(pool: LabWorkerPool, team: Roster, kept: int, now: datetime) -> Decision | None:
     """New workers for failed ones, the size staying what it was; the failed ones go."""
     spec, before = pool.spec, len(team.able)
     if not team.failed:
         return None
-    lost = min(_most(pool, floor), len(team.members)) - before
+    lost = min(_most(pool, kept), len(team.members)) - before
     hour_ago = now - timedelta(hours=1)
     lately = sum(d.replaced for d in pool.status.scaling_history if d.at > hour_ago)
     allowed = min(lost, spec.replace_failed.max_per_hour - lately)
@@ -325,11 +326,11 @@ def _measures(pool: LabWorkerPool, team: Roster, load: Load, now: datetime) -> l
     return [m for m in found if m.known]
 
 
-def _by_load(pool: LabWorkerPool, team: Roster, load: Load, floor: int, now: datetime) -> Decision | None:
+def _by_load(pool: LabWorkerPool, team: Roster, load: Load, kept: int, now: datetime) -> Decision | None:
     if pool.spec.policy in _BY_WORD:
         return None
     measures = _measures(pool, team, load, now)
-    return _grow(pool, team, load, measures, now) or _shrink(pool, team, load, measures, floor, now)
+    return _grow(pool, team, load, measures, now) or _shrink(pool, team, load, measures, kept, now)
 
 
 def _grow(
@@ -374,10 +375,10 @@ def _more_by_waiting(pool: LabWorkerPool, team: Roster, load: Load) -> Iterable[
 
 
 def _shrink(  # noqa: PLR0911, PLR0917 - each way out is a reason to keep all
-    pool: LabWorkerPool, team: Roster, load: Load, measures: Sequence[_Measure], floor: int, now: datetime
+    pool: LabWorkerPool, team: Roster, load: Load, measures: Sequence[_Measure], kept: int, now: datetime
 ) -> Decision | None:
     before = len(team.able)
-    if before <= floor or not measures:
+    if before <= kept or not measures:
         return None
     victim = next(iter(_expendable(team.able, load)), None)
     if victim is None:

@@ -36,6 +36,8 @@ NAMES_TOLD = 20
 """Names that a decision tells of each sort; a thousand of them fifty times over would be more than an object may be."""
 WORKERS_MOST = 1000
 """Workers that a pool may be asked to have."""
+LONGEST_LEAD = 60 * 60
+"""Seconds before a window at which its workers are begun at the earliest; from then on those that are there stay."""
 
 PENDING, SCALING, READY, DEGRADED, DELETING = "Pending", "Scaling", "Ready", "Degraded", "Deleting"
 

@@ -20,7 +20,7 @@ from controllers.pools.controller import PoolsController, new_suffix
 from controllers.pools.demand import ObservedDemand
 from controllers.pools.kind import LAB_WORKER_POOL, LabWorkerPool, LabWorkerPoolSpec
 from controllers.pools.settings import PoolSettings
-from controllers.workers.kind import INSTANCE_FINALIZER, LAB_WORKER, IdleStatus, LabWorker
+from controllers.workers.kind import INSTANCE_FINALIZER, LAB_WORKER, IdleStatus, LabWorker, Utilization
 from equipment.pools import TEMPLATE
 from lrm.cache import Cache, CacheUpdate, Change
 from lrm.client import Client
@@ -193,6 +193,16 @@ class PoolScene:
             )
             await self.labs_client.create(record, with_status=True)
         await self.labs_client.update_status(worker, lambda w: setattr(w.status, "labs_count", labs))
+
+    async def measure(self, *, cpu: float, memory: float, labs: int) -> None:
+        """The same is measured of all workers; shares in percent."""
+        metrics, used = (
+            self.client.bind(owner="metrics", fence=None),
+            Utilization(cpu_percent=cpu, memory_percent=memory),
+        )
+        for worker in await self.workers():
+            await metrics.update_status(worker, lambda w: setattr(w.status, "utilization", used))
+            await self.labs_client.update_status(worker, lambda w: setattr(w.status, "labs_count", labs))
 
     async def empty(self) -> None:
         """All labs end."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import re
 from collections import Counter
+from datetime import timedelta
 
 import pytest
 
@@ -112,6 +113,23 @@ async def test_a_zone_that_this_machine_lacks_is_told_and_the_pool_can_still_end
         await scene.client.delete(await scene.pool())
         await scene.fleet()
         assert await scene.gone()
+
+
+@pytest.mark.parametrize("policy", ["Scheduled", "Hybrid"])
+async def test_workers_begun_for_a_window_stay_for_it_however_quick_they_were(policy: str) -> None:
+    async with pool_scene() as scene:
+        now = scene.clock.now()
+        start, end = ((now + timedelta(minutes=m)).strftime("%H:%M") for m in (19, 199))
+        cooldowns = {"upMinutes": 0, "downMinutes": 0}
+        schedule = [{"start": start, "end": end, "workers": 4}]
+        await scene.make(minWorkers=0, policy=policy, schedule=schedule, cooldowns=cooldowns)
+        for _ in range(30):
+            await scene.fleet(seconds=30, rounds=2)
+            await scene.measure(cpu=1, memory=1, labs=0)
+        pool = await scene.pool()
+        assert pool.status.seconds_to_ready is not None
+        assert pool.status.seconds_to_ready < 300, "they were quick"
+        assert decisions(pool) == [("Up", "Schedule", 0, 4)]
 
 
 async def test_scaled_down_the_emptiest_go_drained_and_none_with_labs() -> None:
