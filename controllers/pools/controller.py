@@ -16,6 +16,7 @@ from contextlib import suppress
 from controllers.pools.conditions import (
     CLOCK_JUMPED,
     OBSERVE_ONLY,
+    UNDECODABLE_WORKER,
     UNKNOWN_TIME_ZONE,
     limit_of,
     observe,
@@ -26,7 +27,7 @@ from controllers.pools.demand import Demand, Load
 from controllers.pools.hours import UnknownTimeZone
 from controllers.pools.kind import NAMES_TOLD, POOL_FINALIZER, POOLS, LabWorkerPool, ScalingDecision, new_worker
 from controllers.pools.settings import PoolSettings
-from controllers.workers.kind import DRAIN_ANNOTATION, WAKE_ANNOTATION, LabWorker
+from controllers.workers.kind import DRAIN_ANNOTATION, LAB_WORKER, WAKE_ANNOTATION, LabWorker
 from lrm.cache import Cache, Change
 from lrm.crashpoints import crash_point
 from lrm.errors import Forbidden, Invalid, ResourceExists, ResourceNotFound, RetryLater
@@ -82,6 +83,9 @@ class PoolsController(Controller[LabWorkerPool]):
         workers = self._workers(resource)
         load = self._load(resource, workers, ctx)
         team = roster(resource, workers, load)
+        if opaque := self._opaque(resource):
+            await self._note(resource, team, opaque, ctx)
+            return Result.after(self._interval)
         status = resource.status
         if status.planned_names or status.removing or status.waking:
             return await self._carry_out(resource, team, load, ctx)
@@ -103,17 +107,28 @@ class PoolsController(Controller[LabWorkerPool]):
         if not workers:
             await ctx.cache.barrier()
             workers = self._workers(resource)
-        if not workers:
+        opaque = self._opaque(resource)
+        if not workers and not opaque:
             return Result.done()
         drains = resource.metadata.annotations.get(DRAIN_ANNOTATION, "true")
         held = [w for w in workers if not await self._end(w, drains, ctx, exactly=False)]
         team = roster(resource, workers, self._load(resource, workers, ctx))
-        limit = ("WorkersProtected", f"protected: {', '.join(w.name for w in held[:3])}") if held else ("", "")
-        await self._note(resource, team, limit, ctx)
+        protected = ("WorkersProtected", f"protected: {', '.join(w.name for w in held[:3])}") if held else None
+        await self._note(resource, team, protected or opaque or ("", ""), ctx)
         return Result.after(self._interval)  # the last worker that goes wakes us
 
     def _workers(self, pool: LabWorkerPool) -> list[LabWorker]:
         return self._cache.by_index(LabWorker, "owner", pool.uid)
+
+    def _opaque(self, pool: LabWorkerPool) -> tuple[str, str] | None:
+        """What stands against any decision while a worker of the namespace cannot be decoded here: it may be ours.
+
+        A newer version may have written it, and it serves: without it in the count another would be launched.
+        """
+        found = [i.name for i in self._cache.opaque() if i.kind is LAB_WORKER and i.namespace == pool.namespace]
+        if not found:
+            return None
+        return (UNDECODABLE_WORKER, f"workers that this version cannot read may be the pool's: {', '.join(found[:3])}")
 
     def _load(self, pool: LabWorkerPool, workers: Sequence[LabWorker], ctx: Context) -> Load:
         return self._demand.load(pool, workers, ctx.clock.now() + lead_of(pool))

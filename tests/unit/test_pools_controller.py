@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import re
 from collections import Counter
 from datetime import timedelta
@@ -13,7 +14,7 @@ from controllers.pools.conditions import SCALING_LIMITED
 from controllers.pools.controller import CRASH_POINTS
 from controllers.pools.demand import ObservedDemand
 from controllers.pools.kind import LAB_WORKER_POOL, POOL_FINALIZER, POOL_LABEL, LabWorkerPool
-from controllers.workers.kind import DRAIN_ANNOTATION, WAKE_ANNOTATION, Allocation, LabWorker, Utilization
+from controllers.workers.kind import DRAIN_ANNOTATION, LAB_WORKER, WAKE_ANNOTATION, Allocation, LabWorker, Utilization
 from equipment.pools import TEMPLATE
 from equipment.pools_scene import INTERVAL, PoolScene, dying_at, pool_scene
 from lrm.resource import PROTECT_ANNOTATION
@@ -389,6 +390,37 @@ async def test_a_clock_that_was_set_holds_decisions_back() -> None:
         assert limit(await scene.pool()) == ("True", "ClockJumped")
         await scene.clock.advance(90)
         assert len(await scene.workers()) == 2
+
+
+async def rewrite(scene: PoolScene, name: str, desired_phase: str) -> None:
+    """Another version has written a worker."""
+    key = scene.registry.kind_prefix(LAB_WORKER, "default") + name
+    entry = await scene.storage.get(key)
+    assert entry is not None
+    document = json.loads(entry.value)
+    document["spec"]["desiredPhase"] = desired_phase
+    await scene.storage.update(key, json.dumps(document).encode(), expected_revision=entry.revision)
+
+
+async def test_while_a_worker_cannot_be_read_none_is_launched_in_its_place_and_no_pool_goes() -> None:
+    async with pool_scene() as scene:
+        await scene.make(minWorkers=2)
+        await scene.fleet()
+        one, other = await scene.workers()
+        for worker in (one, other):
+            await rewrite(scene, worker.name, "Hibernated")
+        await scene.clock.advance(2 * INTERVAL)
+        assert sum(c.type == "ADDED" and c.kind is LAB_WORKER for c in scene.changes) == 2
+        assert limit(await scene.pool()) == ("True", "UndecodableWorker")
+        await rewrite(scene, one.name, "Ready")
+        await scene.client.delete(await scene.pool())
+        await scene.fleet()
+        assert not await scene.gone(), "the other one may be its own"
+        assert limit(await scene.pool()) == ("True", "UndecodableWorker")
+        await rewrite(scene, other.name, "Ready")
+        await scene.fleet()
+        assert await scene.gone()
+        assert await scene.workers() == []
 
 
 # Whoever dies, and whatever reply is lost
