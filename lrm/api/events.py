@@ -11,7 +11,7 @@ import random
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import Any
+from typing import Any, TypeVar
 
 import orjson
 from aiohttp import web
@@ -28,10 +28,13 @@ from lrm.api.table import age
 from lrm.errors import LrmError, ResourceNotFound, Undecodable
 from lrm.events import events_prefix
 from storage.base import Batch, Entry, Event, Watch
+from storage.clock import Clock
 from storage.errors import NotFound, StorageError
 
 _MOST_WATCHES = 32
 """Watches of events at once; more are told 429."""
+_SLICE = 500
+"""Events that are written in one go; between two slices the event loop is given back."""
 _LOOK_SECONDS = 15.0
 """Between two looks whether the client of a quiet watch is still there."""
 
@@ -66,6 +69,7 @@ _COLUMNS = (
 
 Document = dict[str, Any]
 _Test = Callable[[Document], bool]
+T = TypeVar("T")
 
 
 @dataclass
@@ -143,16 +147,30 @@ async def _list(request: web.Request, query: ListQuery, wanted: _Wanted) -> web.
         raise bad_request("a continue token already says the resourceVersion")
     exact = query.revision if query.exact and query.revision else 0
     place = place_of(query.token, of_list) if query.token else Place(exact)
-    pages = await read_pages(api.storage, wanted.prefix(api), place, query.limit, wanted.choose)
+    pages = await read_pages(api.storage, wanted.prefix(api), place, query.limit, wanted.choose, clock=api.clock)
     if query.revision and pages.revision < query.revision:
         raise not_yet(query.revision, pages.revision)
     metadata = {"resourceVersion": str(pages.revision)}
     if pages.next is not None:
         metadata["continue"] = pages.next.token(of_list)
     if accepted.form == "table":
-        return await respond(accepted, _table(pages.found, metadata, api.clock.now(), whole=_whole(request)))
-    document = {"kind": "EventList", "apiVersion": "v1", "metadata": metadata, "items": pages.found}
-    return await respond(accepted, document)
+        now, whole = api.clock.now(), _whole(request)
+        head = _table([], metadata, now)
+        return await respond(accepted, await _long(api.clock, head, "rows", pages.found, lambda d: _row(d, now, whole)))
+    head = {"kind": "EventList", "apiVersion": "v1", "metadata": metadata, "items": []}
+    return await respond(accepted, await _long(api.clock, head, "items", pages.found, lambda d: d))
+
+
+async def _long(
+    clock: Clock, head: Document, last: str, documents: Sequence[Document], make: Callable[[Document], Document]
+) -> bytes:
+    """JSON of `head`, its last list filled with what `make` makes of the documents, slice by slice."""
+    slices: list[bytes] = []
+    for start in range(0, len(documents), _SLICE):
+        slices.append(orjson.dumps([make(d) for d in documents[start : start + _SLICE]])[1:-1])
+        await clock.sleep(0)
+    begin = orjson.dumps({**head, last: []}).removesuffix(b"]}")
+    return b"%b%b]}" % (begin, b",".join(slices))
 
 
 async def _watch(request: web.Request, query: ListQuery, wanted: _Wanted) -> web.StreamResponse:
@@ -163,7 +181,7 @@ async def _watch(request: web.Request, query: ListQuery, wanted: _Wanted) -> web
     present: Sequence[Document] = ()
     after = query.revision or 0
     if initial or not after:
-        pages = await read_pages(api.storage, wanted.prefix(api), Place(), 0, wanted.choose)
+        pages = await read_pages(api.storage, wanted.prefix(api), Place(), 0, wanted.choose, clock=api.clock)
         if pages.revision < after:
             raise not_yet(after, pages.revision)
         present, after = pages.found if initial else (), pages.revision
@@ -175,7 +193,7 @@ async def _watch(request: web.Request, query: ListQuery, wanted: _Wanted) -> web
             async with limit as scope:
                 request.app[_OPEN].limits.add(scope)
                 try:
-                    await stream.send([stream.told("ADDED", document, after) for document in present])
+                    await stream.send_slices(present, lambda document: stream.told("ADDED", document, after))
                     if query.initial_events:
                         await stream.send([stream.initial_end(after)])
                     await _follow(stream, changes)
@@ -216,8 +234,15 @@ class _EventStream(LineStream):
         self._columns_sent = False
 
     async def send_batch(self, batch: Batch) -> None:
-        """Everything of one revision."""
-        await self.send([told for event in batch.events if (told := self._of(event))])
+        """Everything of one revision; when a lease ends, that is much at once."""
+        await self.send_slices(batch.events, self._of)
+
+    async def send_slices(self, about: Sequence[T], tell: Callable[[T], bytes | None]) -> None:
+        """A line about each, slice by slice; what `tell` has none for is left out."""
+        for start in range(0, len(about), _SLICE):
+            await self.send([told for one in about[start : start + _SLICE] if (told := tell(one))])
+            if start + _SLICE < len(about):
+                await self.api.clock.sleep(0)
 
     def told(self, kind: str, document: Document, revision: int) -> bytes:
         """One event of the watch, about one event."""
@@ -321,8 +346,12 @@ def _table(
         "apiVersion": "meta.k8s.io/v1",
         "metadata": metadata,
         "columnDefinitions": definitions if columns else [],
-        "rows": [{"cells": _cells(d, now), "object": d if whole else _partial(d)} for d in documents],
+        "rows": [_row(d, now, whole) for d in documents],
     }
+
+
+def _row(document: Document, now: datetime, whole: bool) -> Document:
+    return {"cells": _cells(document, now), "object": document if whole else _partial(document)}
 
 
 def _cells(document: Document, now: datetime) -> list[Any]:

@@ -118,7 +118,7 @@ async def _from_store(api: Api, target: Target, query: ListQuery, place: Place) 
             left_out.append(entry.key)
         return item if item is not None and _wanted(query, item) else None
 
-    pages = await read_pages(api.storage, prefix, place, query.limit, choose)
+    pages = await read_pages(api.storage, prefix, place, query.limit, choose, clock=api.clock)
     token = pages.next.token(_fingerprint(query, target)) if pages.next else ""
     return Listing(pages.found, pages.revision, token, left_out=left_out)
 

@@ -17,6 +17,7 @@ import orjson
 
 from lrm.api.status import bad_request
 from storage.base import Entry, Storage
+from storage.clock import Clock
 
 T = TypeVar("T")
 
@@ -68,9 +69,12 @@ def place_of(token: str, of_list: str) -> Place:
 
 
 async def read_pages(
-    storage: Storage, prefix: str, place: Place, limit: int, choose: Callable[[Entry], T | None]
+    storage: Storage, prefix: str, place: Place, limit: int, choose: Callable[[Entry], T | None], *, clock: Clock
 ) -> Pages[T]:
-    """Up to `limit` (0: all) of what `choose` makes of the entries below a prefix, beginning at `place`."""
+    """Up to `limit` (0: all) of what `choose` makes of the entries below a prefix, beginning at `place`.
+
+    The event loop is given back after every 500 entries.
+    """
     revision, page_token, last = place.revision, place.page, ""
     found: list[T] = []
     while True:
@@ -86,3 +90,4 @@ async def read_pages(
         page_token, revision = page.continue_token, page.revision
         if not page_token:
             return Pages(found, page.revision)
+        await clock.sleep(0)

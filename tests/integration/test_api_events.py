@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
 import aiohttp
+import orjson
 import pytest
 
 from equipment.api import Served, Telescope, served, telescope, tokens_file
@@ -195,6 +197,54 @@ async def test_a_watch_without_a_version_begins_with_what_is_there(scene: Scene)
         told = [await watch.next() for _ in range(3)]
         assert [e["type"] for e in told] == ["ADDED", "ADDED", "BOOKMARK"]
         assert told[2]["object"]["metadata"]["annotations"] == {"k8s.io/initial-events-end": "true"}
+
+
+async def test_long_lists_and_watches_give_the_event_loop_back_between_slices(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    storage, root, count = MemoryStorage(), "/lrm", 1700
+    event = {"kind": "Event", "apiVersion": "v1", "involvedObject": {"kind": "Telescope", "name": "hubble"}}
+    for number in range(count):
+        meta = {"name": f"hubble.{number:06}", "namespace": "default"}
+        key = f"{events_prefix(root, 'default')}{meta['name']}"
+        await storage.create(key, orjson.dumps({**event, "metadata": meta, "message": str(number)}))
+    seen: Counter[tuple[str, int]] = Counter()
+    turns = 0
+
+    async def turn() -> None:
+        nonlocal turns
+        while True:
+            turns += 1
+            await asyncio.sleep(0)
+
+    def counted(of: Any, name: str) -> None:
+        done = getattr(of, name)
+
+        def count_it(*args: Any, **kwargs: Any) -> Any:
+            seen[name, turns] += 1
+            return done(*args, **kwargs)
+
+        monkeypatch.setattr(of, name, count_it)
+
+    for of, name in ((module, "_document"), (module, "_cells"), (module._EventStream, "told")):
+        counted(of, name)
+    async with telling(storage, root) as scene:
+        turning = asyncio.create_task(turn())
+        try:
+            everything = (await scene.list())["items"]
+            assert [e["message"] for e in everything] == [str(number) for number in range(count)]
+            table = await scene.api.get(EVERYWHERE, headers=TABLE)
+            assert [row["cells"][5] for row in table.body["rows"]] == [str(number) for number in range(count)]
+            assert table.body["columnDefinitions"]
+            async with scene.api.watch(EVERYWHERE) as watch:
+                for number in range(count):
+                    line = await watch.next()
+                    assert (line["type"], line["object"]["message"]) == ("ADDED", str(number))
+        finally:
+            turning.cancel()
+            await asyncio.wait([turning])
+    assert {name for name, _ in seen} == {"_document", "_cells", "told"}
+    assert max(seen.values()) <= 500, seen
 
 
 async def test_a_watch_from_a_forgotten_revision_is_told_to_list_again(scene: Scene) -> None:
