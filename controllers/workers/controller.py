@@ -97,7 +97,7 @@ class WorkersController(Controller[LabWorker]):
             case Phase.READY | Phase.READY_UNLICENSED | Phase.ACTIVE:
                 return await self._serving(work, sighting)
             case Phase.DRAINING:
-                await self._idle.reconsider(work)
+                await self._idle.reconsider(work, lambda: is_busy(work))
                 return await self._departure.draining(work, sighting)
             case Phase.STOPPED:
                 return await self._stopped(work, sighting)

@@ -24,6 +24,7 @@ from controllers.workers.decisions import (
     in_doubt,
     may_hold_seat,
 )
+from controllers.workers.idle import stops_only_empty
 from controllers.workers.kind import LabWorker
 from controllers.workers.pace import Pace
 from controllers.workers.phases import SERVING, Phase, Reasons
@@ -265,7 +266,9 @@ class Departure:
         return Result.done()
 
     def _is_drained(self, work: Work) -> bool:
-        """Whether nobody's lab is in the way, or the time for that is over."""
+        """Whether nobody's lab is in the way, or the time for that is over, which for idleness it never is."""
+        if stops_only_empty(work.worker):
+            return self._is_empty(work)
         limit = work.worker.spec.drain_timeout_minutes * 60
         return self._is_empty(work) or work.over(work.worker.status.timestamps.draining_started_at, limit)
 

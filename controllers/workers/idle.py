@@ -123,12 +123,23 @@ def is_idle(worker: LabWorker, now: datetime, *, runs_labs: bool) -> bool:
     return over(since, rule.timeout_minutes * 60, now)
 
 
-def is_lifted(worker: LabWorker, now: datetime) -> bool:
-    """Whether a pause has ended: by a person's word, by use, or because the spec wishes something else by itself."""
+def stops_only_empty(worker: LabWorker) -> bool:
+    """Whether a worker drains for nothing but a pause that a running lab disproves: then no drain's time is over."""
+    paused = goal_of(worker) is Goal.STOPPED and worker.spec.desired_phase == "Ready"
+    return paused and worker.spec.idle_detection.rule == "NoRunningLabs"
+
+
+def is_lifted(worker: LabWorker, now: datetime, *, runs_labs: bool = False) -> bool:
+    """Whether a pause has ended: by a person's word, by use, or because the spec wishes something else by itself.
+
+    `runs_labs`: a lab is known to run now, which is use where labs count.
+    """
     idle = worker.status.idle
     if idle is None or idle.paused_at is None:
         return False
     if not is_paused(worker) or worker.spec.desired_phase != "Ready":
+        return True
+    if runs_labs and worker.spec.idle_detection.rule == "NoRunningLabs":
         return True
     if idle.last_activity_at is not None and idle.last_activity_at > idle.paused_at:
         return True
@@ -145,15 +156,15 @@ class IdleDetector:
         self._asked: dict[str, float] = {}
         """When CML was last asked, monotonic, by worker uid; a new leader asks once more."""
 
-    async def lift(self, work: Work) -> None:
-        """End a pause that a person has lifted, and forget everything where the detection is switched off."""
+    async def lift(self, work: Work, runs_labs: Callable[[], bool] = lambda: False) -> None:
+        """End a pause that is lifted, and forget everything where the detection is switched off."""
         # By a clock that was just set no snooze is believed to last.
         now = FOREVER if work.ctx.wall_jumped else work.now
 
         def change(worker: LabWorker) -> None:
             if not worker.spec.idle_detection.enabled:
                 worker.status.idle = None
-            elif worker.status.idle is not None and is_lifted(worker, now):
+            elif worker.status.idle is not None and is_lifted(worker, now, runs_labs=runs_labs()):
                 worker.status.idle.paused_at = worker.status.idle.wake = None
 
         before = work.worker.status.idle
@@ -186,10 +197,12 @@ class IdleDetector:
         await work.write(pause)
         return is_paused(work.worker)
 
-    async def reconsider(self, work: Work) -> None:
-        """While a paused worker drains: whoever uses it again ends the pause."""
+    async def reconsider(self, work: Work, runs_labs: Callable[[], bool]) -> None:
+        """While a paused worker drains: a lab that runs ends the pause where labs count, and whoever uses it again."""
+        if is_paused(work.worker):
+            await self.lift(work, runs_labs)
         if is_paused(work.worker) and await self._look(work):
-            await self.lift(work)
+            await self.lift(work, runs_labs)
 
     async def _look(self, work: Work) -> bool:
         """Ask CML what people did and note it; whether it answered just now. The same again costs no write."""

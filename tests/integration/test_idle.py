@@ -173,3 +173,18 @@ async def test_by_default_a_running_lab_keeps_its_worker_up(world: WorkersWorld)
     await world.until(lambda w: condition(w, "ClockSteady")[0] == "True", "the clock believed")
     await world.looked_again(4)
     assert (await world.status()).phase == "Active"
+
+
+async def test_a_lab_that_started_before_the_drain_saw_it_ends_the_pause_without_a_word_of_telemetry(
+    world: WorkersWorld,
+) -> None:
+    worker = await used(world, categories=["user_activity"])
+    await world.change(lambda w: setattr(w.spec, "drain_timeout_minutes", 0))
+    world.cml_fault("delay", path="/labs", seconds=1.0)
+    hours_pass(world, 2)
+    await world.phase("Draining")
+    world.cml_fault("status", path="/telemetry/events")
+    world.machine(worker).add_lab("exam", nodes=1, running=True)
+    back = await world.phase("Active")
+    assert "Stopping" not in history(back), "what is not listed yet may run, whatever the time"
+    assert "DrainCancelled" in [s.reason for s in back.status.phase_history]

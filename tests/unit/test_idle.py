@@ -23,6 +23,7 @@ from controllers.workers.idle import (
     noted,
     quiet_since,
     snoozed_until,
+    stops_only_empty,
 )
 from controllers.workers.kind import (
     SNOOZE_ANNOTATION,
@@ -252,6 +253,22 @@ def test_a_pause_is_lifted_by(why: str, change: Change) -> None:
     assert not is_lifted(worker, NOW)
     change(worker)
     assert is_lifted(worker, NOW), why
+
+
+def test_a_lab_that_runs_lifts_a_pause_where_labs_count_and_no_drain_runs_out_under_it() -> None:
+    worker = paused()
+    assert is_lifted(worker, NOW, runs_labs=True)
+    assert stops_only_empty(worker)
+    worker.metadata.deletion_timestamp = NOW
+    assert not stops_only_empty(worker), "a deletion waits no longer than it was told to"
+    worker.metadata.deletion_timestamp = None
+    worker.spec.desired_phase = "Stopped"
+    assert not stops_only_empty(worker), "somebody wants it stopped"
+    worker.spec.desired_phase = "Ready"
+    worker.spec.idle_detection.rule = "NoUserActivity"
+    assert not is_lifted(worker, NOW, runs_labs=True)
+    assert not stops_only_empty(worker)
+    assert not stops_only_empty(a_worker())
 
 
 def test_a_pause_is_not_lifted_by_other_changes_nor_by_the_word_that_was_there() -> None:
