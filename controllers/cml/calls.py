@@ -61,10 +61,12 @@ class Caller:
         self._jitter = jitter
         self._closed = False
 
-    async def read(self, path: str, query: Mapping[str, str] | None = None, *, login: bool = True) -> Answer:
-        """GET, up to three times."""
+    async def read(
+        self, path: str, query: Mapping[str, str] | None = None, *, login: bool = True, max_body: int | None = None
+    ) -> Answer:
+        """GET, up to three times; `max_body` bytes are read at most, where that is less than the client's limit."""
         self._check_open()
-        message = Message("GET", path, query=query or {}, read_timeout=self._timeouts.attempt)
+        message = Message("GET", path, query=query or {}, read_timeout=self._timeouts.attempt, max_body=max_body)
         return await self._within(self._timeouts.read, message, Sending(), tries=_TRIES, login=login)
 
     async def change(self, method: str, path: str, content: bytes | None = None) -> Answer:

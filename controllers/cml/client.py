@@ -8,6 +8,7 @@ the pinned leaf and the circuit breaker live in it. Does not wait for labs to se
 
 from __future__ import annotations
 
+import asyncio
 import enum
 import random
 import re
@@ -41,6 +42,8 @@ from storage.clock import Clock, SystemClock
 __all__ = ["CmlClient", "Credentials", "Deregistration", "Timeouts", "TlsPolicy", "is_lab_id"]
 
 _LONGEST_TITLE = 64
+_LONGEST_HISTORY = 8 * 1024 * 1024
+"""Bytes of telemetry that are read: some 50,000 events. JSON is parsed in one piece, which nothing can interrupt."""
 
 
 class Deregistration(enum.Enum):
@@ -148,12 +151,12 @@ class CmlClient:
         return SystemHealth.model_validate((await self._calls.read("/system_health")).mapping())
 
     async def telemetry_events(self) -> tuple[TelemetryEvent, ...]:
-        """The whole history that CML keeps; it has no filter and no pages."""
-        return tuple(
-            TelemetryEvent.model_validate(e)
-            for e in (await self._calls.read("/telemetry/events")).array()
-            if isinstance(e, dict)
-        )
+        """The whole history that CML keeps; it has no filter and no pages. Raises `CmlBadAnswer` above 8 MB.
+
+        Tens of thousands of events are read in a thread, so that no lease is late meanwhile.
+        """
+        answer = await self._calls.read("/telemetry/events", max_body=_LONGEST_HISTORY)
+        return await asyncio.to_thread(_events, answer)
 
     # Licence
 
@@ -306,6 +309,10 @@ class CmlClient:
                 return result
             reason = "an answer without the new lab's id"
         raise CmlOutcomeUnknown(what, reason)
+
+
+def _events(answer: Answer) -> tuple[TelemetryEvent, ...]:
+    return tuple(TelemetryEvent.model_validate(e) for e in answer.array() if isinstance(e, dict))
 
 
 def _lab(lab_id: str, rest: str = "") -> str:

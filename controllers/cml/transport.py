@@ -88,6 +88,8 @@ class Message:
     content_type: str = "application/json"
     token: str = field(default="", repr=False)
     read_timeout: float = 10.0
+    max_body: int | None = None
+    """Bytes of an answer's body, where it is to be less than the transport's own limit."""
 
 
 class Transport:
@@ -147,11 +149,11 @@ class Transport:
         try:
             sending.answering = True
             chunks: list[bytes] = []
-            size = 0
+            size, most = 0, min(self._max_body, message.max_body or self._max_body)
             async for chunk in response.aiter_bytes():
                 size += len(chunk)
-                if size > self._max_body:
-                    raise CmlBadAnswer(response.status_code, f"a body of more than {self._max_body} bytes")
+                if size > most:
+                    raise CmlBadAnswer(response.status_code, f"a body of more than {most} bytes")
                 chunks.append(chunk)
             return Answer(response.status_code, b"".join(chunks))
         finally:

@@ -7,6 +7,7 @@ import gzip
 import json
 import random
 import socket
+import threading
 import traceback
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
@@ -30,6 +31,7 @@ from controllers.cml.errors import (
     CmlTimeout,
     CmlUnreachable,
 )
+from controllers.cml.models import TelemetryEvent
 from equipment.scripted_cml import PASSWORD, USERNAME, ScriptedCml, cut_off, hang_up, page, refusal, silence
 from equipment.waiting import until
 
@@ -333,6 +335,30 @@ async def test_a_body_without_end_and_one_that_unpacks_without_end_are_cut_short
             with pytest.raises(CmlBadAnswer, match="more than 1000000 bytes"):
                 await client.lab_ids()
             await until(lambda: cml.open_connections == 0, "the rest is not read, so the connection is closed")
+
+
+async def test_a_long_history_is_read_beside_the_loop_and_a_longer_one_is_refused(
+    cml: ScriptedCml, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    readers: list[int] = []
+    validate = TelemetryEvent.model_validate
+
+    def spied(value: Any) -> TelemetryEvent:
+        readers.append(threading.get_ident())
+        return validate(value)
+
+    monkeypatch.setattr(TelemetryEvent, "model_validate", spied)
+    event = {"category": "start_node", "timestamp": "2026-05-06T12:00:00Z", "data": {"node": "x" * 1000}}
+    async with CmlClient(cml.url, Credentials(USERNAME, PASSWORD)) as client:
+        cml.on("GET", "/telemetry/events", web.json_response([event] * 100))
+        assert len(await client.telemetry_events()) == 100
+        assert threading.get_ident() not in readers
+        cml.on("GET", "/telemetry/events", web.json_response([event] * 8_500))
+        with pytest.raises(CmlBadAnswer, match="more than 8388608 bytes"):
+            await client.telemetry_events()
+        cml.on("GET", "/labs", web.json_response(["x" * 9_000_000]))
+        with pytest.raises(CmlBadAnswer, match="not a lab's id"):
+            await client.lab_ids()
 
 
 async def test_an_answer_that_drips_for_ever_ends_by_the_deadline_of_the_whole_call(cml: ScriptedCml) -> None:
