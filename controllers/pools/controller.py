@@ -23,7 +23,7 @@ from controllers.pools.conditions import (
     tell_limit,
 )
 from controllers.pools.decisions import Decision, Direction, Reason, Roster, decide, is_removable, lead_of, roster
-from controllers.pools.demand import Demand, Load
+from controllers.pools.demand import Demand, Load, labs_are_known
 from controllers.pools.hours import UnknownTimeZone
 from controllers.pools.kind import NAMES_TOLD, POOL_FINALIZER, POOLS, LabWorkerPool, ScalingDecision, new_worker
 from controllers.pools.settings import PoolSettings
@@ -322,5 +322,6 @@ def _standing(worker: LabWorker) -> tuple[object, ...]:
         status.ec2.instance_id,
         status.ec2.state,
         bool(status.allocations),
+        labs_are_known(worker),
         paused,
     )

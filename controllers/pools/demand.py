@@ -13,7 +13,7 @@ from typing import Protocol
 
 from controllers.labs.kind import records_of_worker
 from controllers.pools.kind import LabWorkerPool
-from controllers.workers.kind import LabWorker
+from controllers.workers.kind import LabWorker, serving
 from controllers.workers.phases import Phase
 from lrm.cache import Cache
 
@@ -23,7 +23,7 @@ class WorkerLoad:
     """One worker's part."""
 
     hosts: bool
-    """Whether a lab instance is placed on it or a lab runs there: then it is not taken away."""
+    """Whether a lab instance is placed on it or a lab runs there, for all that is known: then it is not taken away."""
     labs: int | None = None
     slots: int = 0
     """Labs that may be placed on it in all."""
@@ -84,8 +84,19 @@ class ObservedDemand:
 
 
 def hosts_labs(cache: Cache, worker: LabWorker) -> bool:
-    """Whether a lab instance is placed on the worker or a lab runs on it, or its own controller still says so."""
-    if worker.status.allocations or worker.status.phase == Phase.ACTIVE:
+    """Whether a lab instance is placed on the worker or a lab runs on it, or its own controller still says so.
+
+    So does one that serves while its labs cannot be listed, or before they ever were: unknown is not none.
+    """
+    status = worker.status
+    if status.allocations or status.phase == Phase.ACTIVE:
+        return True
+    if serving(worker) and not labs_are_known(worker):
         return True
     records = records_of_worker(cache, worker.namespace, worker.name)
     return any(r.status.state == "STARTED" and r.status.missing_since is None for r in records)
+
+
+def labs_are_known(worker: LabWorker) -> bool:
+    """Whether the labs on a worker were listed, the last time too that this was tried."""
+    return worker.status.labs_synced_at is not None and not worker.status.labs_sync_error

@@ -20,7 +20,7 @@ from controllers.pools.controller import PoolsController, new_suffix
 from controllers.pools.demand import ObservedDemand
 from controllers.pools.kind import LAB_WORKER_POOL, LabWorkerPool, LabWorkerPoolSpec
 from controllers.pools.settings import PoolSettings
-from controllers.workers.kind import INSTANCE_FINALIZER, LAB_WORKER, IdleStatus, LabWorker, Utilization
+from controllers.workers.kind import INSTANCE_FINALIZER, LAB_WORKER, IdleStatus, LabWorker, Utilization, serving
 from equipment.pools import TEMPLATE
 from lrm.cache import Cache, CacheUpdate, Change
 from lrm.client import Client
@@ -82,6 +82,8 @@ class PoolScene:
     labs_client: Client
     suffix: Callable[[], str] = new_suffix
     observe_only: bool = False
+    listing: bool = True
+    """Whether the labs of workers that serve are listed."""
     changes: list[Change] = field(default_factory=list)
     """Everything that happened to objects, in order."""
     runner: Runner[LabWorkerPool] | None = None
@@ -161,7 +163,9 @@ class PoolScene:
             await self.phase(worker, "Starting" if worker.status.phase == "Pending" else "ReadyUnlicensed")
 
     async def phase(self, worker: LabWorker, phase: str) -> None:
-        """What the workers' controller would write; a failed worker's instance has ended."""
+        """What the workers' controller would write; a failed worker's instance has ended, the labs of one that serves
+        are listed.
+        """
         now = self.clock.now()
 
         def mutate(w: LabWorker) -> None:
@@ -169,7 +173,20 @@ class PoolScene:
             w.status.ec2.instance_id = "i-0123456789abcdef0"
             w.status.ec2.state = "terminated" if phase == "Failed" else "running"
 
-        await self.workers_client.update_status(worker, mutate)
+        entered = await self.workers_client.update_status(worker, mutate)
+        if serving(entered) and entered.status.labs_synced_at is None and self.listing:
+            await self.list_labs(entered)
+
+    async def list_labs(self, worker: LabWorker, error: str | None = None) -> None:
+        """A worker's labs were listed, or could not be."""
+        now = self.clock.now()
+
+        def mutate(w: LabWorker) -> None:
+            w.status.labs_sync_error = error
+            if error is None:
+                w.status.labs_synced_at = now
+
+        await self.labs_client.update_status(worker, mutate)
 
     async def doze(self, worker: LabWorker) -> None:
         """Idleness has stopped a worker."""

@@ -95,6 +95,10 @@ async def test_a_pools_whole_life(world: WorkersWorld) -> None:
     assert (decided.direction, decided.reason, decided.removed) == ("Replace", "WorkerFailed", [failing.name])
     assert "InstanceTerminated" in decided.message
 
+    async def listed() -> bool:
+        return all(w.status.labs_synced_at is not None for w in await world.client.list(LabWorker))
+
+    await until(listed, "the labs of all workers", 20)
     await scale(world, 1)
     [left] = await serves(world, 1)
     assert (left.name, left.status.phase) == (busy.name, "Active"), "the one with a lab stays"

@@ -170,6 +170,25 @@ async def test_a_pool_too_large_waits_for_labs_to_end_and_says_so() -> None:
         assert limit(await scene.pool()) == ("False", "NotLimited")
 
 
+@pytest.mark.parametrize("trouble", ["never listed", "the list fails"])
+@pytest.mark.parametrize("policy", ["None", "CapacityBased"])
+async def test_a_worker_whose_labs_are_unknown_is_not_given_up(policy: str, trouble: str) -> None:
+    async with pool_scene(listing=trouble != "never listed") as scene:
+        await scene.make(minWorkers=1, replicas=2, policy=policy)
+        await scene.fleet()
+        await scene.measure(cpu=1, memory=1, labs=0)
+        if scene.listing:
+            for worker in await scene.workers():
+                await scene.list_labs(worker, error="Unreachable")
+        await scene.change(replicas=None)
+        await scene.clock.advance(3600)
+        one, other = await scene.workers()
+        assert [one.deleting, other.deleting] == [False, False]
+        await scene.list_labs(one)
+        await scene.clock.advance(3600)
+        assert [w.name for w in await scene.workers() if w.deleting] == [one.name], "its labs are known: none"
+
+
 async def test_a_failed_worker_is_replaced_and_then_removed() -> None:
     async with pool_scene() as scene:
         await scene.make(minWorkers=2)
