@@ -105,7 +105,7 @@ class Sweep:
         self._stopping = False
 
     async def run(self, term: Term) -> None:
-        """Sweep until the term is lost (returns) or the task is cancelled."""
+        """Sweep until the term is lost (returns) or the task is cancelled; a defect is logged, and tried again."""
         await self._cache.catch_up(self.name)
         unsubscribe = self._cache.subscribe(self._on_update)
         self._leading = True
@@ -180,11 +180,14 @@ class Sweep:
             if str(error) != self.error:
                 log.warning("sweep.failed", error=str(error))
             self.error = str(error)
-            return min(_RETRY, self._settings.sweep_interval)
+        except Exception as error:
+            # A defect costs this turn, not the daemon and then the next leader's.
+            log.exception("sweep.defect")
+            self.error = repr(error)
         else:
             self.error = ""
             return wait
-        return self._settings.sweep_interval
+        return min(_RETRY, self._settings.sweep_interval)
 
     async def _take_turn(self, term: Term) -> float:
         """Remember the regions in use, and sweep if it is due; seconds until the next turn."""
@@ -240,6 +243,9 @@ class Sweep:
             except AwsError as error:
                 errors[region] = str(error)
                 log.warning("sweep.region_failed", region=region, error=str(error))
+            except Exception as error:
+                errors[region] = repr(error)
+                log.exception("sweep.region_defect", region=region)
 
         term.check()
         async with asyncio.TaskGroup() as tasks:
@@ -282,6 +288,11 @@ class Sweep:
             except AwsError as error:
                 self._errors[orphan.region] = str(error)
                 log.warning("sweep.not_ended", instance=orphan.instance_id, error=str(error))
+            except (NotLeading, StorageError, CacheBehind, ProvesNothing):
+                raise
+            except Exception as error:
+                self._errors[orphan.region] = repr(error)
+                log.exception("sweep.end_defect", instance=orphan.instance_id, region=orphan.region)
 
     async def _may_end(self, orphan: Suspect, term: Term) -> bool:
         """Whether an orphan still is one, by EC2's word and then by the store's."""

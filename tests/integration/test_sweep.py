@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from datetime import timedelta
 from typing import Any
@@ -11,7 +11,7 @@ from typing import Any
 import orjson
 import pytest
 
-from controllers.aws.ec2 import Ec2
+from controllers.aws.ec2 import Ec2, Ec2Instance
 from controllers.sweep.settings import SweepSettings
 from controllers.sweep.sweep import Sweep
 from controllers.workers.decisions import INSTALLATION_TAG, RETAIN_TAG, UID_TAG
@@ -32,11 +32,16 @@ async def world(monkeypatch: pytest.MonkeyPatch, moto_url: str) -> AsyncIterator
 
 @asynccontextmanager
 async def sweeping(
-    world: WorkersWorld, *, term: Term | None = None, youngest: float = 0.01, **settings: Any
+    world: WorkersWorld,
+    *,
+    term: Term | None = None,
+    youngest: float = 0.01,
+    ec2_class: type[Ec2] = Ec2,
+    **settings: Any,
 ) -> AsyncIterator[Sweep]:
     """A sweep at work, every 0.2 s unless told."""
     values = {"sweep_interval": 0.2, **settings}
-    async with Ec2(world.clock, endpoint_url=world.shim.url) as ec2:
+    async with ec2_class(world.clock, endpoint_url=world.shim.url) as ec2:
         made = Sweep(
             ec2,
             world.storage,
@@ -203,3 +208,38 @@ async def test_a_deposed_leader_ends_nothing(world: WorkersWorld) -> None:
     async with sweeping(world, term=old, sweep_terminate=True):
         await asyncio.wait_for(old.wait_lost(), 10)
     assert orphan in world.live()
+
+
+class Ec2WithDefects(Ec2):
+    """Whatever it is asked of one region, and the first instance that it is asked for alone, hits a defect."""
+
+    described = 0
+
+    async def find_by_tags(self, region: str, tags: Mapping[str, str], **how: Any) -> list[Ec2Instance]:
+        if region == "eu-west-1":
+            raise KeyError("InstanceId")
+        return await super().find_by_tags(region, tags, **how)
+
+    async def describe_instance(self, region: str, instance_id: str) -> Ec2Instance:
+        self.described += 1
+        if self.described == 1:
+            raise KeyError("State")
+        return await super().describe_instance(region, instance_id)
+
+
+async def test_a_defect_costs_the_region_or_the_turn_that_hits_it_alone(
+    world: WorkersWorld, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    worker = await world.serving()
+    orphan = await someone_elses(world, **ORPHAN)
+    state = {"at": None, "regions": ["eu-west-1", "us-east-1"], "suspects": []}
+    await world.storage.create(f"{world.registry.root}/sweep", orjson.dumps(state))
+    with monkeypatch.context() as patched:
+        patched.setattr("controllers.sweep.sweep.sweep", None)
+        async with sweeping(world, sweep_terminate=True, ec2_class=Ec2WithDefects) as sweep:
+            await until(lambda: "TypeError" in sweep.error, "a turn that came to nothing")
+            patched.undo()
+            await until(lambda: orphan not in world.live(), "the end of the orphan, by a later turn")
+            assert sweep.error == ""
+            assert "KeyError" in sweep.describe()["regionErrors"]["eu-west-1"]
+    assert world.live() == [worker.status.ec2.instance_id]
