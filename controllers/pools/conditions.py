@@ -23,7 +23,7 @@ SCALING_LIMITED = "ScalingLimited"
 """True while another size is asked for than can be had now; the reason says what stands against it."""
 
 OBSERVE_ONLY, CLOCK_JUMPED, UNKNOWN_TIME_ZONE = "ObserveOnly", "ClockJumped", "UnknownTimeZone"
-UNDECODABLE_WORKER = "UndecodableWorker"
+UNDECODABLE_WORKER, WORKER_REFUSED = "UndecodableWorker", "WorkerRefused"
 """Reasons of `ScalingLimited` that no decision gives."""
 
 

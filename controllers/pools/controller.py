@@ -12,12 +12,15 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
+from datetime import timedelta
 
 from controllers.pools.conditions import (
     CLOCK_JUMPED,
     OBSERVE_ONLY,
+    SCALING_LIMITED,
     UNDECODABLE_WORKER,
     UNKNOWN_TIME_ZONE,
+    WORKER_REFUSED,
     limit_of,
     observe,
     tell_limit,
@@ -30,7 +33,7 @@ from controllers.pools.settings import PoolSettings
 from controllers.workers.kind import DRAIN_ANNOTATION, LAB_WORKER, WAKE_ANNOTATION, LabWorker
 from lrm.cache import Cache, Change
 from lrm.crashpoints import crash_point
-from lrm.errors import Forbidden, Invalid, ResourceExists, ResourceNotFound, RetryLater
+from lrm.errors import Forbidden, Invalid, ResourceExists, ResourceNotFound
 from lrm.model import rfc3339
 from lrm.reconcile import Context, Controller, Key, Result, Trigger
 from lrm.writes import ORPHAN_FINALIZER
@@ -48,6 +51,8 @@ CRASH_POINTS = (
 
 _ROUTINE = {Reason.COOLDOWN, Reason.OUTSIDE_HOURS, Reason.HOSTS_LABS, OBSERVE_ONLY}
 """What holds a decision back as it was meant to; nobody needs to do anything."""
+_REFUSED_FOR = timedelta(minutes=10)
+"""How long workers that were refused are not tried again while the pool's spec stays as it is."""
 _SUFFIX_LETTERS = "bcdfghjklmnpqrstvwxz2456789"
 _SUFFIX_LENGTH = 10
 _NAME_MOST = 63
@@ -90,8 +95,11 @@ class PoolsController(Controller[LabWorkerPool]):
         if status.planned_names or status.removing or status.waking:
             return await self._carry_out(resource, team, load, ctx)
         decision, limit = self._decide(resource, workers, load, ctx)
-        if decision is None or not decision.acts or ctx.observe_only:
-            if decision is not None and decision.acts:
+        refused = self._refused_lately(resource, ctx) if decision is not None and decision.create else None
+        if decision is None or not decision.acts or refused or ctx.observe_only:
+            if refused:
+                limit = refused
+            elif decision is not None and decision.acts:
                 limit = (OBSERVE_ONLY, f"{decision.direction}: {decision.message}")
             await self._note(resource, team, limit, ctx)
             return Result.after(self._interval)
@@ -145,6 +153,15 @@ class PoolsController(Controller[LabWorkerPool]):
         except UnknownTimeZone as error:
             return None, (UNKNOWN_TIME_ZONE, str(error))
         return decision, limit_of(decision)
+
+    def _refused_lately(self, pool: LabWorkerPool, ctx: Context) -> tuple[str, str] | None:
+        """What was said against the workers of this very spec, unless that is long ago: the rules may be others now."""
+        told, last = pool.status.condition(SCALING_LIMITED), pool.status.last_decision
+        if told is None or last is None or (told.status, told.reason) != ("True", WORKER_REFUSED):
+            return None
+        if told.observed_generation != pool.metadata.generation or ctx.clock.now() - last.at >= _REFUSED_FOR:
+            return None
+        return WORKER_REFUSED, told.message
 
     # A decision, and its effect
 
@@ -204,9 +221,14 @@ class PoolsController(Controller[LabWorkerPool]):
         if len(missing) > room:
             room += await self._remove(doomed, load, ctx)
             doomed = []
-        for name in missing[: max(0, room)]:
-            await self._create(pool, name, ctx)
-            crash_point("pools.created")
+        try:
+            for name in missing[: max(0, room)]:
+                await self._create(pool, name, ctx)
+                crash_point("pools.created")
+        except Invalid as error:
+            # The pool is being deleted or is gone, or a rule for workers is stricter than it was for the template.
+            await self._give_up(pool, team, (WORKER_REFUSED, str(error)), ctx)
+            return Result.after(self._interval)
         crash_point("pools.all-created")
         await self._remove(doomed, load, ctx)
         await self._wake([w for w in team.asleep if w.name in pool.status.waking], pool, ctx)
@@ -215,7 +237,13 @@ class PoolsController(Controller[LabWorkerPool]):
         crash_point("pools.carried-out")
         return Result.after(0)
 
+    async def _give_up(self, pool: LabWorkerPool, team: Roster, limit: tuple[str, str], ctx: Context) -> None:
+        """Forget what is left of the last decision, so that the next one is of the pool as it is then."""
+        await ctx.client.update_status(pool, _forget_all)
+        await self._note(pool, team, limit, ctx)
+
     async def _create(self, pool: LabWorkerPool, name: str, ctx: Context) -> None:
+        """Make one planned worker. Raises `Invalid` where it is refused."""
         worker = new_worker(pool, name, drains=DRAIN_ANNOTATION)
         try:
             await ctx.client.create(worker)
@@ -224,10 +252,6 @@ class PoolsController(Controller[LabWorkerPool]):
             there = await ctx.client.get(LabWorker, pool.namespace, name)
             if pool.uid not in {o.uid for o in there.metadata.owner_references}:
                 ctx.log.warning("pool.name_taken", worker=name)
-        except Invalid as error:
-            # The pool is being deleted or is gone, or a rule for workers is stricter than it was for the template.
-            ctx.events.record(pool, "Warning", "WorkerRefused", str(error))
-            raise RetryLater(f"worker {name} cannot be created: {error}") from error
 
     async def _remove(self, doomed: Iterable[LabWorker], load: Load, ctx: Context) -> int:
         """Ask for the end of workers that may still be ended; how many that were."""
@@ -294,6 +318,11 @@ def _forget(pool: LabWorkerPool, done: set[str]) -> None:
     status.planned_names = [name for name in status.planned_names if name not in done]
     status.removing = [name for name in status.removing if name not in done]
     status.waking = [name for name in status.waking if name not in done]
+
+
+def _forget_all(pool: LabWorkerPool) -> None:
+    status = pool.status
+    status.planned_names, status.removing, status.waking = [], [], []
 
 
 def _pools_of(change: Change) -> Iterable[Key]:

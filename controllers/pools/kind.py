@@ -16,7 +16,7 @@ import orjson
 from pydantic import Field
 
 from controllers.pools.hours import Window, zone_causes
-from controllers.workers.kind import LAB_WORKER, LabWorker, LabWorkerSpec
+from controllers.workers.kind import DRAIN_ANNOTATION, LAB_WORKER, LabWorker, LabWorkerSpec
 from lrm.errors import Cause
 from lrm.kind import Column, Kind, Scale, metadata_causes
 from lrm.model import Model, Timestamp
@@ -229,7 +229,9 @@ def validate(new: LabWorkerPool, old: LabWorkerPool | None) -> Iterator[Cause]:
         if window.workers > spec.max_workers:
             message = f"must not be more than maxWorkers ({spec.max_workers})"
             yield Cause(f"spec.schedule[{i}].workers", "FieldValueInvalid", message)
-    yield from _template_causes(new)
+    # One that is stored already must not stand in the way of other changes.
+    if old is None or (old.spec.lab_track, old.spec.template) != (spec.lab_track, spec.template):
+        yield from _template_causes(new)
 
 
 def _template_causes(pool: LabWorkerPool) -> Iterator[Cause]:
@@ -245,11 +247,10 @@ def _template_causes(pool: LabWorkerPool) -> Iterator[Cause]:
         yield Cause(f"{path}.observeOnly", "FieldValueForbidden", "a pool launches and ends its instances")
     if spec.deletion_policy == "Retain":
         yield Cause(f"{path}.deletionPolicy", "FieldValueForbidden", "a pool's instances end with their workers")
-    trial = LabWorker(metadata=ObjectMeta(name="x"), spec=spec)
-    for cause in () if spec.adopts else LAB_WORKER.validate(trial, None):
+    trial = new_worker(pool, "x", drains=DRAIN_ANNOTATION)
+    for cause in metadata_causes(trial.metadata, LAB_WORKER.max_name):
         yield Cause(f"spec.template.{cause.field}", cause.reason, cause.message)
-    told = pool.spec.template.metadata
-    for cause in metadata_causes(ObjectMeta(name="x", labels=told.labels, annotations=told.annotations), 63):
+    for cause in () if spec.adopts else LAB_WORKER.validate(trial, None):
         yield Cause(f"spec.template.{cause.field}", cause.reason, cause.message)
 
 

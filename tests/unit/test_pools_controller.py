@@ -411,6 +411,34 @@ async def test_a_clock_that_was_set_holds_decisions_back() -> None:
         assert len(await scene.workers()) == 2
 
 
+async def test_a_template_whose_workers_are_refused_is_told_and_the_next_spec_is_heard() -> None:
+    async with pool_scene(leading=False) as scene:
+        pool = (await scene.make(minWorkers=2)).thaw()
+        pool.spec.template.metadata.annotations["lab.neuroglia.io/snooze-until"] = "tomorrow"  # as an older rule let it
+        await scene.storage.update(
+            scene.registry.key_of(pool), LAB_WORKER_POOL.encode(pool), expected_revision=pool.revision
+        )
+        await scene.lead()
+        await scene.fleet()
+        await scene.clock.advance(500)
+        pool = await scene.pool()
+        assert (limit(pool), pool.status.planned_names) == (("True", "WorkerRefused"), [])
+        assert len(decisions(pool)) == 1, "it is not tried all the time"
+        await scene.clock.advance(300)
+        assert len(decisions(await scene.pool())) == 2, "but again"
+        await scene.change(min_workers=0)
+        await scene.clock.advance(1)
+        assert limit(await scene.pool()) == ("False", "NotLimited")
+
+        def mend(pool: LabWorkerPool) -> None:
+            pool.spec.min_workers = 2
+            pool.spec.template.metadata.annotations.clear()
+
+        await scene.client.update(await scene.pool(), mend)
+        await scene.fleet()
+        assert len(await scene.workers()) == 2
+
+
 async def rewrite(scene: PoolScene, name: str, desired_phase: str) -> None:
     """Another version has written a worker."""
     key = scene.registry.kind_prefix(LAB_WORKER, "default") + name

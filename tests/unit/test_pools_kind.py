@@ -80,6 +80,11 @@ def test_the_defaults_are_those_of_the_design() -> None:
             "spec.template.metadata.labels",
             "not a label",
         ),
+        (
+            {"template": {**TEMPLATE, "metadata": {"annotations": {"lab.neuroglia.io/snooze-until": "tomorrow"}}}},
+            "spec.template.metadata.annotations",
+            "every worker would be refused",
+        ),
     ],
 )
 def test_what_cannot_be_is_refused_with_its_field(spec: dict[str, Any], field: str, why: str) -> None:
