@@ -53,6 +53,8 @@ _ROUTINE = {Reason.COOLDOWN, Reason.OUTSIDE_HOURS, Reason.HOSTS_LABS, OBSERVE_ON
 """What holds a decision back as it was meant to; nobody needs to do anything."""
 _REFUSED_FOR = timedelta(minutes=10)
 """How long workers that were refused are not tried again while the pool's spec stays as it is."""
+_PLAN_LIFE = timedelta(minutes=2)
+"""How long what was decided may still be begun: long enough for the next leader, too short for a person's pause."""
 _SUFFIX_LETTERS = "bcdfghjklmnpqrstvwxz2456789"
 _SUFFIX_LENGTH = 10
 _NAME_MOST = 63
@@ -93,6 +95,10 @@ class PoolsController(Controller[LabWorkerPool]):
             return Result.after(self._interval)
         status = resource.status
         if status.planned_names or status.removing or status.waking:
+            if ctx.observe_only or _is_outdated(resource, ctx):
+                ctx.log.info("pool.decision_dropped", planned=status.planned_names, removing=status.removing)
+                await ctx.client.update_status(resource, _forget_all)
+                return Result.after(0)
             return await self._carry_out(resource, team, load, ctx)
         decision, limit = self._decide(resource, workers, load, ctx)
         refused = self._refused_lately(resource, ctx) if decision is not None and decision.create else None
@@ -172,6 +178,7 @@ class PoolsController(Controller[LabWorkerPool]):
         removing, waking = list(decision.remove), list(decision.wake)
         told = ScalingDecision(
             at=now,
+            generation=pool.metadata.generation,
             direction=decision.direction.value,
             reason=decision.reason.value,
             message=decision.message,
@@ -211,9 +218,6 @@ class PoolsController(Controller[LabWorkerPool]):
         What was decided before a crash is held against the present: nothing is created above the maximum, and what
         has come to host labs stays.
         """
-        if ctx.observe_only:
-            await self._note(pool, team, (OBSERVE_ONLY, "a decision waits to be carried out"), ctx)
-            return Result.after(self._interval)
         known = {w.name for w in (*team.members, *team.leaving)}
         missing = [name for name in pool.status.planned_names if name not in known]
         doomed = [w for w in team.members if w.name in pool.status.removing]
@@ -318,6 +322,14 @@ def _forget(pool: LabWorkerPool, done: set[str]) -> None:
     status.planned_names = [name for name in status.planned_names if name not in done]
     status.removing = [name for name in status.removing if name not in done]
     status.waking = [name for name in status.waking if name not in done]
+
+
+def _is_outdated(pool: LabWorkerPool, ctx: Context) -> bool:
+    """Whether what is left of the last decision was decided for another spec, or too long ago to be believed."""
+    last = pool.status.last_decision
+    if last is None or last.generation != pool.metadata.generation or ctx.wall_jumped:
+        return True
+    return not timedelta(0) <= ctx.clock.now() - last.at < _PLAN_LIFE
 
 
 def _forget_all(pool: LabWorkerPool) -> None:

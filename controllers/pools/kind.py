@@ -128,6 +128,8 @@ class ScalingDecision(Model):
     """One change of a pool's size, and why."""
 
     at: Timestamp
+    generation: int = 0
+    """Of the pool's spec that it was made for."""
     direction: Literal["Up", "Down", "Replace", "Wake"]
     reason: str
     message: str = ""

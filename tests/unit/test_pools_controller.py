@@ -388,6 +388,49 @@ async def test_a_maximum_lowered_before_names_became_workers_holds(monkeypatch: 
         assert len(await scene.workers()) == 2
 
 
+@pytest.mark.parametrize("between", ["another spec", "two minutes", "observe-only"])
+async def test_a_removal_that_a_dead_leader_left_is_dropped_when_it_may_not_be_wished_any_more(
+    between: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with pool_scene() as scene:
+        await scene.make(minWorkers=0, replicas=3)
+        await scene.fleet()
+        before = [w.uid for w in await scene.workers()]
+        dying_at(monkeypatch, "pools.decided")
+        await scene.change(replicas=1)
+        await scene.clock.settle()
+        assert scene.dead
+        await scene.stop()
+        if between == "another spec":
+            await scene.change(replicas=3)
+        scene.observe_only = between == "observe-only"
+        await scene.clock.advance(120 if between == "two minutes" else 1)
+        await scene.lead()
+        await scene.fleet()
+        pool = await scene.pool()
+        assert (pool.status.planned_names, pool.status.removing) == ([], [])
+        if between == "two minutes":
+            assert decisions(pool) == [("Up", "BelowWished", 0, 3), *[("Down", "AboveWished", 3, 1)] * 2], "anew"
+        else:
+            assert [w.uid for w in await scene.workers()] == before
+
+
+async def test_names_that_were_planned_for_another_spec_are_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with pool_scene() as scene:
+        await scene.make(minWorkers=0)
+        await scene.clock.settle()
+        dying_at(monkeypatch, "pools.created", 2)
+        await scene.change(replicas=5)
+        await scene.clock.settle()
+        assert scene.dead
+        await scene.stop()
+        await scene.change(replicas=2)
+        await scene.lead()
+        await scene.fleet()
+        assert sum(c.type == "ADDED" and c.kind is LAB_WORKER for c in scene.changes) == 2
+        assert (await scene.pool()).status.planned_names == []
+
+
 async def test_nothing_is_made_while_only_observing() -> None:
     async with pool_scene(observe_only=True) as scene:
         await scene.make(minWorkers=2)
