@@ -77,20 +77,27 @@ class Ec2:
         return found
 
     async def describe_fleet(
-        self, region: str, instance_ids: Iterable[str], tags: Mapping[str, str], *, timeout: float = READ_TIMEOUT
+        self,
+        region: str,
+        instance_ids: Iterable[str],
+        tags: Mapping[str, str],
+        *,
+        unmarked: Collection[str] = (),
+        timeout: float = READ_TIMEOUT,
     ) -> dict[str, Ec2Instance]:
-        """The same for many instances in as few calls as can be: those that live and carry `tags`, 1,000 a call.
+        """The same for many instances in few calls; `unmarked` are those of them that are known to lack `tags`.
 
-        What that does not show (it has ended, or was not marked) is asked for by id, 200 a call; so are up to 200.
+        Up to 200 take one call. Else the pages of all that live and carry `tags`, 1,000 a call, unless all are
+        unmarked; and by id what those did not show: 1,000 a call, or one more and 200 a call where one is unknown.
         """
         wanted = {_checked(instance_id) for instance_id in instance_ids}
         deadline = self._clock.monotonic() + timeout
         found: dict[str, Ec2Instance] = {}
-        if len(wanted) > _FILTER_VALUES:
+        if len(wanted) > _FILTER_VALUES and wanted.difference(unmarked):
             carriers = await self.find_by_tags(region, tags, timeout=timeout)
             found = {i.id: i for i in carriers if i.id in wanted}
-        if missing := wanted - found.keys():
-            found |= await self.describe_instances(region, missing, timeout=deadline - self._clock.monotonic())
+        for some in _chunks(sorted(wanted - found.keys()), _PAGE_SIZE):
+            found |= await self._described_at_once(region, some, deadline)
         return found
 
     async def find_by_tags(
@@ -262,6 +269,17 @@ class Ec2:
         async for page in self._calls.pages(region, "DescribeInstanceStatus", request, "InstanceStatuses", deadline):
             checks |= _checks_in(page)
         return checks
+
+    async def _described_at_once(self, region: str, ids: list[str], deadline: float) -> dict[str, Ec2Instance]:
+        """Those of up to 1,000 instances that exist."""
+        if len(ids) > _FILTER_VALUES:
+            request = {"InstanceIds": ids}
+            pages = self._calls.pages(region, "DescribeInstances", request, "Reservations", deadline)
+            try:
+                return {i.id: i async for page in pages for i in described(page, region) if i.id in ids}
+            except Ec2NotFound:
+                pass  # of one at least, and EC2 describes none then: a filter leaves out what it does not know
+        return await self.describe_instances(region, ids, timeout=deadline - self._clock.monotonic())
 
     async def _described(
         self, region: str, filters: list[dict[str, Any]], deadline: float

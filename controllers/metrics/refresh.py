@@ -16,7 +16,7 @@ import structlog
 from controllers.labs.homes import can_be_asked
 from controllers.metrics.measured import NOTHING, Known, Told, Trouble, learned, stored, worth_writing
 from controllers.metrics.settings import MetricsSettings
-from controllers.metrics.sources import RUNNING, Sources
+from controllers.metrics.sources import INSTANCE_NOT_FOUND, RUNNING, TERMINATED, Sources
 from controllers.workers.kind import METRICS, CloudWatchMeasured, CmlMeasured, Ec2Measured, LabWorker
 from controllers.workers.phases import Phase
 from lrm.cache import Cache
@@ -81,9 +81,10 @@ class Refresher:
                 tasks.create_task(self._worker(worker, cloud, term))
 
     async def _cloud(self, region: str, workers: list[LabWorker]) -> _Cloud | None:
-        by_id = {worker.status.ec2.instance_id or "": worker for worker in workers}
+        by_id = {worker.status.ec2.instance_id or "": worker for worker in workers if not self._has_ended(worker)}
+        unmarked = {i for i, worker in by_id.items() if worker.spec.observe_only}
         try:
-            instances = await self._sources.ec2(region, by_id)
+            instances = await self._sources.ec2(region, by_id, unmarked)
             # CloudWatch bills by the metric: it is not asked of machines that do not run.
             running = [i for i, worker in by_id.items() if _runs(instances[i], worker)]
             return instances, await self._sources.cloud_watch(region, running)
@@ -91,6 +92,15 @@ class Refresher:
             self.stats.defects += 1
             log.exception("metrics.defect", region=region)
             return None
+
+    def _has_ended(self, worker: LabWorker) -> bool:
+        """Whether the instance has ended and that was told: nothing is left to ask EC2 about it."""
+        known = self.known.get(worker.uid, stored(worker.status)).metrics
+        if worker.status.ec2.state != TERMINATED or known is None:
+            return False
+        ec2 = known.ec2
+        vanished = ec2.state is None and ec2.error is not None and ec2.error.reason == INSTANCE_NOT_FOUND
+        return ec2.state == TERMINATED or vanished
 
     async def _worker(self, worker: LabWorker, cloud: asyncio.Task[_Cloud | None], term: Term) -> None:
         try:

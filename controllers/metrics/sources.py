@@ -1,15 +1,16 @@
 """The three sources of a fleet's metrics, each asked in its cheapest way, none of which raises: EC2, CloudWatch, CML.
 
-For W workers of a region a refresh makes ⌈W/1000⌉ DescribeInstances, ⌈W/1000⌉ DescribeInstanceStatus and ⌈2W/500⌉
-GetMetricData, and asks each CML four questions through the session that all of lrm shares, with its breaker and its
-identity rules. An error is told as `Trouble`, of the source and the worker that it concerns; after the first refusal
-for credentials or rate nothing more is asked of that source. Called by the refresh.
+For W workers of a region whose instances exist and bear our mark a refresh makes ⌈W/1000⌉ DescribeInstances,
+⌈W/1000⌉ DescribeInstanceStatus and ⌈2W/500⌉ GetMetricData; what others cost `Ec2.describe_fleet` says. Each CML is
+asked four questions through the session that all of lrm shares, with its breaker and its identity rules. An error is
+told as `Trouble`, of the source and the worker that it concerns; after the first refusal for credentials or rate
+nothing more is asked of that source. Called by the refresh.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from controllers.aws.cloudwatch import METRICS_MOST, CloudWatch, Metric, cpu, memory
@@ -25,7 +26,8 @@ from controllers.workers.kind import Checks, CloudWatchMeasured, CmlMeasured, Ec
 from controllers.workers.provisioning import reason_of
 from storage.clock import Clock
 
-RUNNING = "running"
+RUNNING, TERMINATED = "running", "terminated"
+INSTANCE_NOT_FOUND = "InstanceNotFound"
 _PAIRS_A_CALL = METRICS_MOST // 2
 _HOPELESS = (CmlUnavailable, CmlAuthError, CmlIdentityMismatch, CmlTlsError, CmlNoAddress, CmlNoCredentials)
 """After one of these a CML is asked nothing more in this refresh."""
@@ -44,11 +46,13 @@ class Sources:
         self._tags = {INSTALLATION_TAG: installation}
         self._places = asyncio.Semaphore(at_once)
 
-    async def ec2(self, region: str, instance_ids: Iterable[str]) -> dict[str, Ec2Measured | Trouble]:
-        """State and status checks of instances, by id."""
+    async def ec2(
+        self, region: str, instance_ids: Iterable[str], unmarked: Collection[str] = ()
+    ) -> dict[str, Ec2Measured | Trouble]:
+        """State and status checks of instances, by id; `unmarked` are those that are known to lack our tags."""
         ids = sorted(set(instance_ids))
         try:
-            found = await self._ec2.describe_fleet(region, ids, self._tags)
+            found = await self._ec2.describe_fleet(region, ids, self._tags, unmarked=unmarked)
         except AwsError as error:
             return dict.fromkeys(ids, self._aws_trouble(error))
         trouble: Trouble | None = None
@@ -106,7 +110,7 @@ class Sources:
         self, instance_id: str, instance: Ec2Instance | None, checks: InstanceChecks | None, trouble: Trouble | None
     ) -> Ec2Measured | Trouble:
         if instance is None:
-            return Trouble("InstanceNotFound", f"EC2 shows no instance {instance_id}", self._clock.now())
+            return Trouble(INSTANCE_NOT_FOUND, f"EC2 shows no instance {instance_id}", self._clock.now())
         told = {"state": instance.state, "started_at": instance.launch_time if instance.state == RUNNING else None}
         if trouble is not None:
             return Trouble(trouble.reason, trouble.message, trouble.at, told)

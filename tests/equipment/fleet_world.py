@@ -71,13 +71,23 @@ class FleetWorld:
         return Client(self.storage, self.registry, self.clock, owner="workers")
 
     async def add(
-        self, count: int, *, region: str = REGION, prefix: str = "w", cml: bool = False, marked: bool = True
+        self,
+        count: int,
+        *,
+        region: str = REGION,
+        prefix: str = "w",
+        cml: bool = False,
+        marked: bool = True,
+        observe_only: bool = False,
     ) -> list[LabWorker]:
         """Workers with an instance each; without `cml` nobody has said yet which CML is theirs, so none is asked."""
+        if not count:
+            return []
         tags = {INSTALLATION_TAG: INSTALLATION} if marked else {"Name": "somebody's"}
         ids = await self.launch(count, region=region, tags=tags)
         for number, instance_id in enumerate(ids):
             worker = self._worker(f"{prefix}{number}", instance_id, region, cml=cml)
+            worker.spec.observe_only = observe_only
             await self.storage.create(self.registry.key_of(worker), LAB_WORKER.encode(worker))
         await self.cache.barrier()
         return [await self.get(f"{prefix}{number}") for number in range(count)]

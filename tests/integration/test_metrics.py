@@ -230,6 +230,65 @@ async def test_an_instance_without_our_tag_and_one_that_has_vanished_are_asked_f
     assert gone.ec2.error.reason == "InstanceNotFound"
 
 
+@pytest.mark.parametrize(
+    ("counts", "calls"),  # marked; observed only; adopted and not marked yet; vanished
+    [
+        ((1, 1000, 0, 0), 2),  # one by tag, one by id
+        ((0, 1000, 0, 0), 1),
+        ((0, 201, 0, 0), 1),
+        ((0, 0, 1000, 0), 2),  # that they bear no mark shows only when they are looked for
+        ((0, 450, 0, 1), 4),  # EC2 refuses all for one that it does not know: three calls by filter
+    ],
+)
+async def test_instances_without_our_mark_are_asked_for_a_thousand_at_once(
+    world: FleetWorld, shim: AwsShim, counts: tuple[int, int, int, int], calls: int
+) -> None:
+    marked, observed, adopted, gone = counts
+    await world.add(marked)
+    watched = await world.add(observed, prefix="o", marked=False, observe_only=True)
+    await world.add(adopted, prefix="a", marked=False)
+    for worker in watched[:gone]:
+        shim.instances.vanish(instance_of(worker))
+    world.calls()
+    await world.refresh()
+    assert world.calls()["DescribeInstances"] == calls
+    states = [w.status.metrics.ec2.state for w in world.cache.all(LabWorker) if w.status.metrics]
+    assert len(states) == marked + observed + adopted
+    assert states.count("running") == len(states) - gone
+
+
+async def test_an_instance_that_has_ended_is_asked_for_until_that_is_told_and_not_again(
+    world: FleetWorld, shim: AwsShim
+) -> None:
+    ended, vanished, *_ = await world.add(1000)
+    shim.instances.terminate(ended.spec.region, [instance_of(ended)])
+    shim.instances.vanish(instance_of(vanished))
+    for worker in (ended, vanished):
+        await world.client.update_status(worker, lambda w: setattr(w.status.ec2, "state", "terminated"))
+
+    async def told() -> bool:
+        await world.refresh()
+        one, two = (await world.status("w0")).metrics, (await world.status("w1")).metrics
+        lost = two is not None and two.ec2.error is not None and two.ec2.error.reason == "InstanceNotFound"
+        return one is not None and one.ec2.state == "terminated" and lost
+
+    await until(told, "that they have ended", 30)
+    world.calls()
+    await world.refresh()
+    assert world.calls()["DescribeInstances"] == 1
+    # Another machine is another matter.
+    (new,) = await world.launch(1, tags={"Name": "somebody's"})
+
+    def again(worker: LabWorker) -> None:
+        worker.status.ec2.instance_id, worker.status.ec2.state = new, "running"
+
+    await world.client.update_status(await world.get("w0"), again)
+    await world.refresh()
+    metrics = (await world.status("w0")).metrics
+    assert metrics is not None
+    assert metrics.ec2.state == "running"
+
+
 async def test_status_checks_are_asked_for_by_id_where_the_region_is_full_of_others(world: FleetWorld) -> None:
     await world.launch(2000, tags={"Name": "somebody's"})
     await world.add(120)
