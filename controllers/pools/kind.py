@@ -17,6 +17,7 @@ from pydantic import Field
 
 from controllers.pools.hours import Window, zone_causes
 from controllers.workers.kind import DRAIN_ANNOTATION, LAB_WORKER, LabWorker, LabWorkerSpec
+from controllers.workers.phases import Phase
 from lrm.errors import Cause
 from lrm.kind import Column, Kind, Scale, metadata_causes
 from lrm.model import Model, Timestamp
@@ -171,7 +172,7 @@ class LabWorkerPoolStatus(Status):
     last_decision: ScalingDecision | None = None
     scaling_history: list[ScalingDecision] = Field(default_factory=list)
     seconds_to_ready: int | None = None
-    """The slowest first start among the workers; so much earlier is begun with what is needed at a known time."""
+    """The slowest first start among the workers, launch to ready; so much earlier begins what a known time needs."""
 
     def decided(self, decision: ScalingDecision) -> None:
         """Remember a decision."""
@@ -317,13 +318,22 @@ LAB_WORKER_POOL: Kind[LabWorkerPool] = Kind(
 
 
 def seconds_to_ready(worker: LabWorker) -> int | None:
-    """How long the worker's first start took, while its history still tells."""
+    """How long the worker's first start took, from its launch, while its history still tells; `LONGEST_LEAD` at most.
+
+    What it waited before for people, a quota or a brake says nothing of the next one, nor does a start that failed.
+    """
     history = worker.status.phase_history
-    created = worker.metadata.creation_timestamp
-    if not history or created is None or history[0].source != LAB_WORKER.initial_phase:
+    if not history or history[0].source != LAB_WORKER.initial_phase:
         return None
-    ready: datetime | None = next((step.at for step in history if step.to in _FIRST_SERVING), None)
-    return round((ready - created).total_seconds()) if ready is not None else None
+    launched: datetime | None = None
+    for step in history:
+        if step.to == Phase.PROVISIONING_EC2:
+            launched = step.at
+        elif step.to == Phase.FAILED:
+            launched = None
+        elif step.to in _FIRST_SERVING:
+            return None if launched is None else min(round((step.at - launched).total_seconds()), LONGEST_LEAD)
+    return None
 
 
-_FIRST_SERVING = ("Ready", "ReadyUnlicensed")
+_FIRST_SERVING = (Phase.READY, Phase.READY_UNLICENSED)

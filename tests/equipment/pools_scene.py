@@ -35,6 +35,12 @@ from storage.errors import OutcomeUnknown
 from storage.memory import MemoryStorage
 
 INTERVAL = 30.0
+_NEXT = {
+    "Pending": "ProvisioningEC2",
+    "ProvisioningEC2": "EC2Ready",
+    "EC2Ready": "Starting",
+    "Starting": "ReadyUnlicensed",
+}
 
 
 class Died(BaseException):
@@ -159,8 +165,8 @@ class PoolScene:
                 await self.client.remove_finalizer(worker, INSTANCE_FINALIZER)
         elif INSTANCE_FINALIZER not in worker.metadata.finalizers:
             await self.client.add_finalizer(worker, INSTANCE_FINALIZER)
-        elif worker.status.phase in ("Pending", "Starting"):
-            await self.phase(worker, "Starting" if worker.status.phase == "Pending" else "ReadyUnlicensed")
+        elif worker.status.phase in _NEXT:
+            await self.phase(worker, _NEXT[worker.status.phase])
 
     async def phase(self, worker: LabWorker, phase: str) -> None:
         """What the workers' controller would write; a failed worker's instance has ended, the labs of one that serves

@@ -10,7 +10,7 @@ import pytest
 
 from controllers.pools.conditions import SCALING_LIMITED, observe, tell_limit
 from controllers.pools.controller import new_suffix
-from controllers.pools.decisions import roster
+from controllers.pools.decisions import lead_of, roster
 from controllers.pools.demand import Load
 from controllers.pools.hours import UnknownTimeZone, Window, local_time, soon_or_now
 from controllers.pools.kind import (
@@ -172,21 +172,38 @@ def test_windows_are_of_a_zone_and_can_be_seen_coming() -> None:
         local_time(NOW, "Nowhere/At-All")
 
 
-def ready_after(seconds: float, *, first: str = "Pending") -> LabWorker:
+def started(*steps: tuple[str, float], first: str = "Pending") -> LabWorker:
+    """A worker that came to phases, each so many seconds after it was made."""
     worker = a_worker("w")
     born = worker.metadata.creation_timestamp
     assert born is not None
     worker.status.phase = first
-    worker.status.enter("Starting", "x", born + timedelta(seconds=1))
-    worker.status.enter("Ready", "x", born + timedelta(seconds=seconds))
-    worker.status.enter("Active", "x", born + timedelta(seconds=seconds + 5))
+    for phase, seconds in steps:
+        worker.status.enter(phase, "x", born + timedelta(seconds=seconds))
     return worker
+
+
+def ready_after(seconds: float, *, first: str = "Pending") -> LabWorker:
+    return started(("ProvisioningEC2", 0), ("Ready", seconds), ("Active", seconds + 5), first=first)
 
 
 def test_a_first_start_is_measured_while_the_history_tells_of_it() -> None:
     assert seconds_to_ready(ready_after(900.4)) == 900
     assert seconds_to_ready(ready_after(900, first="Stopped")) is None, "its beginning is forgotten"
     assert seconds_to_ready(a_worker("w")) is None
+
+
+def test_a_first_start_is_measured_from_its_launch_and_an_hour_at_most() -> None:
+    waited = started(("ProvisioningEC2", 7200), ("Starting", 7300), ("ReadyUnlicensed", 8000))
+    assert seconds_to_ready(waited) == 800, "it waited for two hours"
+    again = started(
+        ("ProvisioningEC2", 0), ("Failed", 900), ("Pending", 5000), ("ProvisioningEC2", 5001), ("Ready", 5601)
+    )
+    assert seconds_to_ready(again) == 600
+    mended = started(("ProvisioningEC2", 0), ("Starting", 60), ("Failed", 900), ("Starting", 5000), ("Ready", 5600))
+    assert seconds_to_ready(mended) is None, "a person mended it"
+    assert seconds_to_ready(ready_after(86400)) == 3600
+    assert lead_of(a_pool(status={"secondsToReady": 86400})) == timedelta(hours=1), "stored by another version"
 
 
 @pytest.mark.parametrize(
