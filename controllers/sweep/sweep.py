@@ -4,7 +4,8 @@ A host that everybody forgot bills by the hour; one that is ended by mistake tak
 does not answer completely says nothing, a cache that is behind says nothing, one value that cannot be decoded says
 nothing. An orphan is ended only by setting, after EC2 described it anew and the store was read again, never when its
 tags want it kept, and only by the leader. Regions that were ever used are remembered with the suspects in one key, so
-that neither a change of leader nor the end of a region's last worker hides what is there.
+that neither a change of leader nor the end of a region's last worker hides what is there. While an orphan is ended its
+claim key is the sweep's, so that no worker can adopt what is about to end.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from controllers.aws.ec2 import Ec2, Ec2Instance
 from controllers.aws.errors import AwsError, Ec2NotFound
 from controllers.sweep.judge import Claims, Suspect, are_too_many, claims_of, is_suspect, sweep
 from controllers.sweep.settings import SweepSettings
+from controllers.workers.claims import SWEEP_CLAIM
 from controllers.workers.decisions import INSTALLATION_TAG, KEEPABLE, RETAIN_TAG, UID_TAG
 from controllers.workers.kind import LabWorker
 from lrm.cache import Cache, CacheUpdate
@@ -32,7 +34,7 @@ from lrm.errors import CacheBehind, NotLeading
 from lrm.model import rfc3339
 from storage.base import Entry, Storage
 from storage.clock import Clock
-from storage.errors import GuardFailed, NotFound, StorageError
+from storage.errors import AlreadyExists, GuardFailed, NotFound, StorageError
 
 log = structlog.get_logger(__name__)
 
@@ -216,6 +218,10 @@ class Sweep:
     async def _sweep(self, state: _State, term: Term) -> None:
         """One look at everything. EC2 is asked first: whatever was launched by then had its worker before."""
         now = self._clock.now()
+        for claim in await self._claim_entries():
+            if claim.value == SWEEP_CLAIM:
+                # Left by a sweep that was cut short, or that EC2 gave no clear answer.
+                await self._unclaim(claim, term)
         found, errors = await self._everywhere(state.regions, term)
         claims = await self._claims()
         suspects = sweep(state.suspects, found, claims, now=now, youngest=self._youngest)
@@ -253,16 +259,20 @@ class Sweep:
                 tasks.create_task(ask(region))
         return found, errors
 
-    async def _claims(self) -> Claims:
-        """What the store says now. Raises `ProvesNothing`, `CacheBehind`, `StorageError`."""
-        ids: list[str] = []
+    async def _claim_entries(self) -> list[Entry]:
+        entries: list[Entry] = []
         token = ""
         while True:
             page = await self._storage.list(self._claims_prefix, limit=_PAGE, continue_token=token)
-            ids += [e.key.removeprefix(self._claims_prefix) for e in page.entries]
+            entries += page.entries
             token = page.continue_token
             if not token:
-                break
+                return entries
+
+    async def _claims(self) -> Claims:
+        """What the store says now, but for the sweep's own. Raises `ProvesNothing`, `CacheBehind`, `StorageError`."""
+        entries = await self._claim_entries()
+        ids = [e.key.removeprefix(self._claims_prefix) for e in entries if e.value != SWEEP_CLAIM]
         await self._cache.barrier()
         items = self._cache.items(self._cache.registry.of(LabWorker))
         unread = [f"{i.namespace}/{i.name}" for i in items if i.resource is None]
@@ -280,11 +290,7 @@ class Sweep:
             if self._stopping:
                 return
             try:
-                if await self._may_end(orphan, term):
-                    term.check()
-                    await self._ec2.terminate(orphan.region, orphan.instance_id)
-                    self._ended += 1
-                    log.warning("sweep.ended", **orphan.document())
+                await self._end_one(orphan, term)
             except AwsError as error:
                 self._errors[orphan.region] = str(error)
                 log.warning("sweep.not_ended", instance=orphan.instance_id, error=str(error))
@@ -293,6 +299,32 @@ class Sweep:
             except Exception as error:
                 self._errors[orphan.region] = repr(error)
                 log.exception("sweep.end_defect", instance=orphan.instance_id, region=orphan.region)
+
+    async def _end_one(self, orphan: Suspect, term: Term) -> None:
+        """Claim an orphan, prove after that it still is one, end it.
+
+        Where it is not known whether EC2 ends it, the claim stands until the next sweep: nobody is to adopt it so long.
+        """
+        key, sent = self._claims_prefix + orphan.instance_id, False
+        try:
+            claim = await self._storage.create(key, SWEEP_CLAIM, guards=(term.guard(),))
+        except AlreadyExists:
+            return  # somebody has just adopted it
+        try:
+            if await self._may_end(orphan, term):
+                term.check()
+                sent = True
+                await self._ec2.terminate(orphan.region, orphan.instance_id)
+                self._ended += 1
+                log.warning("sweep.ended", **orphan.document())
+        except AwsError as error:
+            if not sent or error.definite_refusal:
+                await self._unclaim(claim, term)
+            raise
+        await self._unclaim(claim, term)
+
+    async def _unclaim(self, claim: Entry, term: Term) -> None:
+        await self._storage.delete(claim.key, expected_revision=claim.revision, guards=(term.guard(),))
 
     async def _may_end(self, orphan: Suspect, term: Term) -> bool:
         """Whether an orphan still is one, by EC2's word and then by the store's."""

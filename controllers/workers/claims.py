@@ -1,7 +1,8 @@
 """Claims on existing instances: one key per adopted EC2 instance, so that only one worker of an installation has it.
 
 A claim is taken by create and given up under a compare; every write carries the leader's guard. A claim whose worker
-is gone, or has nothing to do with the instance any more, is taken over: that is proved by a read of the store.
+is gone, or has nothing to do with the instance any more, is taken over: that is proved by a read of the store. While
+the sweep ends an instance the claim is the sweep's, which only the sweep gives up.
 Called by the workers' controller; the imports' one asks who has what.
 """
 
@@ -18,6 +19,10 @@ from storage.base import Entry, Storage
 from storage.errors import AlreadyExists, Conflict, GuardFailed, NotFound
 
 _PAGE = 500
+_SWEEP = "sweep"
+"""In place of a worker's uid."""
+SWEEP_CLAIM = orjson.dumps({"uid": _SWEEP, "namespace": "", "name": ""})
+"""The value of a claim that the sweep holds while it ends an instance."""
 
 
 class Claims:
@@ -28,7 +33,7 @@ class Claims:
         self._prefix = f"{root}/claim/ec2/"
 
     async def take(self, instance_id: str, worker: LabWorker, ctx: Context) -> str:
-        """Claim an instance for a worker; return "" when it is ours, else who has it (`namespace/name`)."""
+        """Claim an instance for a worker; return "" when it is ours, else who has it, for people to read."""
         key = self._prefix + instance_id
         value = orjson.dumps({"uid": worker.uid, "namespace": worker.namespace, "name": worker.name})
         for _ in range(3):
@@ -38,8 +43,8 @@ class Claims:
                 holder = _holder(error.current)
                 if holder["uid"] == worker.uid:
                     return ""
-                if await self._holds(holder, instance_id, ctx):
-                    return f"{holder['namespace']}/{holder['name']}"
+                if holder["uid"] == _SWEEP or await self._holds(holder, instance_id, ctx):
+                    return _name(holder)
                 await self._drop(error.current, ctx)
             except GuardFailed as error:
                 raise ctx.fenced(error) from error
@@ -84,13 +89,13 @@ class Claims:
 
 
 def holding(claims: Mapping[str, Mapping[str, str]], workers: Iterable[LabWorker]) -> dict[str, str]:
-    """Who has what (`namespace/name` by instance), by the claims and by workers that were read after them."""
+    """Who has what, by instance and for people to read, by the claims and by workers that were read after them."""
     by_place = {(w.namespace, w.name): w for w in workers}
     found: dict[str, str] = {}
     for instance_id, holder in claims.items():
         worker = by_place.get((holder["namespace"], holder["name"]))
-        if worker is not None and _has(worker, holder, instance_id):
-            found[instance_id] = f"{worker.namespace}/{worker.name}"
+        if holder["uid"] == _SWEEP or (worker is not None and _has(worker, holder, instance_id)):
+            found[instance_id] = _name(holder)
     return found
 
 
@@ -98,6 +103,12 @@ def _has(worker: LabWorker, holder: Mapping[str, str], instance_id: str) -> bool
     """Whether the worker of that name is the one that claimed the instance, and still has to do with it."""
     named = instance_id in (worker.spec.aws.instance_id, worker.status.ec2.instance_id)
     return named and worker.uid == holder["uid"]
+
+
+def _name(holder: Mapping[str, str]) -> str:
+    if holder["uid"] == _SWEEP:
+        return "the sweep, which ends it"
+    return f"{holder['namespace']}/{holder['name']}"
 
 
 def _holder(entry: Entry) -> dict[str, str]:

@@ -14,12 +14,14 @@ import pytest
 from controllers.aws.ec2 import Ec2, Ec2Instance
 from controllers.sweep.settings import SweepSettings
 from controllers.sweep.sweep import Sweep
+from controllers.workers.claims import SWEEP_CLAIM
 from controllers.workers.decisions import INSTALLATION_TAG, RETAIN_TAG, UID_TAG
 from controllers.workers.kind import LabWorker
 from equipment.waiting import until
 from equipment.workers_world import INSTALLATION, WorkersWorld, someone_elses, tags_of, workers_world
 from lrm.election import StaticElection, Term
 from lrm.telemetry import Telemetry
+from storage.errors import NotFound
 
 ORPHAN = {INSTALLATION_TAG: INSTALLATION, UID_TAG: "of-a-worker-that-is-gone"}
 
@@ -243,3 +245,53 @@ async def test_a_defect_costs_the_region_or_the_turn_that_hits_it_alone(
             assert sweep.error == ""
             assert "KeyError" in sweep.describe()["regionErrors"]["eu-west-1"]
     assert world.live() == [worker.status.ec2.instance_id]
+
+
+async def test_nobody_adopts_an_orphan_that_is_being_ended(world: WorkersWorld) -> None:
+    worker = await world.serving()
+    orphan = await someone_elses(world, **ORPHAN)
+    key = f"{world.registry.root}/claim/ec2/{orphan}"
+    async with sweeping(world) as sweep:
+        await until(lambda: orphans(sweep) == [orphan], "the orphan")
+    lost = world.aws_fault("TerminateInstances", "server-error", times=0)
+    async with sweeping(world, sweep_terminate=True, sweep_interval=3) as sweep:
+        await until(
+            lambda: "us-east-1" in sweep.describe()["regionErrors"], "an end of which nobody knows whether it came"
+        )
+        await world.adopt("late", orphan)
+        failed = await world.phase("Failed", name="late")
+        assert failed.status.failure is not None
+        assert failed.status.failure.reason == "ClaimedByAnother"
+        assert "the sweep, which ends it" in failed.status.failure.message
+        hits = lost.hits
+        await swept(sweep, 1)
+        assert lost.hits == hits, "a worker names it now: a person may want it"
+        with pytest.raises(NotFound):
+            await world.storage.get(key)
+        world.shim.faults.remove(lost.id)
+        assert orphans(sweep) == []
+    assert sorted(world.live()) == sorted([orphan, str(worker.status.ec2.instance_id)])
+
+
+async def test_the_claim_of_a_sweep_that_died_is_no_claim_to_the_next(world: WorkersWorld) -> None:
+    await world.serving()
+    orphan = await someone_elses(world, **ORPHAN)
+    key = f"{world.registry.root}/claim/ec2/{orphan}"
+    await world.storage.create(key, SWEEP_CLAIM)
+    async with sweeping(world, sweep_terminate=True) as sweep:
+        await until(lambda: orphan not in world.live(), "the end of the orphan")
+        await swept(sweep, 1)
+        with pytest.raises(NotFound):
+            await world.storage.get(key)
+
+
+async def test_what_ec2_refuses_to_end_can_be_adopted(world: WorkersWorld) -> None:
+    await world.serving()
+    orphan = await someone_elses(world, **ORPHAN)
+    async with sweeping(world) as sweep:
+        await until(lambda: orphans(sweep) == [orphan], "the orphan")
+    world.aws_fault("TerminateInstances", "denied", times=0)
+    async with sweeping(world, sweep_terminate=True, sweep_interval=3) as sweep:
+        await until(lambda: "us-east-1" in sweep.describe()["regionErrors"], "the refusal")
+        await world.adopt("rescued", orphan)
+        await world.phase("ReadyUnlicensed", name="rescued")

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from controllers.aws.ec2 import Ec2Instance
 from controllers.sweep.judge import Claims, Suspect, are_too_many, claims_of, is_suspect, sweep
+from controllers.workers.claims import SWEEP_CLAIM, holding
 from controllers.workers.decisions import RETAIN_TAG, UID_TAG, tags_of
 from controllers.workers.kind import LabWorker
 
@@ -76,6 +77,10 @@ def test_another_uid_on_the_same_instance_is_another_case() -> None:
 )
 def test_what_speaks_for_an_instance(instance: Ec2Instance, claims: Claims, expected: bool, why: str) -> None:
     assert is_suspect(instance, claims, now=NOW, youngest=YOUNGEST) is expected, why
+
+
+def test_what_the_sweep_is_ending_is_told_as_taken() -> None:
+    assert holding({"i-1": orjson.loads(SWEEP_CLAIM)}, [a_worker()]) == {"i-1": "the sweep, which ends it"}
 
 
 def test_what_a_status_names_is_claimed_whatever_its_tags_say() -> None:
