@@ -25,7 +25,17 @@ from controllers.pools.conditions import (
     observe,
     tell_limit,
 )
-from controllers.pools.decisions import Decision, Direction, Reason, Roster, decide, is_removable, lead_of, roster
+from controllers.pools.decisions import (
+    Decision,
+    Direction,
+    Reason,
+    Roster,
+    decide,
+    is_braked,
+    is_removable,
+    lead_of,
+    roster,
+)
 from controllers.pools.demand import Demand, Load, labs_are_known
 from controllers.pools.hours import UnknownTimeZone
 from controllers.pools.kind import NAMES_TOLD, POOL_FINALIZER, POOLS, LabWorkerPool, ScalingDecision, new_worker
@@ -364,5 +374,6 @@ def _standing(worker: LabWorker) -> tuple[object, ...]:
         status.ec2.state,
         bool(status.allocations),
         labs_are_known(worker),
+        is_braked(worker),
         paused,
     )

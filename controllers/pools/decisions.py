@@ -20,7 +20,7 @@ from controllers.pools.hours import Window, local_time, soon_or_now
 from controllers.pools.kind import LONGEST_LEAD, LabWorkerPool
 from controllers.workers.decisions import Goal, goal_of, is_paused
 from controllers.workers.kind import LabWorker, serving
-from controllers.workers.phases import Phase
+from controllers.workers.phases import Phase, Reasons
 from lrm.resource import PAUSE_ANNOTATION, PROTECT_ANNOTATION
 
 FIRST_LEAD = 20 * 60
@@ -54,6 +54,7 @@ class Reason(StrEnum):
     OUTSIDE_HOURS = "OutsideAllowedHours"
     HOSTS_LABS = "WorkersHostLabs"
     REPLACEMENT_LIMIT = "ReplacementLimit"
+    MAX_INSTANCES = Reasons.MAX_INSTANCES
     # nothing to do
     IN_FLIGHT = "InFlight"
     SETTLED = "Settled"
@@ -113,6 +114,8 @@ class Roster:
     serving: tuple[LabWorker, ...]
     starting: tuple[LabWorker, ...]
     """Wanted Ready and not there yet."""
+    braked: tuple[LabWorker, ...]
+    """Those of them that the limit on instances keeps from being launched: nobody knows until when."""
     asleep: tuple[LabWorker, ...]
     """Stopped by idleness."""
 
@@ -136,6 +139,7 @@ def roster(pool: LabWorkerPool, workers: Iterable[LabWorker], load: Load) -> Ros
         able=able,
         serving=tuple(w for w in able if serving(w)),
         starting=tuple(w for w in able if _starting(w)),
+        braked=tuple(w for w in able if _starting(w) and is_braked(w)),
         asleep=tuple(w for w in able if is_paused(w) and not serving(w)),
     )
 
@@ -143,6 +147,14 @@ def roster(pool: LabWorkerPool, workers: Iterable[LabWorker], load: Load) -> Ros
 def has_failed(worker: LabWorker) -> bool:
     """Whether a worker serves no more and will not by itself."""
     return worker.status.phase in {Phase.FAILED, Phase.TERMINATED, Phase.TERMINATING_EC2}
+
+
+def is_braked(worker: LabWorker) -> bool:
+    """Whether the limit on the installation's instances keeps a worker from being launched for the first time."""
+    ec2 = worker.status.ec2
+    if worker.status.phase != Phase.PENDING or ec2.instance_id is not None or ec2.sent_at is not None:
+        return False
+    return ec2.last_error is not None and ec2.last_error.reason == Reasons.MAX_INSTANCES
 
 
 def is_removable(worker: LabWorker, load: WorkerLoad) -> bool:
@@ -172,16 +184,21 @@ def decide(pool: LabWorkerPool, workers: Iterable[LabWorker], load: Load, now: d
     floor, why = _floor(pool, now, lead_of(pool))
     # The lead falls as soon as a worker shows how quick it is: what a longer one began stays for its window.
     kept, _ = _floor(pool, now, timedelta(seconds=LONGEST_LEAD))
-    return (
+    first = (
         _shrink_to(pool, team, load, kept)
         or _grow_to(team, floor, why)
-        or _in_flight(team.starting)
-        or _replace(pool, team, kept, now)
-        # One that waits for its labs may take hours; until they end it changes nothing for the others.
-        or _in_flight([w for w in team.leaving if not load.of(w).hosts])
-        or _by_load(pool, team, load, kept, now)
-        or Decision(Direction.NONE, Reason.SETTLED, before=len(team.able))
+        or _in_flight([w for w in team.starting if not is_braked(w)])
     )
+    if first is not None:
+        return first
+    replacement = _replace(pool, team, kept, now)
+    if replacement is not None and replacement.acts:
+        return replacement
+    # One that waits for its labs may take hours; until they end it changes nothing for the others.
+    by_load = _in_flight([w for w in team.leaving if not load.of(w).hosts]) or _by_load(pool, team, load, kept, now)
+    if by_load is not None and by_load.acts:
+        return by_load
+    return replacement or by_load or Decision(Direction.NONE, Reason.SETTLED, before=len(team.able))
 
 
 # What a person says
@@ -333,7 +350,7 @@ def _by_load(pool: LabWorkerPool, team: Roster, load: Load, kept: int, now: date
     return _grow(pool, team, load, measures, now) or _shrink(pool, team, load, measures, kept, now)
 
 
-def _grow(
+def _grow(  # noqa: PLR0911 - each way out is a reason
     pool: LabWorkerPool, team: Roster, load: Load, measures: Sequence[_Measure], now: datetime
 ) -> Decision | None:
     wishes = [*_more_by_measures(measures), *_more_by_waiting(pool, team, load)]
@@ -349,6 +366,9 @@ def _grow(
         return Decision(Direction.NONE, Reason.COOLDOWN, held, before=before)
     if not _allowed(pool.spec.allowed_hours.scale_up, pool, now):
         return Decision(Direction.NONE, Reason.OUTSIDE_HOURS, "load asks for more workers", before=before)
+    if team.braked and not team.asleep:
+        held = f"{team.braked[0].name} is not launched yet: the installation has all the instances that it may"
+        return Decision(Direction.NONE, Reason.MAX_INSTANCES, held, before=before)
     if team.asleep:  # sooner there than a new one, and no more expensive
         wake = tuple(w.name for w in team.asleep[:more])
         return Decision(Direction.WAKE, reason, message, before=before, after=before, wake=wake)
@@ -408,13 +428,15 @@ def _expendable(workers: Iterable[LabWorker], load: Load) -> list[LabWorker]:
 
 
 def _worth(worker: LabWorker) -> int:
-    """Failed, not launched yet, on its way, out of service, serving: in this order they are given up."""
-    if has_failed(worker):
+    """Kept from launching, failed, not launched yet, on its way, out of service, serving: so they are given up."""
+    if is_braked(worker):
         return 0
+    if has_failed(worker):
+        return 1
     if _starting(worker):
         ec2 = worker.status.ec2
-        return 1 if ec2.instance_id is None and ec2.sent_at is None else 2
-    return 4 if serving(worker) else 3
+        return 2 if ec2.instance_id is None and ec2.sent_at is None else 3
+    return 5 if serving(worker) else 4
 
 
 def _starting(worker: LabWorker) -> bool:

@@ -8,7 +8,7 @@ from typing import Any
 
 from controllers.pools.demand import Load, WorkerLoad
 from controllers.pools.kind import LAB_WORKER_POOL, LabWorkerPool, LabWorkerPoolStatus
-from controllers.workers.kind import WAKE_ANNOTATION, LabWorker
+from controllers.workers.kind import WAKE_ANNOTATION, LabWorker, Problem
 
 NOW = datetime(2026, 5, 6, 12, tzinfo=UTC)
 """A Wednesday."""
@@ -55,11 +55,18 @@ def asleep(name: str, **metadata: Any) -> LabWorker:
 
 
 def workers(*phases: str) -> list[LabWorker]:
-    """w0, w1, …, one per phase; one in `Leaving` is being deleted, one in `Asleep` was stopped by idleness."""
+    """w0, w1, …, one per phase; one in `Leaving` is being deleted, one in `Asleep` was stopped by idleness.
+
+    One in `Braked` waits for room under the limit on the installation's instances.
+    """
     made: list[LabWorker] = []
     for i, phase in enumerate(phases):
         if phase == "Asleep":
             made.append(asleep(f"w{i}", annotations={WAKE_ANNOTATION: "before"}))
+        elif phase == "Braked":
+            made.append(a_worker(f"w{i}", "Pending"))
+            trouble = {"reason": "MaxInstancesReached", "message": "full", "at": LONG_AGO}
+            made[-1].status.ec2.last_error = Problem.model_validate(trouble)
         else:
             leaving = phase == "Leaving"
             made.append(a_worker(f"w{i}", "TerminatingEC2" if leaving else phase, deleting=leaving))
