@@ -356,6 +356,9 @@ def _grow(  # noqa: PLR0911 - each way out is a reason
     wishes = [*_more_by_measures(measures), *_more_by_waiting(pool, team, load)]
     if not wishes:
         return None
+    free = sum(load.of(w).free for w in team.serving)
+    if team.asleep and 0 < free >= load.waiting:
+        return None  # nobody would come to one that is woken, and idleness would stop it again
     more, reason, message = max(wishes, key=lambda w: w[0])
     before = len(team.able)
     room = pool.spec.max_workers - len(team.members)

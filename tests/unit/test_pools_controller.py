@@ -587,7 +587,7 @@ async def test_under_load_one_that_idleness_has_stopped_is_woken_once_whoever_di
         assert (await scene.pool()).status.paused_replicas == 1
         if point is not None:
             dying_at(monkeypatch, point)
-        await scene.place(busy, 16)
+        await scene.place(busy, 20)
         await live(scene)
         woken = {
             c.item.resource.metadata.annotations[WAKE_ANNOTATION]

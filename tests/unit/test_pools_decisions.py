@@ -19,6 +19,7 @@ from controllers.workers.kind import WAKE_ANNOTATION, LabWorker
 from equipment.pools import NOW, a_pool, a_worker, asleep, evenly, workers
 
 BUSY = {"hosts": True}
+FULL = {"cpu": 0.9, "labs": 20}
 
 
 @dataclass
@@ -251,7 +252,21 @@ CASES = [
         load={"waiting": 99},
     ),
     # those that idleness has stopped
-    Case("one asleep is woken first", ("Active", "Asleep"), CAPACITY, (WAKE, "CPU", 0, ("w1",)), load={"cpu": 0.9}),
+    Case("one asleep is woken first", ("Active", "Asleep"), CAPACITY, (WAKE, "CPU", 0, ("w1",)), load=FULL),
+    Case(
+        "none while there is room, nor is a new one made: idleness would stop it again",
+        ("Active", "Asleep"),
+        HYBRID,
+        (NONE, "Settled", 0, ()),
+        load={"cpu": 0.9, "labs": 15},
+    ),
+    Case(
+        "but for labs that wait",
+        ("Active", "Asleep"),
+        HYBRID,
+        (WAKE, "WaitingLabs", 0, ("w1",)),
+        load={"labs": 14, "waiting": 7},
+    ),
     Case(
         "as many as are needed",
         ("Active", "Asleep", "Asleep", "Asleep"),
@@ -264,14 +279,14 @@ CASES = [
         ("Active", "Asleep"),
         {**CAPACITY, "maxWorkers": 2},
         (WAKE, "CPU", 0, ("w1",)),
-        load={"cpu": 0.9},
+        load=FULL,
     ),
     Case(
         "not right after growth",
         ("Active", "Asleep"),
         CAPACITY,
         (NONE, "Cooldown", 0, ()),
-        load={"cpu": 0.9},
+        load=FULL,
         status={"lastScaleUpAt": minutes_ago(5)},
     ),
     Case("sleep is no failure, nor on its way", ("Asleep",), {"replicas": 1}, (NONE, "Settled", 0, ())),
