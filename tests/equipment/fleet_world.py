@@ -12,8 +12,8 @@ import sys
 import time
 import uuid
 from collections import Counter
-from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator, Iterable, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,8 +33,9 @@ from controllers.plugin import ControllersSettings
 from controllers.workers.decisions import INSTALLATION_TAG
 from controllers.workers.kind import INSTANCE_FINALIZER, LAB_WORKER, Identity, LabWorker, LabWorkerSpec, LabWorkerStatus
 from equipment.aws import REGION, boto, shim_process
+from equipment.counting import counting
 from equipment.waiting import until
-from lrm.cache import Cache, CacheUpdate
+from lrm.cache import Cache
 from lrm.client import Client
 from lrm.election import StaticElection, StaticTerm
 from lrm.processes import ChildProcess
@@ -172,19 +173,9 @@ class FleetWorld:
         assert self.shim is not None
         assert self.shim.instances.measure(worker.status.ec2.instance_id or "", cpu=cpu, memory=memory)
 
-    @contextmanager
-    def counting(self) -> Iterator[Counter[str]]:
+    def counting(self) -> AbstractAsyncContextManager[Counter[str]]:
         """The writes that the store sees meanwhile, by object."""
-        seen: Counter[str] = Counter()
-
-        def count(update: CacheUpdate) -> None:
-            seen.update(f"{change.type} {change.item.name}" for change in update.changes)
-
-        end = self.cache.subscribe(count)
-        try:
-            yield seen
-        finally:
-            end()
+        return counting(self.cache, lambda change: f"{change.type} {change.item.name}")
 
     def gauges(self, name: str) -> dict[str, dict[str, str]]:
         """A gauge as /metrics serves it: value by the worker's name and its labels besides, as text."""

@@ -9,8 +9,8 @@ from __future__ import annotations
 import asyncio
 import uuid
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, cast
@@ -26,8 +26,9 @@ from controllers.labs.records import LabRecordsController
 from controllers.labs.settings import LabsSettings
 from controllers.workers.kind import INSTANCE_FINALIZER, LAB_WORKER, WORKERS, Identity, LabWorker, LabWorkerSpec
 from controllers.workers.settings import WorkerSettings
+from equipment.counting import counting
 from equipment.waiting import until
-from lrm.cache import Cache, CacheUpdate
+from lrm.cache import Cache
 from lrm.client import Client
 from lrm.election import StaticElection, StaticTerm
 from lrm.errors import ResourceNotFound
@@ -184,19 +185,9 @@ class LabsWorld:
     def known(self, name: str = "w1") -> list[LabRecord]:
         return records_of_worker(self.cache, "default", name)
 
-    @contextmanager
-    def counting(self) -> Iterator[Counter[str]]:
+    def counting(self) -> AbstractAsyncContextManager[Counter[str]]:
         """The writes that the store sees meanwhile."""
-        seen: Counter[str] = Counter()
-
-        def count(update: CacheUpdate) -> None:
-            seen.update(f"{change.kind.plural} {change.type}" for change in update.changes)
-
-        end = self.cache.subscribe(count)
-        try:
-            yield seen
-        finally:
-            end()
+        return counting(self.cache)
 
 
 def instance_of(worker: str) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Collection, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from typing import Any, cast
@@ -23,9 +23,10 @@ from controllers.aws.simulator.instances import Instance
 from controllers.cml.simulator import Machine, Options, Simulator
 from controllers.plugin import ControllersSettings, plugin
 from controllers.workers.kind import LabWorker, LabWorkerSpec, LabWorkerStatus
+from equipment.counting import counting
 from equipment.waiting import until
 from lrm.bookmarks import Bookmarks
-from lrm.cache import Cache, CacheUpdate
+from lrm.cache import Cache
 from lrm.client import Client
 from lrm.clock import HOLD_SECONDS, WallJumps
 from lrm.election import StaticElection, StaticTerm
@@ -202,19 +203,9 @@ class WorkersWorld:
     def cml_fault(self, kind: Any, **how: Any) -> Any:
         return self.cml.faults.add(kind, **how)
 
-    @contextmanager
-    def counting(self) -> Iterator[Counter[str]]:
+    def counting(self) -> AbstractAsyncContextManager[Counter[str]]:
         """The writes to resources that the store sees meanwhile, by plural and type."""
-        seen: Counter[str] = Counter()
-
-        def count(update: CacheUpdate) -> None:
-            seen.update(f"{change.kind.plural} {change.type}" for change in update.changes)
-
-        end = self.cache.subscribe(count)
-        try:
-            yield seen
-        finally:
-            end()
+        return counting(self.cache)
 
 
 def condition(worker: LabWorker, kind: str) -> tuple[str, str]:

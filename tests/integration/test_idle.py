@@ -60,7 +60,7 @@ async def test_a_worker_that_nobody_uses_is_stopped_and_starts_again_at_a_word(w
     before = await used(world)
     await world.looked_again()
     await world.cache.barrier()
-    with world.counting() as writes:
+    async with world.counting() as writes:
         await looked(world, before)
     assert not writes, "to look costs no write"
     hours_pass(world, 2)
@@ -76,7 +76,7 @@ async def test_a_worker_that_nobody_uses_is_stopped_and_starts_again_at_a_word(w
     await world.until(lambda w: w.status.observed_generation == w.metadata.generation, "the new spec seen")
     await world.looked_again()
     await world.cache.barrier()
-    with world.counting() as writes:
+    async with world.counting() as writes:
         await world.looked_again(3)
     assert not writes
     assert (await world.status()).phase == "Stopped"

@@ -99,7 +99,7 @@ async def test_a_repeat_is_asked_for_by_annotation_and_makes_what_is_new(world: 
     await post(world, tags={"track": "ccna"})
     await ended(world)
     second = await someone_elses(world, "second", track="ccna")
-    with world.counting() as writes:
+    async with world.counting() as writes:
         await world.looked_again(3)
     assert "labworkerimports MODIFIED" not in writes, "an import that was carried out is left alone"
 

@@ -49,7 +49,7 @@ async def test_a_sync_is_two_calls_and_one_write_when_nothing_changed(world: Lab
         world.machine().add_lab(f"Lab {n}", nodes=2)
     await world.sync()
     world.machine().counts.clear()
-    with world.counting() as writes:
+    async with world.counting() as writes:
         await world.sync()
     assert dict(world.machine().counts) == {"GET /populate_lab_tiles": 1, "GET /labs": 1}
     # Ours is one of the two: the other is the annotation that asked for it.
@@ -274,12 +274,12 @@ async def test_two_thousand_labs_come_in_with_one_write_each_and_cost_none_after
     for n in range(2000):
         world.machine().add_lab(f"Lab {n}", nodes=1)
     world.machine().counts.clear()
-    with world.counting() as writes:
+    async with world.counting() as writes:
         await world.sync(timeout=60)
     assert dict(writes) == {"labrecords ADDED": 2000, "labworkers MODIFIED": 2}
     assert world.machine().counts.total() == 3, "the list twice as always, and the proof again, as labs came"
     world.machine().counts.clear()
-    with world.counting() as writes:
+    async with world.counting() as writes:
         await world.sync(timeout=60)
     assert dict(writes) == {"labworkers MODIFIED": 2}
     assert world.machine().counts.total() == 2

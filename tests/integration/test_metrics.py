@@ -68,7 +68,7 @@ async def test_a_cycle_makes_as_many_calls_as_a_region_needs_and_the_next_one_wr
     known = [w.status for w in world.cache.all(LabWorker)]
     assert all(s.utilization is not None and s.utilization.cpu_percent == 5 for s in known)
     assert all(s.metrics is not None and s.metrics.ec2.state == "running" for s in known)
-    with world.counting() as writes:
+    async with world.counting() as writes:
         await world.refresh()
     assert not writes
     assert world.calls() == calls
@@ -125,12 +125,12 @@ async def test_only_what_matters_is_written(whole: FleetWorld, shim: AwsShim) ->
     (worker,) = await whole.add(1, cml=True)
     whole.measure(worker, cpu=50, memory=60)
     await whole.refresh()
-    with whole.counting() as writes:
+    async with whole.counting() as writes:
         for cpu, memory in ((54.9, 60), (45.1, 64.9), (50, 55.1)):
             whole.measure(worker, cpu=cpu, memory=memory)
             await whole.refresh()
     assert not writes
-    with whole.counting() as writes:
+    async with whole.counting() as writes:
         whole.measure(worker, cpu=55, memory=60)
         await whole.refresh()
         shim.instances.impair(instance_of(worker), impaired=True)
@@ -167,7 +167,7 @@ async def test_without_the_right_to_cloudwatch_the_rest_goes_on(whole: FleetWorl
     assert (status.metrics.ec2.error, status.metrics.cml.error) == (None, None)
     assert status.utilization is not None  # CML's own
     assert status.utilization.cpu_percent is not None
-    with whole.counting() as writes:
+    async with whole.counting() as writes:
         await whole.refresh()
     assert not writes
     shim.faults.remove(fault.id)
@@ -303,7 +303,7 @@ async def test_a_cml_that_fails_in_part_is_told_in_part(whole: FleetWorld, cml: 
     (worker,) = await whole.add(1, cml=True)
     await whole.refresh()
     cml.faults.add("status", instance=instance_of(worker), path="/system_health", status=500)
-    with whole.counting() as writes:
+    async with whole.counting() as writes:
         await whole.refresh()
         await whole.refresh()
     assert writes == {"MODIFIED w0": 1}
@@ -338,7 +338,7 @@ async def test_a_dead_cml_keeps_its_error_while_its_breaker_is_open_and_costs_no
     cml.machine(instance_of(worker)).power_off()
     for _ in range(2):  # the second one opens the breaker: five attempts in a row
         await whole.refresh()
-    with whole.counting() as writes:
+    async with whole.counting() as writes:
         await whole.refresh()
     assert not writes
     metrics = (await whole.status()).metrics
@@ -441,7 +441,7 @@ async def test_a_leader_that_was_deposed_writes_nothing_and_steps_down(world: Fl
     await world.add(3)
     entry = await world.storage.get(world.term.key)
     await world.storage.delete(world.term.key, expected_revision=entry.revision)
-    with world.counting() as writes:
+    async with world.counting() as writes:
         await world.metrics.run(world.term)  # returns, as the term was lost
     assert not writes
 

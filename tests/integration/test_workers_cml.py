@@ -103,7 +103,7 @@ async def test_one_failed_check_is_no_outage_and_three_in_a_row_are(
         assert condition(sick, "CMLReady")[0] == "False"
         assert condition(sick, "AcceptingLabs")[0] == "False"
         assert sick.status.phase == "ReadyUnlicensed"
-        with world.counting() as writes:
+        async with world.counting() as writes:
             await world.looked_again(3)
         assert not writes, "an outage that goes on costs no writes"
         world.cml.faults.clear()

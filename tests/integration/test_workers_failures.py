@@ -93,7 +93,7 @@ async def test_looks_that_are_throttled_for_long_are_no_storm_and_cost_no_writes
     await world.until(lambda w: w.status.ec2.last_error is not None, "the error told")
     hits, stats = struck.hits, world.runners[0].stats
     looks = stats.reconciles
-    with world.counting() as writes:
+    async with world.counting() as writes:
         await until(lambda: stats.reconciles >= looks + 2, "two more looks", 60)
     assert struck.hits - hits <= 3 * (stats.reconciles - looks + 1), "three tries a look at most, ever slower"
     assert writes["labworkers MODIFIED"] == 0

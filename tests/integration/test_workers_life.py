@@ -60,7 +60,7 @@ async def test_a_worker_at_rest_is_looked_at_and_not_written(world: WorkersWorld
     await world.serving()
     await world.looked_again(2)
     asked, looks = world.shim.calls["DescribeInstances"], world.runners[0].stats.reconciles
-    with world.counting() as writes:
+    async with world.counting() as writes:
         await world.looked_again(5)
     assert not writes
     asked = world.shim.calls["DescribeInstances"] - asked
@@ -102,7 +102,7 @@ async def test_stop_clears_addresses_and_gives_the_seat_back_and_start_brings_it
     assert condition(stopped, "Ready")[0] == "False"
     assert condition(stopped, "EC2Provisioned") == ("True", "InstanceStopped")
     assert condition(stopped, "HealthCheckPassed")[0] == "Unknown"
-    with world.counting() as writes:
+    async with world.counting() as writes:
         await world.looked_again(3)
     assert not writes
 

@@ -143,7 +143,7 @@ async def test_a_lost_launch_is_not_repeated_once_nobody_wants_the_worker_ready(
         assert at_rest.status.phase == "ProvisioningEC2"
         assert at_rest.status.ec2.launch is None
         await world.cache.barrier()  # what was written until now is not counted
-        with world.counting() as writes:
+        async with world.counting() as writes:
             await world.looked_again(3)
         assert not writes
         assert world.instances() == []

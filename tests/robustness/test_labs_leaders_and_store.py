@@ -30,7 +30,7 @@ async def test_a_deposed_leader_in_the_middle_of_a_sync_writes_nothing_more(monk
         await until(lambda: any(e["path"] == "/labs" and e["status"] == 0 for e in world.machine().log))
         other = StaticElection(storage, world.clock, root="/lrm", lock_name=LABS, identity="another")
         term = await other.acquire()
-        with world.counting() as writes:
+        async with world.counting() as writes:
             await world.term.wait_lost()
             await until(lambda: not world.labs.queue.processing)
             await world.cache.barrier()
