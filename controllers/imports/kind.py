@@ -13,15 +13,8 @@ from typing import Any, Literal
 from pydantic import Field, field_validator
 
 from controllers.aws.ec2 import Ec2Instance
-from controllers.workers.kind import (
-    LAB_WORKER,
-    AwsSpec,
-    LabWorker,
-    LabWorkerSpec,
-    ServiceSpec,
-    instance_id_of,
-    region_of,
-)
+from controllers.workers.kind import LAB_WORKER, LabWorker
+from controllers.workers.spec import AwsSpec, LabWorkerSpec, ServiceSpec, instance_id_of, region_of
 from lrm.errors import Cause
 from lrm.kind import Column, Kind, metadata_causes
 from lrm.model import Model, Timestamp

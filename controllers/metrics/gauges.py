@@ -12,7 +12,8 @@ from datetime import datetime
 from opentelemetry.metrics import Meter
 
 from controllers.metrics.measured import NOTHING, Known
-from controllers.workers.kind import LabWorker, Utilization, WorkerMetrics
+from controllers.workers.kind import LabWorker
+from controllers.workers.status import Utilization, WorkerMetrics
 
 _Value = Callable[[LabWorker, Utilization, WorkerMetrics, datetime], float | None]
 

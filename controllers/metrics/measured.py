@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 from controllers.metrics.settings import MetricsSettings
 from controllers.workers.decisions import problem
-from controllers.workers.kind import (
+from controllers.workers.status import (
     CloudWatchMeasured,
     CmlMeasured,
     Ec2Measured,

@@ -17,8 +17,9 @@ from controllers.labs.homes import can_be_asked
 from controllers.metrics.measured import NOTHING, Known, Told, Trouble, learned, stored, worth_writing
 from controllers.metrics.settings import MetricsSettings
 from controllers.metrics.sources import INSTANCE_NOT_FOUND, RUNNING, TERMINATED, Sources
-from controllers.workers.kind import METRICS, CloudWatchMeasured, CmlMeasured, Ec2Measured, LabWorker
+from controllers.workers.kind import METRICS, LabWorker
 from controllers.workers.phases import Phase
+from controllers.workers.status import CloudWatchMeasured, CmlMeasured, Ec2Measured
 from lrm.cache import Cache
 from lrm.client import Client
 from lrm.election import Term

@@ -22,8 +22,9 @@ from controllers.cml.sessions import CmlNoAddress, CmlNoCredentials, CmlSessions
 from controllers.metrics.measured import Trouble
 from controllers.workers.cml_side import trouble_of
 from controllers.workers.decisions import INSTALLATION_TAG
-from controllers.workers.kind import Checks, CloudWatchMeasured, CmlMeasured, Ec2Measured, LabWorker
+from controllers.workers.kind import LabWorker
 from controllers.workers.provisioning import reason_of
+from controllers.workers.status import Checks, CloudWatchMeasured, CmlMeasured, Ec2Measured
 from storage.clock import Clock
 
 RUNNING, TERMINATED = "running", "terminated"

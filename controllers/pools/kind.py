@@ -16,8 +16,9 @@ import orjson
 from pydantic import Field
 
 from controllers.pools.hours import Window, zone_causes
-from controllers.workers.kind import DRAIN_ANNOTATION, LAB_WORKER, LabWorker, LabWorkerSpec
+from controllers.workers.kind import DRAIN_ANNOTATION, LAB_WORKER, LabWorker
 from controllers.workers.phases import Phase
+from controllers.workers.spec import LabWorkerSpec
 from lrm.errors import Cause
 from lrm.kind import Column, Kind, Scale, metadata_causes
 from lrm.model import Model, Timestamp

@@ -33,16 +33,10 @@ from controllers.cml.models import Licensing, SystemHealth, SystemInformation, S
 from controllers.cml.session import normal_identity
 from controllers.cml.sessions import CmlNoAddress, CmlNoCredentials, CmlSessions, base_url
 from controllers.workers.decisions import problem, retry_of
-from controllers.workers.kind import (
-    TRUST_ANNOTATION,
-    Capacity,
-    Identity,
-    LabWorker,
-    Problem,
-    Registration,
-)
+from controllers.workers.kind import TRUST_ANNOTATION, LabWorker
 from controllers.workers.phases import Reasons
 from controllers.workers.settings import WorkerSettings
+from controllers.workers.status import Capacity, Identity, Problem, Registration
 from controllers.workers.work import Work
 from lrm.crashpoints import crash_point
 from lrm.secrets import SecretRefused, Secrets

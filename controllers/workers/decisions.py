@@ -11,8 +11,9 @@ from datetime import datetime
 from enum import Enum, auto
 
 from controllers.aws.ec2 import Ec2Instance, LaunchParameters
-from controllers.workers.kind import DRAIN_ANNOTATION, WAKE_ANNOTATION, Ec2Status, LabWorker, Problem
+from controllers.workers.kind import DRAIN_ANNOTATION, WAKE_ANNOTATION, LabWorker
 from controllers.workers.phases import Conditions, Phase, Reasons
+from controllers.workers.status import Ec2Status, Problem
 from lrm.resource import RETRY_ANNOTATION
 
 UID_TAG, INSTALLATION_TAG = "lrm/uid", "lrm/installation"

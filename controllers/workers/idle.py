@@ -19,16 +19,11 @@ from controllers.cml.errors import CmlError
 from controllers.cml.models import TelemetryEvent
 from controllers.workers.cml_side import CmlSide, trouble_of
 from controllers.workers.decisions import Goal, goal_of, is_paused, over, problem
-from controllers.workers.kind import (
-    SNOOZE_ANNOTATION,
-    WAKE_ANNOTATION,
-    IdleDetection,
-    IdleStatus,
-    LabWorker,
-    snooze_annotation,
-)
+from controllers.workers.kind import SNOOZE_ANNOTATION, WAKE_ANNOTATION, LabWorker, snooze_annotation
 from controllers.workers.phases import SERVING, Phase, Reasons
 from controllers.workers.settings import WorkerSettings
+from controllers.workers.spec import IdleDetection
+from controllers.workers.status import IdleStatus
 from controllers.workers.work import Work, enter
 
 FOREVER = datetime.max.replace(tzinfo=UTC)

@@ -31,7 +31,9 @@ from controllers.metrics.settings import MetricsSettings
 from controllers.metrics.sources import Sources
 from controllers.plugin import ControllersSettings
 from controllers.workers.decisions import INSTALLATION_TAG
-from controllers.workers.kind import INSTANCE_FINALIZER, LAB_WORKER, Identity, LabWorker, LabWorkerSpec, LabWorkerStatus
+from controllers.workers.kind import INSTANCE_FINALIZER, LAB_WORKER, LabWorker
+from controllers.workers.spec import LabWorkerSpec
+from controllers.workers.status import Identity, LabWorkerStatus
 from equipment.aws import REGION, boto, shim_process
 from equipment.counting import counting
 from equipment.waiting import until

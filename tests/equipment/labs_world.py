@@ -24,8 +24,10 @@ from controllers.labs.controller import LabsController
 from controllers.labs.kind import LAB_RECORD, LABS, LabRecord, records_of_worker
 from controllers.labs.records import LabRecordsController
 from controllers.labs.settings import LabsSettings
-from controllers.workers.kind import INSTANCE_FINALIZER, LAB_WORKER, WORKERS, Identity, LabWorker, LabWorkerSpec
+from controllers.workers.kind import INSTANCE_FINALIZER, LAB_WORKER, WORKERS, LabWorker
 from controllers.workers.settings import WorkerSettings
+from controllers.workers.spec import LabWorkerSpec
+from controllers.workers.status import Identity
 from equipment.counting import counting
 from equipment.waiting import until
 from lrm.cache import Cache

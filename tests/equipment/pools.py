@@ -8,7 +8,8 @@ from typing import Any
 
 from controllers.pools.demand import Load, WorkerLoad
 from controllers.pools.kind import LAB_WORKER_POOL, LabWorkerPool, LabWorkerPoolStatus
-from controllers.workers.kind import WAKE_ANNOTATION, LabWorker, Problem
+from controllers.workers.kind import WAKE_ANNOTATION, LabWorker
+from controllers.workers.status import Problem
 
 NOW = datetime(2026, 5, 6, 12, tzinfo=UTC)
 """A Wednesday."""

@@ -20,7 +20,8 @@ from controllers.pools.controller import PoolsController, new_suffix
 from controllers.pools.demand import ObservedDemand
 from controllers.pools.kind import LAB_WORKER_POOL, LabWorkerPool, LabWorkerPoolSpec
 from controllers.pools.settings import PoolSettings
-from controllers.workers.kind import INSTANCE_FINALIZER, LAB_WORKER, IdleStatus, LabWorker, Utilization, serving
+from controllers.workers.kind import INSTANCE_FINALIZER, LAB_WORKER, LabWorker, serving
+from controllers.workers.status import IdleStatus, Utilization
 from equipment.pools import TEMPLATE
 from lrm.cache import Cache, CacheUpdate, Change
 from lrm.client import Client

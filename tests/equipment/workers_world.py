@@ -22,7 +22,9 @@ from controllers.aws.simulator import DEMO_AMI, DEMO_KEY, AwsShim, ShimOptions
 from controllers.aws.simulator.instances import Instance
 from controllers.cml.simulator import Machine, Options, Simulator
 from controllers.plugin import ControllersSettings, plugin
-from controllers.workers.kind import LabWorker, LabWorkerSpec, LabWorkerStatus
+from controllers.workers.kind import LabWorker
+from controllers.workers.spec import LabWorkerSpec
+from controllers.workers.status import LabWorkerStatus
 from equipment.counting import counting
 from equipment.waiting import until
 from lrm.bookmarks import Bookmarks

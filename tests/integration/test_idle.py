@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from controllers.workers.kind import SNOOZE_ANNOTATION, WAKE_ANNOTATION, Allocation, LabWorker
+from controllers.workers.kind import SNOOZE_ANNOTATION, WAKE_ANNOTATION, LabWorker
+from controllers.workers.status import Allocation
 from equipment.waiting import until
 from equipment.workers_world import WorkersWorld, condition, history, workers_world
 from lrm.errors import Invalid

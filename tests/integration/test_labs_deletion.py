@@ -8,7 +8,8 @@ import pytest
 
 from controllers.cml.simulator.labs import Lab
 from controllers.labs.kind import FORGET_ANNOTATION, LabRecord, record_name
-from controllers.workers.kind import INSTANCE_FINALIZER, Identity, LabWorker
+from controllers.workers.kind import INSTANCE_FINALIZER, LabWorker
+from controllers.workers.status import Identity
 from equipment.fault_proxy import FaultProxy, How, When
 from equipment.labs_world import LabsWorld, labs_world
 from equipment.waiting import until

@@ -8,7 +8,8 @@ from datetime import timedelta
 
 import pytest
 
-from controllers.workers.kind import DRAIN_ANNOTATION, Allocation, LabWorker
+from controllers.workers.kind import DRAIN_ANNOTATION, LabWorker
+from controllers.workers.status import Allocation
 from equipment.waiting import until
 from equipment.workers_world import TOKEN_ENV, WorkersWorld, condition, history, workers_world
 from lrm.devservers import EtcdServer

@@ -15,7 +15,8 @@ from controllers.aws.simulator import ShimOptions
 from controllers.cml.client import CmlClient
 from controllers.cml.models import Licensing
 from controllers.workers.decisions import launch_parameters
-from controllers.workers.kind import DRAIN_ANNOTATION, Allocation, LabWorker
+from controllers.workers.kind import DRAIN_ANNOTATION, LabWorker
+from controllers.workers.status import Allocation
 from equipment.waiting import until
 from equipment.workers_world import (
     BAD_TOKEN_ENV,

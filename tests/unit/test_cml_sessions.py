@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 
 from controllers.cml.sessions import CmlNoAddress, CmlNoCredentials, CmlSessions, base_url, trust_pending
-from controllers.workers.kind import TRUST_ANNOTATION, Identity, LabWorker
+from controllers.workers.kind import TRUST_ANNOTATION, LabWorker
 from controllers.workers.settings import WorkerSettings
+from controllers.workers.status import Identity
 from lrm.secrets import Secrets
 from storage.clock import SystemClock
 

@@ -25,16 +25,9 @@ from controllers.workers.idle import (
     snoozed_until,
     stops_only_empty,
 )
-from controllers.workers.kind import (
-    SNOOZE_ANNOTATION,
-    WAKE_ANNOTATION,
-    Allocation,
-    IdleDetection,
-    IdleStatus,
-    LabWorker,
-    Problem,
-    validate,
-)
+from controllers.workers.kind import SNOOZE_ANNOTATION, WAKE_ANNOTATION, LabWorker, validate
+from controllers.workers.spec import IdleDetection
+from controllers.workers.status import Allocation, IdleStatus, Problem
 from lrm.model import rfc3339
 
 NOW = datetime(2026, 5, 1, 12, tzinfo=UTC)

@@ -12,7 +12,8 @@ import yaml
 from controllers.aws.ec2 import Ec2Instance
 from controllers.imports.kind import LAB_WORKER_IMPORT, LabWorkerImport, worker_of
 from controllers.imports.selection import plan
-from controllers.workers.kind import LAB_WORKER, LabWorker, LabWorkerSpec
+from controllers.workers.kind import LAB_WORKER, LabWorker
+from controllers.workers.spec import LabWorkerSpec
 from lrm.errors import Invalid
 from lrm.resource import ObjectMeta
 

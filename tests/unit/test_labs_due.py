@@ -8,7 +8,8 @@ import pytest
 
 from controllers.labs.due import apart, at_rest, due_in
 from controllers.labs.kind import LabRecord, LabRecordSpec
-from controllers.workers.kind import LabWorker, LabWorkerSpec
+from controllers.workers.kind import LabWorker
+from controllers.workers.spec import LabWorkerSpec
 from lrm.resource import RECONCILE_ANNOTATION, ObjectMeta
 
 NOW = datetime(2026, 1, 1, 12, tzinfo=UTC)

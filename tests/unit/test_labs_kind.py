@@ -8,7 +8,8 @@ import pytest
 
 from controllers.labs.desired import REACHED, WAIT, Step, next_step
 from controllers.labs.kind import LAB_RECORD, LabRecord, LabRecordSpec
-from controllers.workers.kind import LabWorker, LabWorkerSpec
+from controllers.workers.kind import LabWorker
+from controllers.workers.spec import LabWorkerSpec
 from lrm import writes
 from lrm.errors import Forbidden, Invalid
 from lrm.resource import AnyResource, ObjectMeta

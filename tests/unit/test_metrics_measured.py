@@ -9,9 +9,8 @@ import pytest
 
 from controllers.metrics.measured import NOTHING, Known, Told, Trouble, learned, worth_writing
 from controllers.metrics.settings import MetricsSettings
-from controllers.workers.kind import (
-    LAB_WORKER,
-    METRICS,
+from controllers.workers.kind import LAB_WORKER, METRICS
+from controllers.workers.status import (
     Checks,
     CloudWatchMeasured,
     CmlMeasured,

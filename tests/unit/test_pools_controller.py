@@ -14,7 +14,8 @@ from controllers.pools.conditions import SCALING_LIMITED
 from controllers.pools.controller import CRASH_POINTS
 from controllers.pools.demand import ObservedDemand
 from controllers.pools.kind import LAB_WORKER_POOL, POOL_FINALIZER, POOL_LABEL, LabWorkerPool
-from controllers.workers.kind import DRAIN_ANNOTATION, LAB_WORKER, WAKE_ANNOTATION, Allocation, LabWorker, Utilization
+from controllers.workers.kind import DRAIN_ANNOTATION, LAB_WORKER, WAKE_ANNOTATION, LabWorker
+from controllers.workers.status import Allocation, Utilization
 from equipment.pools import TEMPLATE
 from equipment.pools_scene import INTERVAL, PoolScene, dying_at, pool_scene
 from lrm.resource import PROTECT_ANNOTATION

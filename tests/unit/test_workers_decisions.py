@@ -28,8 +28,9 @@ from controllers.workers.decisions import (
     problem,
 )
 from controllers.workers.departure import listed_since_drain
-from controllers.workers.kind import Ec2Status, Failure, LabWorker, Problem, Registration
+from controllers.workers.kind import LabWorker
 from controllers.workers.phases import Conditions
+from controllers.workers.status import Ec2Status, Failure, Problem, Registration
 
 NOW = datetime(2026, 5, 1, 12, tzinfo=UTC)
 STATES = ("pending", "running", "stopping", "stopped", "shutting-down", "terminated")

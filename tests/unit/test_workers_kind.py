@@ -11,9 +11,10 @@ import pytest
 from controllers.plugin import plugin
 from controllers.workers import queries
 from controllers.workers.conditions import refresh
-from controllers.workers.kind import LAB_WORKER, Allocation, Capacity, LabWorker, Problem
+from controllers.workers.kind import LAB_WORKER, LabWorker
 from controllers.workers.phases import Phase
 from controllers.workers.settings import WorkerSettings
+from controllers.workers.status import Allocation, Capacity, Problem
 from controllers.workers.work import enter
 from lrm import writes
 from lrm.cache import Cache

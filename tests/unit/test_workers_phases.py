@@ -7,8 +7,9 @@ from datetime import UTC, datetime
 import pytest
 
 from controllers.plugin import plugin
-from controllers.workers.kind import LAB_WORKER, WORKERS, LabWorker, LabWorkerSpec
+from controllers.workers.kind import LAB_WORKER, WORKERS, LabWorker
 from controllers.workers.phases import CML_RUNNING, SERVING, TRANSITIONS, Phase
+from controllers.workers.spec import LabWorkerSpec
 from controllers.workers.work import enter
 from lrm.client import Client
 from lrm.errors import Invalid

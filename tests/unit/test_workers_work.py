@@ -8,8 +8,9 @@ import structlog
 
 from controllers.plugin import plugin
 from controllers.workers.decisions import may_retry
-from controllers.workers.kind import LabWorker, LabWorkerSpec
+from controllers.workers.kind import LabWorker
 from controllers.workers.phases import Phase
+from controllers.workers.spec import LabWorkerSpec
 from controllers.workers.work import Work
 from equipment.workers_world import SetClock
 from lrm.cache import Cache
