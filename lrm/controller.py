@@ -102,6 +102,26 @@ class Context:
         return Fenced(f"no longer leading: {error.guard.key} has another holder")
 
 
+class Hints:
+    """Keys that something outside the store asks to be looked at now: a push of a CML, an event of an engine.
+
+    A hint that nobody listens to is lost, and may be: whoever begins to lead looks at everything.
+    """
+
+    def __init__(self) -> None:
+        self._listeners: list[Callable[[Key], None]] = []
+
+    def tell(self, key: Key) -> None:
+        """Have an object reconciled now, wherever the controller runs."""
+        for listener in tuple(self._listeners):
+            listener(key)
+
+    def listen(self, listener: Callable[[Key], None]) -> Callable[[], None]:
+        """Hear every hint; returns what ends that."""
+        self._listeners.append(listener)
+        return lambda: self._listeners.remove(listener)
+
+
 class Controller(ABC, Generic[R]):
     """One kind's reconcile logic; subclasses set the attributes and write `reconcile`."""
 
@@ -118,6 +138,8 @@ class Controller(ABC, Generic[R]):
     resync: float = 600.0
     """Seconds after which an object is looked at again even if nothing happened, ±10 %."""
 
+    hints: Hints | None = None
+    """Where something outside the store asks for a look."""
     poll: float = 60.0
     """Seconds over which a new leader spreads its first look at objects that are settled."""
 

@@ -39,6 +39,7 @@ from lrm.gc import GarbageCollector
 from lrm.leaders import Leaders
 from lrm.lease import DaemonLease
 from lrm.led import Led
+from lrm.offers import Offers
 from lrm.plugin import Plugin, PluginContext
 from lrm.reconcile import Controller, Runner
 from lrm.registry import Registry
@@ -114,6 +115,7 @@ class Daemon:
             lags=self.status.bookmark_lags,
         )
         self.telemetry.observe(self.events.measure)
+        self.offers = Offers()
         self.url = ""
         self._plugins = tuple(plugins)
         self._plugin_settings = {p.name: p.settings() for p in plugins}
@@ -137,6 +139,12 @@ class Daemon:
             status=self.status,
             telemetry=self.telemetry,
             routes=tuple(r for p in self._plugins for r in p.routes),
+            admission={
+                model: admit
+                for p in self._plugins
+                for model, admit in p.admission(self._plugin_settings[p.name], self.cache, self.clock).items()
+            },
+            offers=self.offers,
         )
         try:
             async with asyncio.TaskGroup() as tasks:
@@ -188,6 +196,7 @@ class Daemon:
                     bookmarks=self.bookmarks,
                     telemetry=self.telemetry,
                     events=self.events,
+                    offers=self.offers,
                 )
                 work += await stack.enter_async_context(plugin.controllers(context))
             self.status.led = [

@@ -11,6 +11,7 @@
     │   └── Fenced           the store refused a write because another leader has taken over
     ├── CacheBehind          the cache did not reach a revision in time; the store may be away
     ├── HistoryGone          a watch cannot go on without a gap; list again and watch from there
+    ├── NotOpen              what a plug-in reads the outside with is not open yet, or no more
     ├── RetryLater           a reconcile that the world outside holds up; tried again with growing delay
     └── TerminalError        a reconcile that will not succeed until the object changes; not retried
 
@@ -99,6 +100,10 @@ class CacheBehind(LrmError):  # noqa: N818 - the name is the field's
 
 class HistoryGone(LrmError):  # noqa: N818 - the name is the field's
     """A watch cannot go on without a gap: list again and watch from that list's resourceVersion."""
+
+
+class NotOpen(LrmError):  # noqa: N818 - it says what is the matter
+    """What a plug-in reads the outside with is not open: the daemon is starting or stopping."""
 
 
 class RetryLater(LrmError):  # noqa: N818 - it says what to do

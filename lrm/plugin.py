@@ -14,12 +14,14 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
+from lrm.admission import Admission
 from lrm.bookmarks import Bookmarks
 from lrm.cache import Cache
 from lrm.errors import LrmError
 from lrm.events import Events
 from lrm.kind import Kind
 from lrm.led import Led
+from lrm.offers import Offers
 from lrm.reconcile import Controller
 from lrm.registry import Registry
 from lrm.secrets import Secrets
@@ -50,6 +52,8 @@ class PluginContext:
     """For measurements of the plug-in's own."""
     events: Events
     """For what is led and is no controller: `events.recorder(name, term)`; a controller's context has its own."""
+    offers: Offers = field(default_factory=Offers)
+    """For what the plug-in's routes read the outside with: `with context.offers.offering(thing): yield …`."""
 
 
 @dataclass(frozen=True)
@@ -95,6 +99,8 @@ class Plugin:
     settings: type[LrmSettings] = LrmSettings
     routes: tuple[Callable[..., None], ...] = ()
     """Called with the aiohttp application and lrm's `Api`."""
+    admission: Callable[[Any, Cache, Clock], Admission] = lambda _settings, _cache, _clock: {}
+    """Called once with the plug-in's settings."""
     dev_services: tuple[DevService, ...] = ()
 
 

@@ -127,6 +127,8 @@ class Runner(Generic[R]):
             resumed = await self._bookmark.begin(term, self._position) if self._bookmark else None
             await self._cache.catch_up(self.name)
             subscription.callback(self._cache.subscribe(self._on_update))
+            if self.controller.hints:
+                subscription.callback(self.controller.hints.listen(self.queue.add))
             if self._bookmark and self._cache.storage.generation != generation:
                 self._bookmark.rebase()
                 resumed = None

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 from aiohttp import web
 
+from lrm.admission import Admission
 from lrm.api.audit import Touched
 from lrm.api.auth import Principal
 from lrm.api.settings import ApiSettings
@@ -15,6 +16,7 @@ from lrm.api.status import About
 from lrm.cache import Cache
 from lrm.client import Client
 from lrm.fanout import Fanout
+from lrm.offers import Offers
 from lrm.registry import Registry
 from lrm.telemetry import Telemetry
 from storage.base import Storage
@@ -71,6 +73,10 @@ class Api:
     routes: Sequence[Callable[[web.Application, Api], None]] = ()
     """Plug-ins' own endpoints: authenticated, recorded, and their errors answered as `Status`. A handler that acts in
     a namespace calls `call_of(request).principal.require(...)`."""
+    admission: Admission = field(default_factory=dict)
+    """What plug-ins say about objects that people want to store."""
+    offers: Offers = field(default_factory=Offers)
+    """What plug-ins' routes read the outside with."""
 
 
 API: web.AppKey[Api] = web.AppKey("api")

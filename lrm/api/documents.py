@@ -17,7 +17,7 @@ from lrm import writes
 from lrm.api.audit import Touched
 from lrm.api.call import API, Api, Call, call_of
 from lrm.api.codec import negotiate, read_documents, respond
-from lrm.api.edits import adopt, parse, store_change, store_new
+from lrm.api.edits import adopt, check_admission, parse, store_change, store_new
 from lrm.api.requests import WriteOptions, kind_of, write_options
 from lrm.api.status import About, RequestError, answer_of, expected, not_found, status_document
 from lrm.api.wirenames import to_wire
@@ -81,7 +81,7 @@ async def _checked(post: _Post, documents: list[tuple[str, Any]]) -> list[_Wante
             if one.resource.name and seen.setdefault(one.place, path) != path:
                 duplicate = Cause("metadata.name", "FieldValueDuplicate", f"the same object as {seen[one.place]}")
                 raise Invalid("document", [duplicate])  # noqa: TRY301 - one place turns errors into causes
-            await _rehearse(post.api, one)
+            await _rehearse(post, one)
             wanted.append(one)
         except Invalid as error:
             causes[422] += [Cause(f"{path}.{c.field}".rstrip("."), c.reason, c.message) for c in error.causes]
@@ -126,10 +126,11 @@ def _unknown_kind(api: Api, api_version: str, document: dict[str, Any]) -> Itera
     yield Cause("kind", "FieldValueNotFound", f'no kind "{document["kind"][:80]}" in {api_version}; there are {known}')
 
 
-async def _rehearse(api: Api, wanted: _Wanted) -> None:
+async def _rehearse(post: _Post, wanted: _Wanted) -> None:
     """Decide without writing, so that what the rules refuse is refused before anything is stored."""
-    kind, resource = wanted.kind, wanted.resource
+    api, kind, resource = post.api, wanted.kind, wanted.resource
     current = await _current(api, wanted) if resource.name else None
+    check_admission(api, post.call, resource, current)
     if current is None:
         if kind.create_refusal:
             raise Forbidden(f"{kind.plural} cannot be created: {kind.create_refusal}")

@@ -16,6 +16,7 @@ from typing import Any
 from aiohttp import web
 
 from lrm import writes
+from lrm.admission import admit
 from lrm.api.answers import OBJECT_FORMS, answer_resource
 from lrm.api.audit import Touched
 from lrm.api.auth import Verb
@@ -110,7 +111,9 @@ async def create(request: web.Request) -> web.Response:
     if document["metadata"].get("resourceVersion"):
         cause = Cause("metadata.resourceVersion", "FieldValueForbidden", "must not be set on an object to be created")
         raise Invalid(f'{kind.name} "{document["metadata"].get("name", "")}"', [cause])
-    created = await store_new(edit.api, kind, parse(kind, document, edit.options, edit.call), edit.options)
+    wanted = parse(kind, document, edit.options, edit.call)
+    check_admission(edit.api, edit.call, wanted, None)
+    created = await store_new(edit.api, kind, wanted, edit.options)
     edit.note("created", created, None, created)
     return await answer_resource(request, edit.accepted, kind, created, status=201)
 
@@ -202,6 +205,15 @@ def parse(
     return parsed
 
 
+def check_admission(api: Api, call: Call, new: AnyResource, old: AnyResource | None) -> None:
+    """Ask the plug-ins; their warnings go to the client. Raises `Invalid` and `Forbidden`."""
+    causes, warnings = admit(api.admission, new, old)
+    for warning in warnings:
+        call.warn(warning)
+    if causes:
+        raise Invalid(f'{new.kind} "{new.name}"', causes)
+
+
 def same_state(kind: Kind[Any], resource: AnyResource, document: Mapping[str, Any]) -> None:
     """Raise 409 when a document was made for another incarnation or another state of the object."""
     metadata = document["metadata"]
@@ -273,6 +285,7 @@ async def _updated(edit: Edit, document_for: Callable[[AnyResource], dict[str, A
         document = document_for(resource)
         same_state(kind, resource, document)
         wanted = parse(kind, document, edit.options, edit.call, over=resource)
+        check_admission(edit.api, edit.call, wanted, resource)
         if not document["metadata"].get("uid"):
             _keep_holds(resource, wanted)
         adopt(resource, wanted)
