@@ -17,6 +17,8 @@ from controllers.aws.ec2 import Ec2
 from controllers.cml.sessions import CmlSessions
 from controllers.imports.controller import ImportsController
 from controllers.imports.kind import LAB_WORKER_IMPORT
+from controllers.instances.kind import LAB_INSTANCE_REQUEST
+from controllers.instances.settings import InstanceSettings
 from controllers.labs.controller import LabsController
 from controllers.labs.kind import LAB_RECORD
 from controllers.labs.records import LabRecordsController
@@ -42,7 +44,7 @@ from lrm.plugin import DevPlan, DevService, Plugin, PluginContext
 from lrm.reconcile import Controller
 
 
-class ControllersSettings(WorkerSettings, LabsSettings, MetricsSettings, PoolSettings, SweepSettings):
+class ControllersSettings(WorkerSettings, LabsSettings, MetricsSettings, PoolSettings, SweepSettings, InstanceSettings):
     """Everything that the kinds' controllers can be told."""
 
 
@@ -183,7 +185,7 @@ DEV_SERVICES = (
 
 plugin = Plugin(
     name="controllers",
-    kinds=(LAB_WORKER, LAB_RECORD, LAB_WORKER_POOL, LAB_WORKER_IMPORT),
+    kinds=(LAB_WORKER, LAB_RECORD, LAB_WORKER_POOL, LAB_WORKER_IMPORT, LAB_INSTANCE_REQUEST),
     controllers=controllers,
     settings=ControllersSettings,
     dev_services=DEV_SERVICES,

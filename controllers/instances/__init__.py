@@ -1,0 +1,1 @@
+"""Lab instances: scheduled, placed, run in containers or on CML, timed out, cleaned up."""
