@@ -14,7 +14,7 @@ import random
 import re
 from collections.abc import Callable
 from types import TracebackType
-from typing import Self
+from typing import NoReturn, Self
 
 import orjson
 
@@ -34,6 +34,7 @@ from controllers.cml.models import (
     TelemetryEvent,
     is_lab_id,
 )
+from controllers.cml.push import PushChannel
 from controllers.cml.session import Credentials, Session, Sessions
 from controllers.cml.tls import TlsPolicy
 from controllers.cml.transport import Message, Transport, base_of
@@ -86,6 +87,7 @@ class CmlClient:
         self.last_complete: frozenset[str] | None = None
         """Ids of the last complete inventory: what came or went since makes the next one prove itself again."""
         self._calls = Caller(self._transport, self._sessions, clock, timeouts, jitter)
+        self._push = PushChannel(self._base, self._transport, self._sessions, clock, open_timeout=timeouts.read)
 
     def __repr__(self) -> str:
         return f"<CmlClient {self._base}>"
@@ -102,6 +104,7 @@ class CmlClient:
         """Close all connections and forget the session; calls under way end with `CmlClosed`. May be repeated."""
         self._calls.close()
         self._sessions.close()
+        await self._push.aclose()
         await self._transport.aclose()
 
     # Who is there
@@ -267,6 +270,10 @@ class CmlClient:
         if listing.unread:
             raise CmlBadAnswer(200, f"{len(listing.unread)} labs whose titles CML does not tell")
         return tuple(lab for lab in listing.labs.values() if lab.title == title)
+
+    async def listen(self, opened: Callable[[], None], heard: Callable[[], None]) -> NoReturn:
+        """Keep the push channel open until it ends, and raise why (see push.py); one at a time."""
+        await self._push.listen(opened, heard)
 
     # Labs: changes
 

@@ -21,6 +21,7 @@ from controllers.cml.answers import Answer
 from controllers.cml.breaker import Breaker
 from controllers.cml.errors import (
     CmlBadAnswer,
+    CmlCircuitOpen,
     CmlClosed,
     CmlError,
     CmlFingerprintMismatch,
@@ -104,6 +105,7 @@ class Transport:
         self._connect_timeout = connect_timeout
         self._max_body = max_body
         self._http: httpx.AsyncClient | None = None
+        self._tls: ssl.SSLContext | None = None
         self._opening = asyncio.Lock()
         self._closed = False
         self.guard = LeafGuard(policy)
@@ -112,6 +114,11 @@ class Transport:
         """A deadline ended this exchange: that counts as unreachable if the peer had its chance."""
         if sending.touched:
             self._breaker.failed()
+
+    def check_reachable(self) -> None:
+        """Raise `CmlCircuitOpen` while calls fail fast; what is only convenient does not probe."""
+        if self._breaker.is_open:
+            raise CmlCircuitOpen(0.0)
 
     async def exchange(self, message: Message, sending: Sending) -> Answer:
         """Send once and return the whole answer, whatever its status."""
@@ -172,7 +179,7 @@ class Transport:
             return CmlBadAnswer(0, "an answer that was cut off or does not decompress")
         if sending.sent:
             return CmlUnreachable(f"the connection to CML ended before an answer ({name})")
-        return _tls_problem(error) or CmlUnreachable(f"no connection to CML ({_reason(error)})")
+        return tls_problem(error) or CmlUnreachable(f"no connection to CML ({_reason(error)})")
 
     async def _client(self) -> httpx.AsyncClient:
         async with self._opening:
@@ -180,9 +187,6 @@ class Transport:
                 raise CmlClosed
             if self._http is None:
                 context = await self._context()
-                if self._closed:
-                    # Closed while the thread read the CA file: nobody would close what is opened now.
-                    raise CmlClosed
                 self._http = httpx.AsyncClient(
                     verify=context,
                     cookies=CookieJar(DefaultCookiePolicy(allowed_domains=())),
@@ -193,10 +197,21 @@ class Transport:
                 )
             return self._http
 
+    async def tls(self) -> ssl.SSLContext:
+        """The guarded context of every connection. Raises `CmlTlsError`, `CmlClosed`."""
+        async with self._opening:
+            return await self._context()
+
     async def _context(self) -> ssl.SSLContext:
-        if self._plain:
-            # Never used, but httpx would load a bundle of roots for it.
-            return ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        if self._tls is None:
+            # Over plain http it is never used, but httpx would load a bundle of roots for it.
+            self._tls = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT) if self._plain else await self._guarded()
+        if self._closed:
+            # Closed while the thread read the CA file: nobody would close what is opened now.
+            raise CmlClosed
+        return self._tls
+
+    async def _guarded(self) -> ssl.SSLContext:
         try:
             return await asyncio.to_thread(self.guard.context)
         except (OSError, ValueError) as error:
@@ -210,7 +225,7 @@ class Transport:
             await http.aclose()
 
 
-def _tls_problem(error: BaseException) -> CmlError | None:
+def tls_problem(error: BaseException) -> CmlError | None:
     """The TLS refusal behind a failed connection, if that is what it was."""
     seen: BaseException | None = error
     while seen is not None:
