@@ -37,10 +37,12 @@ from controllers.aws.errors import (
     AwsOutcomeUnknown,
     AwsServerError,
     AwsUnavailable,
+    AwsUnknownAccount,
     Effect,
     from_botocore,
     no_answer,
 )
+from controllers.aws.place import Place
 from controllers.aws.threads import Abandoned, Threads, Ticket
 from storage.clock import Clock
 
@@ -57,7 +59,7 @@ _CREDENTIALS_KEPT = 30.0
 
 
 class AwsCalls:
-    """The calls of one service in all regions; used on one event loop, by any number of tasks."""
+    """The calls of one service in all places; used on one event loop, by any number of tasks."""
 
     def __init__(
         self, service: str, clock: Clock, *, endpoint_url: str | None = None, profile: str | None = None
@@ -71,7 +73,7 @@ class AwsCalls:
         self._clients_lock = threading.Lock()
         self._session: boto3.Session | None = None
         self._session_since = 0.0
-        self._clients: dict[tuple[str, Effect], Any] = {}
+        self._clients: dict[tuple[Place, Effect], Any] = {}
 
     def close(self) -> None:
         """Take no more calls and close idle connections; calls whose callers have left end by their socket timeout."""
@@ -85,7 +87,7 @@ class AwsCalls:
         return self._threads.busy
 
     async def call(
-        self, effect: Effect, region: str, operation: str, request: Mapping[str, Any], timeout: float
+        self, effect: Effect, place: Place, operation: str, request: Mapping[str, Any], timeout: float
     ) -> dict[str, Any]:
         """One call and its whole answer. Raises `AwsError`."""
         ticket = Ticket()
@@ -93,13 +95,13 @@ class AwsCalls:
         def work() -> dict[str, Any]:
             self._current.ticket = ticket
             try:
-                method = getattr(self._client(region, effect), xform_name(operation))
+                method = getattr(self._client(place, effect), xform_name(operation))
                 answer: dict[str, Any] = method(**request)
-            except Abandoned:
+            except (Abandoned, AwsError):
                 raise
             except Exception as error:  # noqa: BLE001 - urllib3's and socket's own get through botocore
                 # Mapped here, in the thread, so that nothing of botocore ever reaches a task.
-                told = from_botocore(error, effect, operation=operation, region=region, sent=ticket.sent)
+                told = from_botocore(error, effect, operation=operation, place=place, sent=ticket.sent)
                 if isinstance(told, AwsAuthError):
                     self._forget_credentials()
                 raise told from None
@@ -108,17 +110,17 @@ class AwsCalls:
             return answer
 
         if timeout <= 0:
-            raise AwsUnavailable("DeadlineExceeded", "no time was left to ask", operation=operation, region=region)
+            raise AwsUnavailable("DeadlineExceeded", "no time was left to ask", operation=operation, place=place)
         try:
             async with self._clock.timeout(timeout):
                 answer = await self._threads.run(work)
         except TimeoutError:
             if ticket.abandon():
                 raise no_answer(
-                    effect, "DeadlineExceeded", f"no answer within {timeout:.3g} s", operation=operation, region=region
+                    effect, "DeadlineExceeded", f"no answer within {timeout:.3g} s", operation=operation, place=place
                 ) from None
             raise AwsUnavailable(
-                "DeadlineExceeded", f"not sent within {timeout:.3g} s", operation=operation, region=region
+                "DeadlineExceeded", f"not sent within {timeout:.3g} s", operation=operation, place=place
             ) from None
         except asyncio.CancelledError:
             ticket.abandon()
@@ -126,21 +128,21 @@ class AwsCalls:
         if not answer.get("ResponseMetadata", {}).get("RequestId"):
             # botocore takes any XML for an answer, of a captive portal too, with nothing in it.
             kind: type[AwsError] = AwsOutcomeUnknown if effect is Effect.CREATING else AwsServerError
-            raise kind("NoAnswer", "the answer is not from AWS", operation=operation, region=region)
+            raise kind("NoAnswer", "the answer is not from AWS", operation=operation, place=place)
         return answer
 
     async def pages(
-        self, region: str, operation: str, request: Mapping[str, Any], part: str, deadline: float
+        self, place: Place, operation: str, request: Mapping[str, Any], part: str, deadline: float
     ) -> AsyncIterator[dict[str, Any]]:
         """Every page of a read until `deadline` (monotonic), each with `part` in it; raises rather than end early."""
         token, seen = "", set[str]()
         for _ in range(_MAX_PAGES):
             more = {"NextToken": token} if token else {}
             answer = await self.call(
-                Effect.READ, region, operation, {**request, **more}, deadline - self._clock.monotonic()
+                Effect.READ, place, operation, {**request, **more}, deadline - self._clock.monotonic()
             )
             if part not in answer:
-                raise AwsServerError("NoAnswer", f"the answer lacks {part}", operation=operation, region=region)
+                raise AwsServerError("NoAnswer", f"the answer lacks {part}", operation=operation, place=place)
             yield answer
             token = str(answer.get("NextToken") or "")
             if not token:
@@ -148,12 +150,14 @@ class AwsCalls:
             if token in seen:
                 break
             seen.add(token)
-        raise AwsServerError("EndlessPages", "the pages do not come to an end", operation=operation, region=region)
+        raise AwsServerError("EndlessPages", "the pages do not come to an end", operation=operation, place=place)
 
-    def _client(self, region: str, effect: Effect) -> Any:
-        """The client of a region for calls of this class. Runs in a thread: making the first one takes 0.3 s."""
+    def _client(self, place: Place, effect: Effect) -> Any:
+        """The client of a place for calls of this class. Runs in a thread: making the first one takes 0.3 s."""
+        if place.account:
+            raise AwsUnknownAccount("UnknownAccount", f"no account is called {place.account!r}", place=place)
         with self._clients_lock:
-            client = self._clients.get((region, effect))
+            client = self._clients.get((place, effect))
             if client is None:
                 if self._session is None:
                     core = botocore.session.Session()
@@ -163,12 +167,12 @@ class AwsCalls:
                     self._session_since = self._clock.monotonic()
                 create: Any = self._session.client  # the stubs know one overload for each service, and no name of any
                 client = create(
-                    self._service, region_name=region, endpoint_url=self._endpoint_url, config=_CONFIGS[effect]
+                    self._service, region_name=place.region, endpoint_url=self._endpoint_url, config=_CONFIGS[effect]
                 )
                 client.meta.events.register(f"before-send.{self._service}", self._before_send)
                 client.meta.events.register(f"before-parse.{self._service}", self._begin_parse)
                 client.meta.events.register(f"response-received.{self._service}", self._end_parse)
-                self._clients[region, effect] = client
+                self._clients[place, effect] = client
             return client
 
     def _forget_credentials(self) -> None:

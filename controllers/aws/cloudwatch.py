@@ -16,6 +16,7 @@ from typing import Any, Self
 
 from controllers.aws.calls import READ_TIMEOUT, AwsCalls
 from controllers.aws.errors import AwsAuthError, AwsServerError
+from controllers.aws.place import Place
 from storage.clock import Clock
 
 METRICS_MOST = 500
@@ -70,7 +71,7 @@ class CloudWatch:
         self._calls.close()
 
     async def latest(
-        self, region: str, metrics: Sequence[Metric], *, timeout: float = READ_TIMEOUT
+        self, place: Place, metrics: Sequence[Metric], *, timeout: float = READ_TIMEOUT
     ) -> dict[Metric, float]:
         """The average of the last period of each metric that has one; at most `METRICS_MOST`. Raises `AwsError`."""
         if len(metrics) > METRICS_MOST:
@@ -88,27 +89,27 @@ class CloudWatch:
         answered: set[str] = set()
         found: dict[Metric, float] = {}
         deadline = self._clock.monotonic() + timeout
-        async for page in self._calls.pages(region, _OPERATION, request, "MetricDataResults", deadline):
+        async for page in self._calls.pages(place, _OPERATION, request, "MetricDataResults", deadline):
             for result in page["MetricDataResults"]:
                 metric = asked.get(str(result.get("Id")))
                 if metric is None:
                     continue
-                self._check(result, region)
+                self._check(result, place)
                 answered.add(str(result["Id"]))
                 value = next((float(v) for v in result.get("Values") or () if math.isfinite(v)), None)
                 if value is not None:
                     found.setdefault(metric, value)  # newest first, across the pages too
         if len(answered) < len(asked):
             missing = f"the answer lacks {len(asked) - len(answered)} of {len(asked)} metrics"
-            raise AwsServerError("NoAnswer", missing, operation=_OPERATION, region=region)
+            raise AwsServerError("NoAnswer", missing, operation=_OPERATION, place=place)
         return found
 
-    def _check(self, result: Mapping[str, Any], region: str) -> None:
+    def _check(self, result: Mapping[str, Any], place: Place) -> None:
         code = str(result.get("StatusCode") or "Complete")
         if code == "Forbidden":
-            raise AwsAuthError(code, "the credentials may not read this metric", operation=_OPERATION, region=region)
+            raise AwsAuthError(code, "the credentials may not read this metric", operation=_OPERATION, place=place)
         if code not in ("Complete", "PartialData"):
-            raise AwsServerError(code, "a metric could not be looked up", operation=_OPERATION, region=region)
+            raise AwsServerError(code, "a metric could not be looked up", operation=_OPERATION, place=place)
 
 
 def _query(name: str, metric: Metric) -> dict[str, Any]:

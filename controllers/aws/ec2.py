@@ -24,6 +24,7 @@ from controllers.aws.errors import (
 )
 from controllers.aws.instance import LIVE_STATES, Ec2Instance, InstanceChecks, described, instance_of
 from controllers.aws.launch import LaunchParameters
+from controllers.aws.place import Place
 from storage.clock import Clock
 
 __all__ = ["LIVE_STATES", "Ec2", "Ec2Instance", "InstanceChecks", "LaunchParameters"]
@@ -52,19 +53,19 @@ class Ec2:
         """Take no more calls and close idle connections; calls whose callers have left end by their socket timeout."""
         self._calls.close()
 
-    async def describe_instance(self, region: str, instance_id: str, *, timeout: float = READ_TIMEOUT) -> Ec2Instance:
+    async def describe_instance(self, place: Place, instance_id: str, *, timeout: float = READ_TIMEOUT) -> Ec2Instance:
         """One instance. Raises `Ec2NotFound` only when EC2 says that it does not exist."""
         request = {"InstanceIds": [_checked(instance_id)]}
-        answer = await self._calls.call(Effect.READ, region, "DescribeInstances", request, timeout)
-        for instance in described(answer, region):
+        answer = await self._calls.call(Effect.READ, place, "DescribeInstances", request, timeout)
+        for instance in described(answer, place):
             if instance.id == instance_id:
                 return instance
         raise AwsServerError(
-            "NoAnswer", f"neither {instance_id} nor an error", operation="DescribeInstances", region=region
+            "NoAnswer", f"neither {instance_id} nor an error", operation="DescribeInstances", place=place
         )
 
     async def describe_instances(
-        self, region: str, instance_ids: Iterable[str], *, timeout: float = READ_TIMEOUT
+        self, place: Place, instance_ids: Iterable[str], *, timeout: float = READ_TIMEOUT
     ) -> dict[str, Ec2Instance]:
         """Those of the instances that exist, by id; an id that is missing was in no page of a complete answer."""
         # By filter and not by InstanceIds: one unknown id there would make EC2 refuse to describe all the others.
@@ -73,12 +74,12 @@ class Ec2:
         deadline = self._clock.monotonic() + timeout
         for some in _chunks(wanted, _FILTER_VALUES):
             filters = [{"Name": "instance-id", "Values": some}]
-            found |= {i.id: i async for i in self._described(region, filters, deadline) if i.id in some}
+            found |= {i.id: i async for i in self._described(place, filters, deadline) if i.id in some}
         return found
 
     async def describe_fleet(
         self,
-        region: str,
+        place: Place,
         instance_ids: Iterable[str],
         tags: Mapping[str, str],
         *,
@@ -94,15 +95,15 @@ class Ec2:
         deadline = self._clock.monotonic() + timeout
         found: dict[str, Ec2Instance] = {}
         if len(wanted) > _FILTER_VALUES and wanted.difference(unmarked):
-            carriers = await self.find_by_tags(region, tags, timeout=timeout)
+            carriers = await self.find_by_tags(place, tags, timeout=timeout)
             found = {i.id: i for i in carriers if i.id in wanted}
         for some in _chunks(sorted(wanted - found.keys()), _PAGE_SIZE):
-            found |= await self._described_at_once(region, some, deadline)
+            found |= await self._described_at_once(place, some, deadline)
         return found
 
     async def find_by_tags(
         self,
-        region: str,
+        place: Place,
         tags: Mapping[str, str],
         *,
         states: Collection[str] = LIVE_STATES,
@@ -111,11 +112,11 @@ class Ec2:
         """Every instance that carries all these tags and is in one of these states, oldest launch first, all pages."""
         if not tags:
             raise ValueError("find_by_tags without a tag would mean every instance of the account")
-        return await self.find(region, tags=tags, states=states, timeout=timeout)
+        return await self.find(place, tags=tags, states=states, timeout=timeout)
 
     async def find(
         self,
-        region: str,
+        place: Place,
         *,
         tags: Mapping[str, str] | None = None,
         image_id: str = "",
@@ -135,13 +136,13 @@ class Ec2:
         # EC2 reads * and ? in values as wildcards, so what it finds is checked here again.
         found = {
             i.id: i
-            async for i in self._described(region, filters, deadline)
+            async for i in self._described(place, filters, deadline)
             if i.state in states and tags.items() <= i.tags.items() and image_id in ("", i.image_id)
         }
         return sorted(found.values(), key=lambda i: (i.launch_time.timestamp() if i.launch_time else 0.0, i.id))
 
     async def instance_status(
-        self, region: str, instance_ids: Iterable[str], *, timeout: float = READ_TIMEOUT
+        self, place: Place, instance_ids: Iterable[str], *, timeout: float = READ_TIMEOUT
     ) -> dict[str, InstanceChecks]:
         """The status checks of those of the instances that exist, by id."""
         wanted = sorted({_checked(instance_id) for instance_id in instance_ids})
@@ -149,20 +150,20 @@ class Ec2:
         checks: dict[str, InstanceChecks] = {}
         for some in _chunks(wanted, _STATUS_IDS):
             try:
-                checks |= await self._status(region, some, deadline)
+                checks |= await self._status(place, some, deadline)
             except Ec2NotFound:
                 # One unknown id makes EC2 refuse them all: ask for those that exist.
-                known = await self.describe_instances(region, some, timeout=deadline - self._clock.monotonic())
+                known = await self.describe_instances(place, some, timeout=deadline - self._clock.monotonic())
                 if known:
-                    checks |= await self._status(region, sorted(known), deadline)
+                    checks |= await self._status(place, sorted(known), deadline)
         return checks
 
     async def checks_of_running(
-        self, region: str, instance_ids: Iterable[str], *, timeout: float = READ_TIMEOUT
+        self, place: Place, instance_ids: Iterable[str], *, timeout: float = READ_TIMEOUT
     ) -> dict[str, InstanceChecks]:
         """The status checks of those of the instances that run, by id, in as few calls as can be.
 
-        EC2 takes 100 ids a call. More are read from the pages of all that runs in the region, 1,000 a call, unless
+        EC2 takes 100 ids a call. More are read from the pages of all that runs there, 1,000 a call, unless
         the account has so much else there that ids take fewer.
         """
         wanted = {_checked(instance_id) for instance_id in instance_ids}
@@ -170,61 +171,59 @@ class Ec2:
         checks: dict[str, InstanceChecks] = {}
         if len(wanted) > _STATUS_IDS:
             request, calls = {"MaxResults": _PAGE_SIZE}, 0
-            async for page in self._calls.pages(
-                region, "DescribeInstanceStatus", request, "InstanceStatuses", deadline
-            ):
+            async for page in self._calls.pages(place, "DescribeInstanceStatus", request, "InstanceStatuses", deadline):
                 checks |= {i: c for i, c in _checks_in(page) if i in wanted}
                 calls += 1
                 if not page.get("NextToken"):
                     return checks
                 if calls >= len(wanted) / _STATUS_IDS:
                     break
-        rest = await self.instance_status(region, wanted - checks.keys(), timeout=deadline - self._clock.monotonic())
+        rest = await self.instance_status(place, wanted - checks.keys(), timeout=deadline - self._clock.monotonic())
         return checks | {i: c for i, c in rest.items() if c.state == "running"}
 
     async def run_instance(
-        self, region: str, parameters: LaunchParameters, *, timeout: float = CREATE_TIMEOUT
+        self, place: Place, parameters: LaunchParameters, *, timeout: float = CREATE_TIMEOUT
     ) -> Ec2Instance:
         """Launch one instance, trying once, for at most 6 s. After `AwsOutcomeUnknown`, look by tag before anything."""
         operation = "RunInstances"
         deadline = self._clock.monotonic() + min(timeout, CREATE_TIMEOUT)
         try:
             answer = await self._calls.call(
-                Effect.CREATING, region, operation, dict(parameters.request()), min(timeout, CREATE_TIMEOUT)
+                Effect.CREATING, place, operation, dict(parameters.request()), min(timeout, CREATE_TIMEOUT)
             )
         except AwsBadInput as error:
             if error.code != "InvalidParameterDependency" or not parameters.sends_iops:
                 raise
-            return await self._launched_after_all(region, parameters, error, deadline)
+            return await self._launched_after_all(place, parameters, error, deadline)
         instances = answer.get("Instances") or []
         if len(instances) != 1 or not instances[0].get("InstanceId"):
-            raise AwsOutcomeUnknown("NoAnswer", "the answer names no instance", operation=operation, region=region)
+            raise AwsOutcomeUnknown("NoAnswer", "the answer names no instance", operation=operation, place=place)
         return instance_of(instances[0])
 
-    async def start(self, region: str, instance_id: str, *, timeout: float = WRITE_TIMEOUT) -> str:
+    async def start(self, place: Place, instance_id: str, *, timeout: float = WRITE_TIMEOUT) -> str:
         """Start a stopped instance and return the state it is in now; one that runs stays as it is."""
-        return await self._change(region, instance_id, "StartInstances", "StartingInstances", timeout)
+        return await self._change(place, instance_id, "StartInstances", "StartingInstances", timeout)
 
-    async def stop(self, region: str, instance_id: str, *, timeout: float = WRITE_TIMEOUT) -> str:
+    async def stop(self, place: Place, instance_id: str, *, timeout: float = WRITE_TIMEOUT) -> str:
         """Stop an instance and return the state it is in now; one that is stopped stays as it is."""
-        return await self._change(region, instance_id, "StopInstances", "StoppingInstances", timeout)
+        return await self._change(place, instance_id, "StopInstances", "StoppingInstances", timeout)
 
-    async def terminate(self, region: str, instance_id: str, *, timeout: float = WRITE_TIMEOUT) -> str:
+    async def terminate(self, place: Place, instance_id: str, *, timeout: float = WRITE_TIMEOUT) -> str:
         """Terminate an instance and return the state it is in now; one that has ended is fine until EC2 forgets it."""
-        return await self._change(region, instance_id, "TerminateInstances", "TerminatingInstances", timeout)
+        return await self._change(place, instance_id, "TerminateInstances", "TerminatingInstances", timeout)
 
     async def create_tags(
-        self, region: str, instance_id: str, tags: Mapping[str, str], *, timeout: float = WRITE_TIMEOUT
+        self, place: Place, instance_id: str, tags: Mapping[str, str], *, timeout: float = WRITE_TIMEOUT
     ) -> None:
         """Add or overwrite tags; the others stay."""
         request = {
             "Resources": [_checked(instance_id)],
             "Tags": [{"Key": key, "Value": value} for key, value in sorted(tags.items())],
         }
-        await self._calls.call(Effect.REPEATABLE, region, "CreateTags", request, timeout)
+        await self._calls.call(Effect.REPEATABLE, place, "CreateTags", request, timeout)
 
     async def _launched_after_all(
-        self, region: str, parameters: LaunchParameters, refusal: AwsBadInput, deadline: float
+        self, place: Place, parameters: LaunchParameters, refusal: AwsBadInput, deadline: float
     ) -> Ec2Instance:
         """The instance of a launch that was refused too late.
 
@@ -235,10 +234,10 @@ class Ec2:
             raise refusal
         left = deadline - self._clock.monotonic()
         try:
-            found = await self.find_by_tags(region, parameters.tags, timeout=left)
+            found = await self.find_by_tags(place, parameters.tags, timeout=left)
         except AwsError as error:
             raise AwsOutcomeUnknown(
-                refusal.code, f"refused, but perhaps launched: {error}", operation="RunInstances", region=region
+                refusal.code, f"refused, but perhaps launched: {error}", operation="RunInstances", place=place
             ) from error
         mine = [instance for instance in found if instance.client_token == parameters.client_token]
         if not mine:
@@ -246,47 +245,47 @@ class Ec2:
         return mine[-1]
 
     async def delete_tags(
-        self, region: str, instance_id: str, keys: Iterable[str], *, timeout: float = WRITE_TIMEOUT
+        self, place: Place, instance_id: str, keys: Iterable[str], *, timeout: float = WRITE_TIMEOUT
     ) -> None:
         """Remove tags, whatever their values; those that are not there are fine."""
         tags = [{"Key": key} for key in sorted(keys)]
         if not tags:
             raise ValueError("delete_tags without a key would mean every tag of the instance")
         request = {"Resources": [_checked(instance_id)], "Tags": tags}
-        await self._calls.call(Effect.REPEATABLE, region, "DeleteTags", request, timeout)
+        await self._calls.call(Effect.REPEATABLE, place, "DeleteTags", request, timeout)
 
-    async def _change(self, region: str, instance_id: str, operation: str, answers: str, timeout: float) -> str:
+    async def _change(self, place: Place, instance_id: str, operation: str, answers: str, timeout: float) -> str:
         request = {"InstanceIds": [_checked(instance_id)]}
-        answer = await self._calls.call(Effect.REPEATABLE, region, operation, request, timeout)
+        answer = await self._calls.call(Effect.REPEATABLE, place, operation, request, timeout)
         for change in answer.get(answers) or ():
             if change.get("InstanceId") == instance_id and change.get("CurrentState"):
                 return str(change["CurrentState"].get("Name", ""))
-        raise AwsServerError("NoAnswer", f"the answer lacks {instance_id}", operation=operation, region=region)
+        raise AwsServerError("NoAnswer", f"the answer lacks {instance_id}", operation=operation, place=place)
 
-    async def _status(self, region: str, instance_ids: list[str], deadline: float) -> dict[str, InstanceChecks]:
+    async def _status(self, place: Place, instance_ids: list[str], deadline: float) -> dict[str, InstanceChecks]:
         request = {"InstanceIds": instance_ids, "IncludeAllInstances": True}
         checks: dict[str, InstanceChecks] = {}
-        async for page in self._calls.pages(region, "DescribeInstanceStatus", request, "InstanceStatuses", deadline):
+        async for page in self._calls.pages(place, "DescribeInstanceStatus", request, "InstanceStatuses", deadline):
             checks |= _checks_in(page)
         return checks
 
-    async def _described_at_once(self, region: str, ids: list[str], deadline: float) -> dict[str, Ec2Instance]:
+    async def _described_at_once(self, place: Place, ids: list[str], deadline: float) -> dict[str, Ec2Instance]:
         """Those of up to 1,000 instances that exist."""
         if len(ids) > _FILTER_VALUES:
             request = {"InstanceIds": ids}
-            pages = self._calls.pages(region, "DescribeInstances", request, "Reservations", deadline)
+            pages = self._calls.pages(place, "DescribeInstances", request, "Reservations", deadline)
             try:
-                return {i.id: i async for page in pages for i in described(page, region) if i.id in ids}
+                return {i.id: i async for page in pages for i in described(page, place) if i.id in ids}
             except Ec2NotFound:
                 pass  # of one at least, and EC2 describes none then: a filter leaves out what it does not know
-        return await self.describe_instances(region, ids, timeout=deadline - self._clock.monotonic())
+        return await self.describe_instances(place, ids, timeout=deadline - self._clock.monotonic())
 
     async def _described(
-        self, region: str, filters: list[dict[str, Any]], deadline: float
+        self, place: Place, filters: list[dict[str, Any]], deadline: float
     ) -> AsyncIterator[Ec2Instance]:
         request = {"Filters": filters, "MaxResults": _PAGE_SIZE}
-        async for page in self._calls.pages(region, "DescribeInstances", request, "Reservations", deadline):
-            for instance in described(page, region):
+        async for page in self._calls.pages(place, "DescribeInstances", request, "Reservations", deadline):
+            for instance in described(page, place):
                 yield instance
 
 

@@ -2,6 +2,7 @@
 
     AwsError                      retryable  definite_refusal
     ├── AwsAuthError              yes        yes   credentials missing, wrong or without the right
+    ├── AwsUnknownAccount         yes        yes   the settings do not say what this account is; nobody was asked
     ├── AwsNotFound               no         yes   what was asked for does not exist, said by AWS itself
     │   └── Ec2NotFound           no         yes   … an instance: InvalidInstanceID.NotFound
     ├── AwsQuota                  yes        yes   the account's limit is reached
@@ -27,6 +28,8 @@ from urllib.parse import urlsplit
 
 from botocore import exceptions as boto
 
+from controllers.aws.place import Place
+
 _MAX_MESSAGE = 500
 
 
@@ -44,18 +47,27 @@ class AwsError(Exception):
     retryable: ClassVar[bool] = False
     definite_refusal: ClassVar[bool] = False
 
-    def __init__(self, code: str, message: str, *, operation: str = "", region: str = "", request_id: str = "") -> None:
+    def __init__(
+        self, code: str, message: str, *, operation: str = "", place: Place | None = None, request_id: str = ""
+    ) -> None:
         self.code = code
         self.message = message
         self.operation = operation
-        self.region = region
+        self.place = place
         self.request_id = request_id
-        where = f"{operation or 'AWS call'}{f' in {region}' if region else ''}"
+        where = f"{operation or 'AWS call'}{f' in {place}' if place else ''}"
         super().__init__(f"{where}: {code}: {message}" if message else f"{where}: {code}")
 
 
 class AwsAuthError(AwsError):
     """Credentials are missing, refused, expired or lack the right. AWS's own text is left out: it quotes requests."""
+
+    retryable = True
+    definite_refusal = True
+
+
+class AwsUnknownAccount(AwsError):  # noqa: N818 - named as AwsNotFound
+    """The settings know no account of this name. Nobody was asked, so nothing is known of what is there."""
 
     retryable = True
     definite_refusal = True
@@ -192,7 +204,7 @@ _NOT_REACHED = (boto.EndpointConnectionError, boto.ConnectTimeoutError, boto.Pro
 
 
 def from_code(
-    code: str, message: str, *, status: int, operation: str = "", region: str = "", request_id: str = ""
+    code: str, message: str, *, status: int, operation: str = "", place: Place | None = None, request_id: str = ""
 ) -> AwsError:
     """The error for what AWS answered. A 5xx is never a refusal, whatever its code says, but for throttling."""
     kind = _CODES.get(code)
@@ -204,10 +216,12 @@ def from_code(
         message = "the credentials are refused, expired, or lack the right to do this"
     elif len(message) > _MAX_MESSAGE:
         message = message[:_MAX_MESSAGE] + "…"
-    return kind(code or f"HTTP {status}", message, operation=operation, region=region, request_id=request_id)
+    return kind(code or f"HTTP {status}", message, operation=operation, place=place, request_id=request_id)
 
 
-def from_botocore(error: Exception, effect: Effect, *, operation: str, region: str, sent: bool = True) -> AwsError:
+def from_botocore(
+    error: Exception, effect: Effect, *, operation: str, place: Place | None, sent: bool = True
+) -> AwsError:
     """The error for an exception of botocore; `sent` False says that it came before anything had left."""
     if isinstance(error, boto.ClientError):
         answer: dict[str, Any] = dict(error.response)
@@ -217,7 +231,7 @@ def from_botocore(error: Exception, effect: Effect, *, operation: str, region: s
             str(said.get("Message") or ""),
             status=int(meta.get("HTTPStatusCode") or 0),
             operation=operation,
-            region=region,
+            place=place,
             request_id=str(meta.get("RequestId") or ""),
         )
     message = _first_line(error)
@@ -232,12 +246,12 @@ def from_botocore(error: Exception, effect: Effect, *, operation: str, region: s
         kind = _unanswered(effect)
     else:  # an answer that cannot be parsed or broke off, and what botocore does not wrap
         kind = AwsOutcomeUnknown if effect is Effect.CREATING else AwsServerError
-    return kind(type(error).__name__, message, operation=operation, region=region)
+    return kind(type(error).__name__, message, operation=operation, place=place)
 
 
-def no_answer(effect: Effect, code: str, message: str, *, operation: str, region: str) -> AwsError:
+def no_answer(effect: Effect, code: str, message: str, *, operation: str, place: Place | None) -> AwsError:
     """The error for a request that was sent and not answered."""
-    return _unanswered(effect)(code, message, operation=operation, region=region)
+    return _unanswered(effect)(code, message, operation=operation, place=place)
 
 
 def _unanswered(effect: Effect) -> type[AwsError]:

@@ -12,6 +12,7 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 from controllers.aws.errors import AwsServerError
+from controllers.aws.place import Place
 
 if TYPE_CHECKING:
     from mypy_boto3_ec2.type_defs import InstanceTypeDef
@@ -45,15 +46,15 @@ class InstanceChecks:
     instance: str
 
 
-def described(answer: Mapping[str, Any], region: str) -> Iterable[Ec2Instance]:
+def described(answer: Mapping[str, Any], place: Place) -> Iterable[Ec2Instance]:
     """The instances in an answer of DescribeInstances; raises `AwsServerError` when it is none."""
     if "Reservations" not in answer:
-        raise AwsServerError("NoAnswer", "the answer lacks Reservations", operation="DescribeInstances", region=region)
+        raise AwsServerError("NoAnswer", "the answer lacks Reservations", operation="DescribeInstances", place=place)
     for reservation in answer["Reservations"]:
         for instance in reservation.get("Instances", ()):
             if not instance.get("InstanceId") or not (instance.get("State") or {}).get("Name"):
                 raise AwsServerError(
-                    "NoAnswer", "an instance without id or state", operation="DescribeInstances", region=region
+                    "NoAnswer", "an instance without id or state", operation="DescribeInstances", place=place
                 )
             yield instance_of(instance)
 

@@ -102,8 +102,8 @@ class ImportsController(Controller[LabWorkerImport]):
         ctx.check_leading()
         spec = of.spec
         if spec.instance_ids:
-            return await self._ec2.describe_instances(spec.region, spec.instance_ids)
-        return {i.id: i for i in await self._ec2.find(spec.region, tags=spec.tags, image_id=spec.ami_id or "")}
+            return await self._ec2.describe_instances(spec.place, spec.instance_ids)
+        return {i.id: i for i in await self._ec2.find(spec.place, tags=spec.tags, image_id=spec.ami_id or "")}
 
     async def _intend(
         self, of: LabWorkerImport, ctx: Context, chosen: Plan, found: Mapping[str, Ec2Instance]

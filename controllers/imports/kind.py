@@ -13,8 +13,9 @@ from typing import Any, Literal
 from pydantic import Field, field_validator
 
 from controllers.aws.ec2 import Ec2Instance
+from controllers.aws.place import Place
 from controllers.workers.kind import LAB_WORKER, LabWorker
-from controllers.workers.spec import AwsSpec, LabWorkerSpec, ServiceSpec, instance_id_of, region_of
+from controllers.workers.spec import AccountName, AwsSpec, LabWorkerSpec, ServiceSpec, instance_id_of, region_of
 from lrm.errors import Cause
 from lrm.kind import Column, Kind, metadata_causes
 from lrm.model import Model, Timestamp
@@ -51,6 +52,7 @@ class LabWorkerImportSpec(Model):
     """Which instances: those that fit everything that is said. At least one of ids, AMI and tags must be."""
 
     region: str
+    account: AccountName = ""
     instance_ids: list[str] = Field(default_factory=list, max_length=500)
     ami_id: str | None = Field(None, pattern=r"^ami-[0-9a-zA-Z]{4,40}$")
     tags: dict[str, str] = Field(default_factory=dict, max_length=40)
@@ -59,6 +61,11 @@ class LabWorkerImportSpec(Model):
     limit: int = Field(20, ge=1, le=500)
 
     _known_region = field_validator("region")(region_of)
+
+    @property
+    def place(self) -> Place:
+        """Where the instances are."""
+        return Place(self.region, self.account)
 
     @field_validator("instance_ids")
     @classmethod
@@ -131,6 +138,7 @@ def worker_of(of: LabWorkerImport, instance: Ec2Instance) -> LabWorker:
     spec = LabWorkerSpec(
         **{name: getattr(template.spec, name) for name in ServiceSpec.model_fields},
         region=of.spec.region,
+        account=of.spec.account,
         aws=AwsSpec(instance_id=instance.id, instance_type=instance.instance_type),
         deletion_policy="Retain",
     )
@@ -166,6 +174,7 @@ LAB_WORKER_IMPORT: Kind[LabWorkerImport] = Kind(
     columns=(
         Column("Phase", lambda i: i.status.phase, description="Whether it was carried out."),
         Column("Region", lambda i: i.spec.region, description="The AWS region that is searched."),
+        Column("Account", lambda i: i.spec.account or None, description="The AWS account that is.", priority=1),
         Column("Found", lambda i: i.status.found, type="integer", description="Instances that EC2 showed."),
         Column("Imported", _count, type="integer", description="Instances that have a worker by it."),
         Column("Skipped", lambda i: i.status.skipped_count, type="integer", description="Instances left alone."),
@@ -173,6 +182,10 @@ LAB_WORKER_IMPORT: Kind[LabWorkerImport] = Kind(
     transitions={PENDING: frozenset({DONE, FAILED}), DONE: frozenset({PENDING}), FAILED: frozenset({PENDING})},
     initial_phase=PENDING,
     default_owner=IMPORTS,
-    fields={"status.phase": lambda i: i.status.phase, "spec.region": lambda i: i.spec.region},
+    fields={
+        "status.phase": lambda i: i.status.phase,
+        "spec.region": lambda i: i.spec.region,
+        "spec.account": lambda i: i.spec.account,
+    },
     validate=validate,
 )

@@ -1,7 +1,7 @@
 """The fleet as OpenTelemetry gauges `cml.worker.*`: exact values, of workers that exist, told by whoever leads.
 
-Served at /metrics as `cml_worker_…`, with worker_id (the uid), region, namespace and name. Nothing is kept for them: a
-worker that is gone has none at the next scrape, and what is unknown is absent.
+Served at /metrics as `cml_worker_…`, with worker_id (the uid), region, account, namespace and name. Nothing is
+kept for them: a worker that is gone has none at the next scrape, and what is unknown is absent.
 """
 
 from __future__ import annotations
@@ -42,6 +42,7 @@ def observe(meter: Meter, workers: Iterable[LabWorker], known: Callable[[str], K
         labels = {
             "worker_id": worker.uid,
             "region": worker.spec.region,
+            "account": worker.spec.account,
             "namespace": worker.namespace,
             "name": worker.name,
         }

@@ -1,8 +1,8 @@
-"""One refresh of some workers: ask the sources region by region, remember what they told, write what matters.
+"""One refresh of some workers: ask the sources place by place, remember what they told, write what matters.
 
-Promises that regions, sources and CMLs hold up one another no more than they must: what one tells is taken although
-another fails; that a worker is written at most once, under the leader's fence, on top of what is stored by then; and
-that the event loop is given back between workers. Called by the fleet's metrics.
+Promises that places (regions of accounts), sources and CMLs hold up one another no more than they must: what one tells
+is taken although another fails; that a worker is written at most once, under the leader's fence, on top of what is
+stored by then; and that the event loop is given back between workers. Called by the fleet's metrics.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import structlog
 
+from controllers.aws.place import Place
 from controllers.labs.homes import can_be_asked
 from controllers.metrics.measured import NOTHING, Known, Told, Trouble, learned, stored, worth_writing
 from controllers.metrics.settings import MetricsSettings
@@ -33,7 +34,7 @@ log = structlog.get_logger(__name__)
 _WRITERS = 8
 
 _Cloud = tuple[dict[str, Ec2Measured | Trouble], dict[str, CloudWatchMeasured | Trouble]]
-"""What EC2 and CloudWatch told of a region's instances, by id."""
+"""What EC2 and CloudWatch told of a place's instances, by id."""
 
 
 @dataclass(slots=True)
@@ -45,7 +46,7 @@ class Stats:
     unwritten: int = 0
     """Writes that failed; the next refresh makes up for them."""
     defects: int = 0
-    """Mistakes of ours, each logged; they cost one worker, or the cloud's part of one region, one refresh."""
+    """Mistakes of ours, each logged; they cost one worker, or the cloud's part of one place, one refresh."""
 
 
 class Refresher:
@@ -64,34 +65,34 @@ class Refresher:
 
     async def refresh(self, workers: Iterable[LabWorker], term: Term) -> None:
         """Refresh these workers. Raises a group of `NotLeading` when the term ends meanwhile."""
-        regions: dict[str, list[LabWorker]] = {}
+        places: dict[Place, list[LabWorker]] = {}
         async with asyncio.TaskGroup() as tasks:
             for worker in workers:
                 if has_instance(worker):
-                    regions.setdefault(worker.spec.region, []).append(worker)
+                    places.setdefault(worker.spec.place, []).append(worker)
                 else:
                     tasks.create_task(self._take(worker, None, term))
-            for region, some in regions.items():
-                tasks.create_task(self._region(region, some, term), name=f"metrics of {region}")
+            for place, some in places.items():
+                tasks.create_task(self._place(place, some, term), name=f"metrics of {place}")
 
-    async def _region(self, region: str, workers: list[LabWorker], term: Term) -> None:
+    async def _place(self, place: Place, workers: list[LabWorker], term: Term) -> None:
         term.check()
         async with asyncio.TaskGroup() as tasks:
-            cloud = tasks.create_task(self._cloud(region, workers))
+            cloud = tasks.create_task(self._cloud(place, workers))
             for worker in workers:
                 tasks.create_task(self._worker(worker, cloud, term))
 
-    async def _cloud(self, region: str, workers: list[LabWorker]) -> _Cloud | None:
+    async def _cloud(self, place: Place, workers: list[LabWorker]) -> _Cloud | None:
         by_id = {worker.status.ec2.instance_id or "": worker for worker in workers if not self._has_ended(worker)}
         unmarked = {i for i, worker in by_id.items() if worker.spec.observe_only}
         try:
-            instances = await self._sources.ec2(region, by_id, unmarked)
+            instances = await self._sources.ec2(place, by_id, unmarked)
             # CloudWatch bills by the metric: it is not asked of machines that do not run.
             running = [i for i, worker in by_id.items() if _runs(instances[i], worker)]
-            return instances, await self._sources.cloud_watch(region, running)
+            return instances, await self._sources.cloud_watch(place, running)
         except Exception:  # a mistake here must not end what the CMLs tell
             self.stats.defects += 1
-            log.exception("metrics.defect", region=region)
+            log.exception("metrics.defect", place=str(place))
             return None
 
     def _has_ended(self, worker: LabWorker) -> bool:

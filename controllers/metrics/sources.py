@@ -1,10 +1,10 @@
 """The three sources of a fleet's metrics, each asked in its cheapest way, none of which raises: EC2, CloudWatch, CML.
 
-For W workers of a region whose instances exist and bear our mark a refresh makes ⌈W/1000⌉ DescribeInstances,
-⌈W/1000⌉ DescribeInstanceStatus and ⌈2W/500⌉ GetMetricData; what others cost `Ec2.describe_fleet` says. Each CML is
-asked four questions through the session that all of lrm shares, with its breaker and its identity rules. An error is
-told as `Trouble`, of the source and the worker that it concerns; after the first refusal for credentials or rate
-nothing more is asked of that source. Called by the refresh.
+For W workers of a place (a region of an account) whose instances exist and bear our mark a refresh makes ⌈W/1000⌉
+DescribeInstances, ⌈W/1000⌉ DescribeInstanceStatus and ⌈2W/500⌉ GetMetricData; what others cost `Ec2.describe_fleet`
+says. Each CML is asked four questions through the session that all of lrm shares, with its breaker and its identity
+rules. An error is told as `Trouble`, of the source and the worker that it concerns; after the first refusal for
+credentials or rate nothing more is asked of that source there. Called by the refresh.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Any
 from controllers.aws.cloudwatch import METRICS_MOST, CloudWatch, Metric, cpu, memory
 from controllers.aws.ec2 import Ec2, Ec2Instance, InstanceChecks
 from controllers.aws.errors import AwsError
+from controllers.aws.place import Place
 from controllers.cml.errors import CmlAuthError, CmlError, CmlIdentityMismatch, CmlTlsError, CmlUnavailable
 from controllers.cml.models import Licensing, Space, SystemHealth, SystemInformation, SystemStats
 from controllers.cml.sessions import CmlNoAddress, CmlNoCredentials, CmlSessions
@@ -48,23 +49,23 @@ class Sources:
         self._places = asyncio.Semaphore(at_once)
 
     async def ec2(
-        self, region: str, instance_ids: Iterable[str], unmarked: Collection[str] = ()
+        self, place: Place, instance_ids: Iterable[str], unmarked: Collection[str] = ()
     ) -> dict[str, Ec2Measured | Trouble]:
         """State and status checks of instances, by id; `unmarked` are those that are known to lack our tags."""
         ids = sorted(set(instance_ids))
         try:
-            found = await self._ec2.describe_fleet(region, ids, self._tags, unmarked=unmarked)
+            found = await self._ec2.describe_fleet(place, ids, self._tags, unmarked=unmarked)
         except AwsError as error:
             return dict.fromkeys(ids, self._aws_trouble(error))
         trouble: Trouble | None = None
         checks: Mapping[str, InstanceChecks] = {}
         try:
-            checks = await self._ec2.checks_of_running(region, (i.id for i in found.values() if i.state == RUNNING))
+            checks = await self._ec2.checks_of_running(place, (i.id for i in found.values() if i.state == RUNNING))
         except AwsError as error:
             trouble = self._aws_trouble(error)
         return {i: self._instance(i, found.get(i), checks.get(i), trouble) for i in ids}
 
-    async def cloud_watch(self, region: str, instance_ids: Iterable[str]) -> dict[str, CloudWatchMeasured | Trouble]:
+    async def cloud_watch(self, place: Place, instance_ids: Iterable[str]) -> dict[str, CloudWatchMeasured | Trouble]:
         """Processor and memory of running instances, by id."""
         ids = sorted(set(instance_ids))
         told: dict[str, CloudWatchMeasured | Trouble] = {}
@@ -72,7 +73,7 @@ class Sources:
             some = ids[start : start + _PAIRS_A_CALL]
             metrics = [metric for i in some for metric in (cpu(i), memory(i))]
             try:
-                values = await self._cloud_watch.latest(region, metrics)
+                values = await self._cloud_watch.latest(place, metrics)
             except AwsError as error:
                 return told | dict.fromkeys(ids[start:], self._aws_trouble(error))
             told |= {i: self._percentages(values, i) for i in some}

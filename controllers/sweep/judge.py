@@ -1,7 +1,7 @@
 """Which instances nobody claims, and for how long: pure, from what EC2 and the store were heard to say.
 
 An instance is claimed when a LabWorker has its uid tag (so does a launch whose id nobody knows yet), names its id, or
-when a claim key stands for it. What EC2 did not tell completely says nothing: the suspects of such a region stay as
+when a claim key stands for it. What EC2 did not tell completely says nothing: the suspects of such a place stay as
 they were, neither confirmed nor cleared.
 """
 
@@ -13,6 +13,7 @@ from datetime import datetime
 from typing import Any
 
 from controllers.aws.ec2 import Ec2Instance
+from controllers.aws.place import Place
 from controllers.workers.decisions import RETAIN_TAG, UID_TAG, over
 from controllers.workers.kind import LabWorker
 from lrm.model import rfc3339
@@ -27,7 +28,7 @@ class Suspect:
     """An instance that nobody claimed; `sweeps` looks in a row, the first at `since`."""
 
     instance_id: str
-    region: str
+    place: Place
     uid: str
     """The uid tag that it carried: with another one it is another case."""
     retained: bool
@@ -43,7 +44,8 @@ class Suspect:
         """As JSON; `from_document` reads it."""
         return {
             "instanceId": self.instance_id,
-            "region": self.region,
+            "region": self.place.region,
+            "account": self.place.account,
             "uid": self.uid,
             "retained": self.retained,
             "since": rfc3339(self.since),
@@ -58,7 +60,8 @@ class Suspect:
             raise ValueError("a time without its zone")
         return cls(
             str(told["instanceId"]),
-            str(told["region"]),
+            # A version that knew of one account only did not name it.
+            Place(str(told["region"]), str(told.get("account", ""))),
             str(told["uid"]),
             bool(told["retained"]),
             since,
@@ -94,22 +97,22 @@ def is_suspect(instance: Ec2Instance, claims: Claims, *, now: datetime, youngest
 
 def sweep(
     before: Mapping[str, Suspect],
-    found: Mapping[str, Iterable[Ec2Instance]],
+    found: Mapping[Place, Iterable[Ec2Instance]],
     claims: Claims,
     *,
     now: datetime,
     youngest: float,
 ) -> dict[str, Suspect]:
-    """The suspects after a look; `found` has the regions that answered completely, and what they have of ours."""
-    after = {s.instance_id: s for s in before.values() if s.region not in found}
-    for region, instances in found.items():
+    """The suspects after a look; `found` has the places that answered completely, and what they have of ours."""
+    after = {s.instance_id: s for s in before.values() if s.place not in found}
+    for place, instances in sorted(found.items()):
         for instance in instances:
             if not is_suspect(instance, claims, now=now, youngest=youngest):
                 continue
-            new = Suspect(instance.id, region, instance.tags.get(UID_TAG, ""), RETAIN_TAG in instance.tags, since=now)
+            new = Suspect(instance.id, place, instance.tags.get(UID_TAG, ""), RETAIN_TAG in instance.tags, since=now)
             old = before.get(instance.id)
-            if old is not None and (old.region, old.uid) == (new.region, new.uid):
-                new = Suspect(new.instance_id, region, new.uid, new.retained, old.since, old.sweeps + 1)
+            if old is not None and (old.place, old.uid) == (new.place, new.uid):
+                new = Suspect(new.instance_id, place, new.uid, new.retained, old.since, old.sweeps + 1)
             after[instance.id] = new
     return after
 

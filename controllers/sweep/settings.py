@@ -13,7 +13,7 @@ class SweepSettings(LrmSettings):
     sweep_interval: Seconds = Field(
         3600.0,
         description="Seconds between looks for instances that no LabWorker claims; two looks must agree. An hour, for "
-        "each asks EC2 in every region that was ever used.",
+        "each asks EC2 in every region and account that was ever used.",
     )
     sweep_terminate: bool = Field(
         False, description="End such instances after two looks. Off: they are only reported, for a person to judge."

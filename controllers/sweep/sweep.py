@@ -1,17 +1,17 @@
 """Every hour: are there instances of this installation that no LabWorker claims? Reported at the second look.
 
-A host that everybody forgot bills by the hour; one that is ended by mistake takes a class with it. So: a region that
+A host that everybody forgot bills by the hour; one that is ended by mistake takes a class with it. So: a place that
 does not answer completely says nothing, a cache that is behind says nothing, one value that cannot be decoded says
 nothing. An orphan is ended only by setting, after EC2 described it anew and the store was read again, never when its
-tags want it kept, and only by the leader. Regions that were ever used are remembered with the suspects in one key, so
-that neither a change of leader nor the end of a region's last worker hides what is there. While an orphan is ended its
-claim key is the sweep's, so that no worker can adopt what is about to end.
+tags want it kept, and only by the leader. Places (regions of accounts) that were ever used are remembered with the
+suspects in one key, so that neither a change of leader nor the end of a place's last worker hides what is there. While
+an orphan is ended its claim key is the sweep's, so that no worker can adopt what is about to end.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from typing import Any
@@ -22,6 +22,7 @@ from opentelemetry.metrics import Meter
 
 from controllers.aws.ec2 import Ec2, Ec2Instance
 from controllers.aws.errors import AwsError, Ec2NotFound
+from controllers.aws.place import Place
 from controllers.sweep.judge import Claims, Suspect, are_too_many, claims_of, is_suspect, sweep
 from controllers.sweep.settings import SweepSettings
 from controllers.workers.claims import SWEEP_CLAIM
@@ -52,7 +53,7 @@ class _State:
     """What one sweep leaves to the next, whoever leads it."""
 
     at: datetime | None = None
-    regions: set[str] = field(default_factory=set)
+    places: set[Place] = field(default_factory=set)
     suspects: dict[str, Suspect] = field(default_factory=dict)
     entry: Entry | None = None
 
@@ -60,7 +61,9 @@ class _State:
         return orjson.dumps(
             {
                 "at": rfc3339(self.at) if self.at else None,
-                "regions": sorted(self.regions),
+                # A version that knows of one account only reads this, and leaves the others alone.
+                "regions": sorted(p.region for p in self.places if not p.account),
+                "accounts": _by_account(self.places),
                 "suspects": [self.suspects[i].document() for i in sorted(self.suspects)],
             }
         )
@@ -98,10 +101,12 @@ class Sweep:
         self._youngest = youngest
         self._jumps = WallJumps(clock)
         self._state = _State()
-        self._errors: dict[str, str] = {}
+        self._errors: dict[Place, str] = {}
+        self._refusal: dict[str, str] = {}
+        """Why a sweep ended none of its orphans, under `*`."""
         self._sweeps = 0
         self._ended = 0
-        self._new_region = asyncio.Event()
+        self._new_place = asyncio.Event()
         self._in_hand = asyncio.Lock()
         self._leading = False
         self._stopping = False
@@ -137,37 +142,38 @@ class Sweep:
             "lock": self.lock_name,
             "sweeps": self._sweeps,
             "sweptAt": rfc3339(state.at) if state.at else None,
-            "regions": sorted(state.regions),
+            "regions": [str(p) for p in sorted(state.places)],
             "suspects": sum(not s.is_orphan for s in state.suspects.values()),
             "orphans": [s.document() for s in self._orphans()],
             "ended": self._ended,
             "terminates": self._settings.sweep_terminate,
-            "regionErrors": dict(sorted(self._errors.items())),
+            "regionErrors": {str(p): error for p, error in sorted(self._errors.items())} | self._refusal,
             "error": self.error,
         }
 
     def observe(self, meter: Meter) -> None:
-        """Orphans by region, told by the leader alone; and how many this daemon ended."""
+        """Orphans by place, told by the leader alone; and how many this daemon ended."""
         meter.create_counter("lrm_sweep_ended", description="Orphaned instances ended.").add(self._ended)
         if not self._leading:
             return
         orphans = meter.create_gauge("lrm_sweep_orphans", description="Instances that no LabWorker claims.")
         failed = meter.create_gauge("lrm_sweep_region_failed", description="1 where EC2 could not be asked last time.")
-        for region in self._state.regions:
-            orphans.set(sum(s.region == region for s in self._orphans()), {"region": region})
-            failed.set(int(region in self._errors), {"region": region})
+        for place in self._state.places:
+            labels = place._asdict()
+            orphans.set(sum(s.place == place for s in self._orphans()), labels)
+            failed.set(int(place in self._errors), labels)
 
     def _orphans(self) -> list[Suspect]:
         return [s for _, s in sorted(self._state.suspects.items()) if s.is_orphan]
 
     async def _lead(self, term: Term) -> None:
         while not self._stopping:
-            self._new_region.clear()
+            self._new_place.clear()
             async with self._in_hand:
                 wait = await self._turn(term)
             try:
                 async with self._clock.timeout(wait):
-                    await self._new_region.wait()
+                    await self._new_place.wait()
             except TimeoutError:
                 continue
 
@@ -192,16 +198,16 @@ class Sweep:
         return min(_RETRY, self._settings.sweep_interval)
 
     async def _take_turn(self, term: Term) -> float:
-        """Remember the regions in use, and sweep if it is due; seconds until the next turn."""
+        """Remember the places in use, and sweep if it is due; seconds until the next turn."""
         state = await self._recall()
-        used = {w.spec.region for w in self._cache.all(LabWorker)}
-        if not used <= state.regions:
-            state.regions |= used
+        used = {w.spec.place for w in self._cache.all(LabWorker)}
+        if not used <= state.places:
+            state.places |= used
             await self._write_down(state, term)
         self._state = state
         jumped = self._jumps.lately()
         wait = self._due_in(state)
-        if wait > 0 or not state.regions:
+        if wait > 0 or not state.places:
             return wait or self._settings.sweep_interval
         if jumped:
             raise ProvesNothing("the wall clock was set a moment ago: nothing is judged before it is steady")
@@ -222,41 +228,44 @@ class Sweep:
             if claim.value == SWEEP_CLAIM:
                 # Left by a sweep that was cut short, or that EC2 gave no clear answer.
                 await self._unclaim(claim, term)
-        found, errors = await self._everywhere(state.regions, term)
+        found, errors = await self._everywhere(state.places, term)
         claims = await self._claims()
         suspects = sweep(state.suspects, found, claims, now=now, youngest=self._youngest)
         reported = {i for i, s in state.suspects.items() if s.is_orphan}
-        after = _State(now, set(state.regions), suspects, state.entry)
+        after = _State(now, set(state.places), suspects, state.entry)
         await self._write_down(after, term)
-        self._state, self._errors, self._sweeps = after, errors, self._sweeps + 1
-        orphans = [s for s in self._orphans() if s.region in found]
+        self._state, self._errors, self._refusal, self._sweeps = after, errors, {}, self._sweeps + 1
+        orphans = [s for s in self._orphans() if s.place in found]
         for orphan in orphans:
             if orphan.instance_id not in reported:
                 log.warning("sweep.orphan", **orphan.document())
         if self._settings.sweep_terminate and not self._settings.observe_only:
-            await self._end(orphans, sum(map(len, found.values())), term)
+            # Two names may mean one account.
+            await self._end(orphans, len({i.id for instances in found.values() for i in instances}), term)
 
-    async def _everywhere(self, regions: set[str], term: Term) -> tuple[dict[str, list[Ec2Instance]], dict[str, str]]:
-        """Our instances by region, of those regions that answered; and what the others said."""
-        found: dict[str, list[Ec2Instance]] = {}
-        errors: dict[str, str] = {}
+    async def _everywhere(
+        self, places: set[Place], term: Term
+    ) -> tuple[dict[Place, list[Ec2Instance]], dict[Place, str]]:
+        """Our instances by place, of those places that answered; and what the others said."""
+        found: dict[Place, list[Ec2Instance]] = {}
+        errors: dict[Place, str] = {}
 
-        async def ask(region: str) -> None:
+        async def ask(place: Place) -> None:
             try:
-                found[region] = await self._ec2.find_by_tags(
-                    region, {INSTALLATION_TAG: self._installation}, states=KEEPABLE
+                found[place] = await self._ec2.find_by_tags(
+                    place, {INSTALLATION_TAG: self._installation}, states=KEEPABLE
                 )
             except AwsError as error:
-                errors[region] = str(error)
-                log.warning("sweep.region_failed", region=region, error=str(error))
+                errors[place] = str(error)
+                log.warning("sweep.region_failed", error=str(error), **place._asdict())
             except Exception as error:
-                errors[region] = repr(error)
-                log.exception("sweep.region_defect", region=region)
+                errors[place] = repr(error)
+                log.exception("sweep.region_defect", **place._asdict())
 
         term.check()
         async with asyncio.TaskGroup() as tasks:
-            for region in regions:
-                tasks.create_task(ask(region))
+            for place in places:
+                tasks.create_task(ask(place))
         return found, errors
 
     async def _claim_entries(self) -> list[Entry]:
@@ -284,7 +293,7 @@ class Sweep:
         """End the orphans, each after a look of its own. Raises what `_claims` raises, `NotLeading`."""
         if are_too_many(len(orphans), found):
             log.error("sweep.too_many", orphans=len(orphans), instances=found)
-            self._errors["*"] = f"{len(orphans)} of {found} instances are orphans: none is ended, look at the store"
+            self._refusal["*"] = f"{len(orphans)} of {found} instances are orphans: none is ended, look at the store"
             return
         for orphan in orphans:
             if self._stopping:
@@ -292,13 +301,13 @@ class Sweep:
             try:
                 await self._end_one(orphan, term)
             except AwsError as error:
-                self._errors[orphan.region] = str(error)
+                self._errors[orphan.place] = str(error)
                 log.warning("sweep.not_ended", instance=orphan.instance_id, error=str(error))
             except (NotLeading, StorageError, CacheBehind, ProvesNothing):
                 raise
             except Exception as error:
-                self._errors[orphan.region] = repr(error)
-                log.exception("sweep.end_defect", instance=orphan.instance_id, region=orphan.region)
+                self._errors[orphan.place] = repr(error)
+                log.exception("sweep.end_defect", instance=orphan.instance_id, **orphan.place._asdict())
 
     async def _end_one(self, orphan: Suspect, term: Term) -> None:
         """Claim an orphan, prove after that it still is one, end it.
@@ -314,7 +323,7 @@ class Sweep:
             if await self._may_end(orphan, term):
                 term.check()
                 sent = True
-                await self._ec2.terminate(orphan.region, orphan.instance_id)
+                await self._ec2.terminate(orphan.place, orphan.instance_id)
                 self._ended += 1
                 log.warning("sweep.ended", **orphan.document())
         except AwsError as error:
@@ -330,7 +339,7 @@ class Sweep:
         """Whether an orphan still is one, by EC2's word and then by the store's."""
         term.check()
         try:
-            instance = await self._ec2.describe_instance(orphan.region, orphan.instance_id)
+            instance = await self._ec2.describe_instance(orphan.place, orphan.instance_id)
         except Ec2NotFound:
             return False
         claims = await self._claims()
@@ -342,16 +351,16 @@ class Sweep:
         return ours and not kept and is_suspect(instance, claims, now=self._clock.now(), youngest=self._youngest)
 
     async def _recall(self) -> _State:
-        """What the last sweep left. A value that cannot be read is begun anew: the workers name their regions."""
+        """What the last sweep left. A value that cannot be read is begun anew: the workers name their places."""
         try:
             entry = await self._storage.get(self._key)
         except NotFound:
-            return _State(regions=set(self._state.regions))
+            return _State(places=set(self._state.places))
         try:
             return _read(entry)
         except (ValueError, KeyError, TypeError) as error:
             log.warning("sweep.state_unreadable", key=self._key, error=str(error))
-            return _State(regions=set(self._state.regions), entry=entry)
+            return _State(places=set(self._state.places), entry=entry)
 
     async def _write_down(self, state: _State, term: Term) -> None:
         guards = (term.guard(),)
@@ -365,8 +374,8 @@ class Sweep:
     def _on_update(self, update: CacheUpdate) -> None:
         for change in update.changes:
             worker = change.new.resource if change.new is not None else None
-            if isinstance(worker, LabWorker) and worker.spec.region not in self._state.regions:
-                self._new_region.set()
+            if isinstance(worker, LabWorker) and worker.spec.place not in self._state.places:
+                self._new_place.set()
 
 
 def _read(entry: Entry) -> _State:
@@ -375,4 +384,16 @@ def _read(entry: Entry) -> _State:
     at = datetime.fromisoformat(told["at"]) if told["at"] else None
     if at is not None and at.tzinfo is None:
         raise ValueError("a time without its zone")
-    return _State(at, {str(r) for r in told["regions"]}, {s.instance_id: s for s in suspects}, entry)
+    places = {Place(str(r)) for r in told["regions"]}
+    for account, regions in told.get("accounts", {}).items():
+        places |= {Place(str(r), account) for r in regions}
+    return _State(at, places, {s.instance_id: s for s in suspects}, entry)
+
+
+def _by_account(places: Iterable[Place]) -> dict[str, list[str]]:
+    """The regions of each account that has a name."""
+    regions: dict[str, list[str]] = {}
+    for place in sorted(places):
+        if place.account:
+            regions.setdefault(place.account, []).append(place.region)
+    return regions

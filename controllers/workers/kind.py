@@ -88,6 +88,8 @@ def validate(new: LabWorker, old: LabWorker | None) -> Iterator[Cause]:
     what = f"it is fixed while the instance {ec2.instance_id or 'being launched'} exists"
     if new.spec.region != old.spec.region:
         yield Cause("spec.region", "FieldValueInvalid", what)
+    if new.spec.account != old.spec.account:
+        yield Cause("spec.account", "FieldValueInvalid", what)
     before, after = old.spec.aws.wire(), aws.wire()
     for name in sorted(before.keys() | after.keys()):
         if name != "tags" and before.get(name) != after.get(name):
@@ -122,6 +124,7 @@ COLUMNS = (
     Column("Ready", _condition("Ready"), description="Whether labs can run on it now."),
     Column("Track", lambda w: w.spec.lab_track or None, description="The lab track it serves."),
     Column("Region", lambda w: w.spec.region, description="Its AWS region."),
+    Column("Account", lambda w: w.spec.account or None, description="Its AWS account, by its name.", priority=1),
     Column("Instance", lambda w: w.status.ec2.instance_id, description="Its EC2 instance."),
     Column("CML", lambda w: w.status.cml.version, description="The version of CML on it."),
     Column("Labs", lambda w: w.status.labs_count, type="integer", description="Labs on it at the last sync."),
@@ -153,6 +156,7 @@ LAB_WORKER: Kind[LabWorker] = Kind(
         "status.phase": lambda w: w.status.phase,
         "spec.labTrack": lambda w: w.spec.lab_track,
         "spec.region": lambda w: w.spec.region,
+        "spec.account": lambda w: w.spec.account,
         "spec.desiredPhase": lambda w: w.spec.desired_phase,
     },
     validate=validate,

@@ -24,6 +24,7 @@ from controllers.aws.errors import (
     AwsQuota,
     AwsThrottled,
     AwsUnavailable,
+    AwsUnknownAccount,
     AwsWrongState,
     Ec2NotFound,
 )
@@ -70,6 +71,7 @@ _REASONS: tuple[tuple[type[AwsError], str], ...] = (
     (AwsCapacity, "InsufficientCapacity"),
     (AwsThrottled, "Throttled"),
     (AwsAuthError, "AWSAuthFailed"),
+    (AwsUnknownAccount, "UnknownAccount"),
     (AwsBadInput, Reasons.LAUNCH_REFUSED),
     (AwsNotFound, Reasons.LAUNCH_REFUSED),
     (AwsWrongState, "WrongState"),
@@ -184,7 +186,7 @@ class Provisioner:
         timeout = work.ctx.creating_timeout
         work.ctx.check_leading(timeout)
         try:
-            instance = await self._ec2.run_instance(work.worker.spec.region, parameters, timeout=timeout)
+            instance = await self._ec2.run_instance(work.worker.spec.place, parameters, timeout=timeout)
         except AwsIdempotentMismatch:
             await self._after_mismatch(work)
             return
@@ -224,33 +226,33 @@ class Provisioner:
 
     async def start(self, work: Work, instance_id: str) -> None:
         work.ctx.check_leading()
-        await self._ec2.start(work.worker.spec.region, instance_id)
+        await self._ec2.start(work.worker.spec.place, instance_id)
         crash_point("workers.start.sent")
         work.log.info("worker.instance_started", instance=instance_id)
 
     async def stop(self, work: Work, instance_id: str) -> None:
         work.ctx.check_leading()
-        await self._ec2.stop(work.worker.spec.region, instance_id)
+        await self._ec2.stop(work.worker.spec.place, instance_id)
         crash_point("workers.stop.sent")
         work.log.info("worker.instance_stopped", instance=instance_id)
 
     async def terminate(self, work: Work, instance_id: str) -> None:
         """Ask EC2 to end an instance; that it is told of as ended, only a look can say."""
         work.ctx.check_leading()
-        await self._ec2.terminate(work.worker.spec.region, instance_id)
+        await self._ec2.terminate(work.worker.spec.place, instance_id)
         work.log.info("worker.instance_terminated", instance=instance_id)
 
     async def describe(self, work: Work, instance_id: str) -> Ec2Instance:
         """One instance, for adoption. Raises `Ec2NotFound`."""
         work.ctx.check_leading()
-        return await self._ec2.describe_instance(work.worker.spec.region, instance_id)
+        return await self._ec2.describe_instance(work.worker.spec.place, instance_id)
 
     async def mark(self, work: Work, instance: Ec2Instance) -> None:
         """Give an adopted instance this worker's tags, if it lacks them."""
         wanted = {**work.worker.spec.aws.tags, **tags_of(work.worker, self._installation)}
         if not work.observe_only and not wanted.items() <= instance.tags.items():
             work.ctx.check_leading()
-            await self._ec2.create_tags(work.worker.spec.region, instance.id, wanted)
+            await self._ec2.create_tags(work.worker.spec.place, instance.id, wanted)
 
     async def unmark(self, work: Work) -> None:
         """Take the tags by which they count as this installation's from all instances of the worker."""
@@ -260,7 +262,7 @@ class Provisioner:
             work.ctx.check_leading()
             try:
                 tags = tags_of(work.worker, self._installation)
-                await self._ec2.delete_tags(work.worker.spec.region, instance_id, tags)
+                await self._ec2.delete_tags(work.worker.spec.place, instance_id, tags)
             except Ec2NotFound:
                 if instance_id == recorded and not self._absence_proves(work):
                     raise  # not in sight yet: its marks are
@@ -331,14 +333,14 @@ class Provisioner:
             if w.status.ec2.instance_id and w.status.ec2.state != "terminated"
         }
         underway = sum(in_doubt(w.status.ec2, work.due_by, self._settings.worker_trace_timeout) for w in concerned)
-        for region in sorted({w.spec.region for w in concerned} | {work.worker.spec.region}):
+        for place in sorted({w.spec.place for w in concerned} | {work.worker.spec.place}):
             work.ctx.check_leading()
             try:
-                found = await self._ec2.find_by_tags(region, {INSTALLATION_TAG: self._installation})
+                found = await self._ec2.find_by_tags(place, {INSTALLATION_TAG: self._installation})
             except AwsError:
-                if region == work.worker.spec.region:
+                if place == work.worker.spec.place:
                     raise
-                # A region that does not answer must not stop the others: its workers' statuses are counted.
+                # A place that does not answer must not stop the others: its workers' statuses are counted.
                 continue
             ids |= {i.id for i in found if i.state != "shutting-down"}
         if len(ids) + underway >= most:
@@ -361,13 +363,13 @@ class Provisioner:
     async def _carriers(self, work: Work) -> list[Ec2Instance]:
         work.ctx.check_leading()
         tags = {UID_TAG: work.worker.uid, INSTALLATION_TAG: self._installation}
-        return await self._ec2.find_by_tags(work.worker.spec.region, tags, states=_STATES)
+        return await self._ec2.find_by_tags(work.worker.spec.place, tags, states=_STATES)
 
     async def _describe(self, work: Work, instance_id: str) -> Ec2Instance | None:
         """The instance, or None when EC2 says that there is none; what that means is the caller's to judge."""
         work.ctx.check_leading()
         try:
-            return await self._ec2.describe_instance(work.worker.spec.region, instance_id)
+            return await self._ec2.describe_instance(work.worker.spec.place, instance_id)
         except Ec2NotFound:
             return None
 

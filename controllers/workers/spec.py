@@ -7,10 +7,11 @@ fixed once there is an instance) is `controllers.workers.kind.validate`. Pools a
 from __future__ import annotations
 
 import re
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from controllers.aws.place import Place
 from lrm.model import Model, Timestamp
 from lrm.secrets import SecretRef
 
@@ -26,6 +27,10 @@ def region_of(value: str) -> str:
     if not _REGION.fullmatch(value):
         raise ValueError("a region looks like us-east-1")
     return value
+
+
+AccountName = Annotated[str, Field(max_length=63, pattern=r"^([a-z0-9]([-a-z0-9]*[a-z0-9])?)?$")]
+"""An AWS account, by the short name under which the settings know it (LRM_AWS_ACCOUNTS); empty: the daemon's own."""
 
 
 def instance_id_of(value: str) -> str:
@@ -149,11 +154,17 @@ class LabWorkerSpec(ServiceSpec):
     """What is wanted."""
 
     region: str
+    account: AccountName = ""
     aws: AwsSpec = Field(default_factory=AwsSpec)
     desired_phase: Literal["Ready", "Draining", "Stopped", "Terminated"] = "Ready"
     deletion_policy: Literal["Terminate", "Retain"] | None = None
 
     _known_region = field_validator("region")(region_of)
+
+    @property
+    def place(self) -> Place:
+        """Where the instance is, or is to be."""
+        return Place(self.region, self.account)
 
     @property
     def adopts(self) -> bool:

@@ -15,6 +15,7 @@ import boto3
 import pytest
 
 from controllers.aws.ec2 import Ec2, LaunchParameters
+from controllers.aws.place import Place
 from controllers.aws.simulator import DEMO_AMI, DEMO_KEY, AwsShim, ShimOptions
 from controllers.aws.simulator.moto import start_moto
 from equipment.etcd import scratch_dir
@@ -23,6 +24,7 @@ from lrm.processes import ChildProcess
 from storage.clock import SystemClock
 
 REGION = "us-east-1"
+HERE = Place(REGION)
 ABSENT = "i-0123456789abcdef0"
 """An instance id that is well formed and belongs to nothing."""
 

@@ -25,6 +25,7 @@ from controllers.plugin import ControllersSettings, plugin
 from controllers.workers.kind import LabWorker
 from controllers.workers.spec import LabWorkerSpec
 from controllers.workers.status import LabWorkerStatus
+from equipment.aws import HERE
 from equipment.counting import counting
 from equipment.waiting import until
 from lrm.bookmarks import Bookmarks
@@ -228,7 +229,7 @@ async def someone_elses(world: WorkersWorld, token: str = "mine", **tags: str) -
         ami_id=DEMO_AMI, instance_type="m5zn.metal", client_token=token, key_name=DEMO_KEY, tags=tags
     )
     async with Ec2(world.clock, endpoint_url=world.shim.url) as ec2:
-        made = await ec2.run_instance(REGION, parameters)
+        made = await ec2.run_instance(HERE, parameters)
     await until(lambda: any(i.id == made.id for i in world.instances("running")), "the instance running")
     return made.id
 

@@ -8,7 +8,7 @@ import pytest
 
 from controllers.aws.ec2 import Ec2
 from controllers.aws.errors import AwsAuthError
-from equipment.aws import REGION, lying_server, reply
+from equipment.aws import HERE, lying_server, reply
 from storage.clock import SystemClock
 
 EXPIRED = reply(
@@ -46,7 +46,7 @@ async def test_credentials_that_expired_are_read_again_and_not_at_every_call(
     async with lying_server(*answers) as (url, seen), Ec2(clock, endpoint_url=url) as ec2:
 
         async def ask() -> None:
-            assert await ec2.find_by_tags(REGION, {"a": "b"}) == []
+            assert await ec2.find_by_tags(HERE, {"a": "b"}) == []
 
         for _ in range(2):
             with pytest.raises(AwsAuthError):

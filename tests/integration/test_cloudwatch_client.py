@@ -10,9 +10,10 @@ import pytest
 
 from controllers.aws.cloudwatch import METRICS_MOST, CloudWatch, Metric, cpu, memory
 from controllers.aws.errors import AwsAuthError, AwsError, AwsServerError
+from controllers.aws.place import Place
 from controllers.aws.simulator import AwsShim
 from controllers.aws.simulator.instances import Launch
-from equipment.aws import ABSENT, REGION, boto, lying_server
+from equipment.aws import ABSENT, HERE, REGION, boto, lying_server
 from equipment.waiting import until
 from storage.clock import SystemClock
 
@@ -42,13 +43,13 @@ async def test_the_latest_values_come_by_metric_and_what_has_none_is_absent(aws_
     async with CloudWatch(SystemClock(), endpoint_url=aws_shim.url) as cloud_watch:
 
         async def running() -> bool:
-            return await cloud_watch.latest(REGION, metrics) == expected
+            return await cloud_watch.latest(HERE, metrics) == expected
 
         await until(running, "the instances to run and be measured")
-        assert await cloud_watch.latest("eu-west-1", metrics) == {}
-        assert await cloud_watch.latest(REGION, []) == {}
+        assert await cloud_watch.latest(Place("eu-west-1"), metrics) == {}
+        assert await cloud_watch.latest(HERE, []) == {}
         with pytest.raises(ValueError, match="500 metrics"):
-            await cloud_watch.latest(REGION, [ONE] * (METRICS_MOST + 1))
+            await cloud_watch.latest(HERE, [ONE] * (METRICS_MOST + 1))
 
 
 async def test_what_is_not_about_instances_is_motos_to_answer(aws_shim: AwsShim) -> None:
@@ -76,7 +77,7 @@ async def test_answers_that_can_be_used(
     replies: list[bytes], values: dict[Metric, float], why: str, aws_credentials: None
 ) -> None:
     async with lying_server(*replies) as (url, _), CloudWatch(SystemClock(), endpoint_url=url) as cloud_watch:
-        assert await cloud_watch.latest(REGION, [ONE, TWO]) == values, why
+        assert await cloud_watch.latest(HERE, [ONE, TWO]) == values, why
 
 
 @pytest.mark.parametrize(
@@ -95,4 +96,4 @@ async def test_answers_that_can_be_used(
 async def test_answers_that_are_none(reply: bytes, error: type[AwsError], why: str, aws_credentials: None) -> None:
     async with lying_server(reply) as (url, _), CloudWatch(SystemClock(), endpoint_url=url) as cloud_watch:
         with pytest.raises(error):
-            await cloud_watch.latest(REGION, [ONE, TWO])
+            await cloud_watch.latest(HERE, [ONE, TWO])

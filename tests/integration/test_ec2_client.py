@@ -31,9 +31,10 @@ from controllers.aws.errors import (
     AwsWrongState,
     Ec2NotFound,
 )
+from controllers.aws.place import Place
 from controllers.aws.simulator import AwsShim
 from equipment import certificates
-from equipment.aws import ABSENT, REGION, boto, launch, lying_server, reply, shim_process
+from equipment.aws import ABSENT, HERE, boto, launch, lying_server, reply, shim_process
 from equipment.waiting import until
 from lrm.processes import ChildProcess
 from storage.clock import SystemClock
@@ -43,7 +44,7 @@ async def ready(ec2: Ec2, instance_id: str, state: str = "running") -> Ec2Instan
     """Wait for a state."""
 
     async def reached() -> Ec2Instance | None:
-        instance = await ec2.describe_instance(REGION, instance_id)
+        instance = await ec2.describe_instance(HERE, instance_id)
         return instance if instance.state == state else None
 
     found = await until(reached, f"{instance_id} {state}")
@@ -52,7 +53,7 @@ async def ready(ec2: Ec2, instance_id: str, state: str = "running") -> Ec2Instan
 
 
 async def test_an_instance_lives_from_launch_to_termination(ec2: Ec2) -> None:
-    one = await ec2.run_instance(REGION, launch("life"))
+    one = await ec2.run_instance(HERE, launch("life"))
     assert (one.state, one.tags, one.client_token) == ("pending", {"lrm/uid": "life"}, "life")
     assert one.launch_time is not None
     assert one.launch_time.tzinfo is UTC
@@ -60,68 +61,68 @@ async def test_an_instance_lives_from_launch_to_termination(ec2: Ec2) -> None:
     running = await ready(ec2, one.id)
     assert running.public_ip
     assert running.private_ip
-    await ec2.create_tags(REGION, one.id, {"a": "b"})
-    assert (await ec2.describe_instance(REGION, one.id)).tags == {"lrm/uid": "life", "a": "b"}
-    await ec2.delete_tags(REGION, one.id, ["a", "never there"])
-    assert (await ec2.describe_instance(REGION, one.id)).tags == {"lrm/uid": "life"}
-    assert await ec2.stop(REGION, one.id) == "stopping"
+    await ec2.create_tags(HERE, one.id, {"a": "b"})
+    assert (await ec2.describe_instance(HERE, one.id)).tags == {"lrm/uid": "life", "a": "b"}
+    await ec2.delete_tags(HERE, one.id, ["a", "never there"])
+    assert (await ec2.describe_instance(HERE, one.id)).tags == {"lrm/uid": "life"}
+    assert await ec2.stop(HERE, one.id) == "stopping"
     with pytest.raises(AwsWrongState):
-        await ec2.start(REGION, one.id)
+        await ec2.start(HERE, one.id)
     stopped = await ready(ec2, one.id, "stopped")
     assert stopped.public_ip == ""
     assert "UserInitiatedShutdown" in stopped.state_reason
-    assert await ec2.stop(REGION, one.id) == "stopped"
-    assert await ec2.start(REGION, one.id) == "pending"
+    assert await ec2.stop(HERE, one.id) == "stopped"
+    assert await ec2.start(HERE, one.id) == "pending"
     again = await ready(ec2, one.id)
     assert again.public_ip not in ("", running.public_ip)
-    assert await ec2.terminate(REGION, one.id) == "shutting-down"
+    assert await ec2.terminate(HERE, one.id) == "shutting-down"
     await ready(ec2, one.id, "terminated")
-    assert await ec2.terminate(REGION, one.id) == "terminated"
+    assert await ec2.terminate(HERE, one.id) == "terminated"
 
 
 async def test_one_token_is_one_instance_however_often_and_at_once_it_is_sent(ec2: Ec2, aws_shim: AwsShim) -> None:
     aws_shim.faults.add({"action": "RunInstances", "fault": "delay", "seconds": 0.1, "times": 4})
-    launched = await asyncio.gather(*(ec2.run_instance(REGION, launch("same")) for _ in range(12)))
+    launched = await asyncio.gather(*(ec2.run_instance(HERE, launch("same")) for _ in range(12)))
     assert len({instance.id for instance in launched}) == 1
-    assert len(await ec2.find_by_tags(REGION, {"lrm/uid": "same"})) == 1
+    assert len(await ec2.find_by_tags(HERE, {"lrm/uid": "same"})) == 1
     with pytest.raises(AwsIdempotentMismatch):
-        await ec2.run_instance(REGION, launch("same", instance_type="t3.micro"))
+        await ec2.run_instance(HERE, launch("same", instance_type="t3.micro"))
 
 
 async def test_what_does_not_exist_is_not_found_and_is_absent_from_lists_without_hiding_the_others(ec2: Ec2) -> None:
-    one = await ec2.run_instance(REGION, launch("there"))
+    one = await ec2.run_instance(HERE, launch("there"))
     for call in (ec2.describe_instance, ec2.start, ec2.stop, ec2.terminate):
         with pytest.raises(Ec2NotFound):
-            await call(REGION, ABSENT)
+            await call(HERE, ABSENT)
     with pytest.raises(Ec2NotFound):
-        await ec2.create_tags(REGION, ABSENT, {"a": "b"})
-    assert set(await ec2.describe_instances(REGION, [one.id, ABSENT])) == {one.id}
-    assert set(await ec2.instance_status(REGION, [one.id, ABSENT])) == {one.id}
-    assert await ec2.instance_status(REGION, [ABSENT]) == {}
-    assert await ec2.describe_instances(REGION, []) == {}
+        await ec2.create_tags(HERE, ABSENT, {"a": "b"})
+    assert set(await ec2.describe_instances(HERE, [one.id, ABSENT])) == {one.id}
+    assert set(await ec2.instance_status(HERE, [one.id, ABSENT])) == {one.id}
+    assert await ec2.instance_status(HERE, [ABSENT]) == {}
+    assert await ec2.describe_instances(HERE, []) == {}
     with pytest.raises(Ec2NotFound):
-        await ec2.describe_instance("eu-west-1", one.id)
+        await ec2.describe_instance(Place("eu-west-1"), one.id)
 
 
 async def test_a_look_that_would_mean_everything_is_refused(ec2: Ec2) -> None:
     with pytest.raises(ValueError, match="every instance"):
-        await ec2.find_by_tags(REGION, {})
+        await ec2.find_by_tags(HERE, {})
     with pytest.raises(ValueError, match="id is needed"):
-        await ec2.terminate(REGION, "")
+        await ec2.terminate(HERE, "")
     with pytest.raises(ValueError, match="every tag"):
-        await ec2.delete_tags(REGION, ABSENT, [])
+        await ec2.delete_tags(HERE, ABSENT, [])
 
 
 async def test_tags_are_found_exactly_and_only_in_the_asked_states(ec2: Ec2) -> None:
     """EC2 takes * in a filter for anything; a look by tag that did too would find strangers."""
-    star = await ec2.run_instance(REGION, launch("star", tags={"name": "a*", "installation": "x"}))
-    await ec2.run_instance(REGION, launch("other", tags={"name": "abc", "installation": "x"}))
-    gone = await ec2.run_instance(REGION, launch("gone", tags={"name": "a*", "installation": "x"}))
-    await ec2.terminate(REGION, gone.id)
+    star = await ec2.run_instance(HERE, launch("star", tags={"name": "a*", "installation": "x"}))
+    await ec2.run_instance(HERE, launch("other", tags={"name": "abc", "installation": "x"}))
+    gone = await ec2.run_instance(HERE, launch("gone", tags={"name": "a*", "installation": "x"}))
+    await ec2.terminate(HERE, gone.id)
     await ready(ec2, gone.id, "terminated")
-    found = await ec2.find_by_tags(REGION, {"name": "a*", "installation": "x"})
+    found = await ec2.find_by_tags(HERE, {"name": "a*", "installation": "x"})
     assert [instance.id for instance in found] == [star.id]
-    ended = await ec2.find_by_tags(REGION, {"name": "a*"}, states=["terminated"])
+    ended = await ec2.find_by_tags(HERE, {"name": "a*"}, states=["terminated"])
     assert [instance.id for instance in ended] == [gone.id]
 
 
@@ -133,11 +134,11 @@ async def test_more_than_a_page_of_instances_is_found_whole(ec2: Ec2, aws_shim: 
         named = {"ImageId": launch("x").ami_id, "InstanceType": "m5zn.metal", "TagSpecifications": FLEET}
         said = await call("run_instances", MinCount=1203, MaxCount=1203, **named)
     ids = {instance["InstanceId"] for instance in said["Instances"]}
-    found = await ec2.find_by_tags(REGION, {"fleet": "1"})
+    found = await ec2.find_by_tags(HERE, {"fleet": "1"})
     assert {instance.id for instance in found} == ids
     assert aws_shim.calls["DescribeInstances"] == 2
-    assert set(await ec2.describe_instances(REGION, ids)) == ids
-    assert set(await ec2.instance_status(REGION, sorted(ids)[:250])) == set(sorted(ids)[:250])
+    assert set(await ec2.describe_instances(HERE, ids)) == ids
+    assert set(await ec2.instance_status(HERE, sorted(ids)[:250])) == set(sorted(ids)[:250])
 
 
 REFUSALS: list[tuple[dict[str, object], type[AwsError]]] = [
@@ -159,11 +160,11 @@ async def test_each_refusal_of_a_launch_is_told_once_and_leaves_no_instance(
 ) -> None:
     aws_shim.faults.add({"action": "RunInstances", **fault})
     with pytest.raises(kind) as raised:
-        await ec2.run_instance(REGION, launch("refused"))
+        await ec2.run_instance(HERE, launch("refused"))
     assert type(raised.value) is kind
     assert aws_shim.calls["RunInstances"] == 1, "a creating call is tried once"
-    assert await ec2.find_by_tags(REGION, {"lrm/uid": "refused"}) == []
-    await ec2.run_instance(REGION, launch("refused"))
+    assert await ec2.find_by_tags(HERE, {"lrm/uid": "refused"}) == []
+    await ec2.run_instance(HERE, launch("refused"))
 
 
 @pytest.mark.parametrize(
@@ -179,32 +180,32 @@ async def test_each_refusal_of_a_launch_is_told_once_and_leaves_no_instance(
 )
 async def test_a_launch_of_what_does_not_exist_is_bad_input(ec2: Ec2, change: dict[str, object], word: str) -> None:
     with pytest.raises(AwsBadInput, match=word):
-        await ec2.run_instance(REGION, launch("bad", **change))
+        await ec2.run_instance(HERE, launch("bad", **change))
 
 
 async def test_reads_are_repeated_through_throttling_and_failures_and_writes_are_not(
     ec2: Ec2, aws_shim: AwsShim
 ) -> None:
-    one = await ec2.run_instance(REGION, launch("steady"))
+    one = await ec2.run_instance(HERE, launch("steady"))
     for fault in ("throttle", "server-error", "dropped"):
         aws_shim.faults.add({"action": "DescribeInstances", "fault": fault})
-        assert (await ec2.describe_instance(REGION, one.id)).id == one.id
+        assert (await ec2.describe_instance(HERE, one.id)).id == one.id
     for fault, kind in (("throttle", AwsThrottled), ("dropped", AwsOutcomeUnknown)):
         aws_shim.calls.clear()
         aws_shim.faults.add({"action": "TerminateInstances", "fault": fault})
         with pytest.raises(kind):
-            await ec2.terminate(REGION, one.id)
+            await ec2.terminate(HERE, one.id)
         assert aws_shim.calls["TerminateInstances"] == 1
-    assert (await ec2.describe_instance(REGION, one.id)).state != "terminated"
+    assert (await ec2.describe_instance(HERE, one.id)).state != "terminated"
 
 
 async def test_a_describe_that_fails_for_good_is_an_error_and_never_an_absence(ec2: Ec2, aws_shim: AwsShim) -> None:
-    one = await ec2.run_instance(REGION, launch("hidden"))
+    one = await ec2.run_instance(HERE, launch("hidden"))
     aws_shim.faults.add({"action": "DescribeInstances", "fault": "auth", "times": 0})
     for call in (
-        ec2.describe_instance(REGION, one.id),
-        ec2.describe_instances(REGION, [one.id]),
-        ec2.find_by_tags(REGION, {"lrm/uid": "hidden"}),
+        ec2.describe_instance(HERE, one.id),
+        ec2.describe_instances(HERE, [one.id]),
+        ec2.find_by_tags(HERE, {"lrm/uid": "hidden"}),
     ):
         with pytest.raises(AwsAuthError):
             await call
@@ -215,11 +216,11 @@ async def test_a_lost_reply_is_an_unknown_outcome_and_the_look_by_tag_sees_exact
 ) -> None:
     aws_shim.faults.add({"action": "RunInstances", "fault": "lost-reply"})
     with pytest.raises(AwsOutcomeUnknown) as raised:
-        await ec2.run_instance(REGION, launch("lost"))
+        await ec2.run_instance(HERE, launch("lost"))
     assert not raised.value.definite_refusal
-    [one] = await ec2.find_by_tags(REGION, {"lrm/uid": "lost"})
-    assert (await ec2.run_instance(REGION, launch("lost"))).id == one.id
-    assert len(await ec2.find_by_tags(REGION, {"lrm/uid": "lost"})) == 1
+    [one] = await ec2.find_by_tags(HERE, {"lrm/uid": "lost"})
+    assert (await ec2.run_instance(HERE, launch("lost"))).id == one.id
+    assert len(await ec2.find_by_tags(HERE, {"lrm/uid": "lost"})) == 1
 
 
 async def test_a_request_that_was_dropped_is_an_unknown_outcome_and_has_launched_nothing(
@@ -227,32 +228,32 @@ async def test_a_request_that_was_dropped_is_an_unknown_outcome_and_has_launched
 ) -> None:
     aws_shim.faults.add({"action": "RunInstances", "fault": "dropped"})
     with pytest.raises(AwsOutcomeUnknown):
-        await ec2.run_instance(REGION, launch("dropped"))
+        await ec2.run_instance(HERE, launch("dropped"))
     assert aws_shim.calls["RunInstances"] == 1
-    assert await ec2.find_by_tags(REGION, {"lrm/uid": "dropped"}) == []
+    assert await ec2.find_by_tags(HERE, {"lrm/uid": "dropped"}) == []
 
 
 async def test_a_launch_carried_out_after_its_deadline_is_found_by_token_and_tag(ec2: Ec2, aws_shim: AwsShim) -> None:
     """The caller has left long ago; the same token still means the same instance."""
-    await ec2.find_by_tags(REGION, {"lrm/uid": "late"})
+    await ec2.find_by_tags(HERE, {"lrm/uid": "late"})
     aws_shim.faults.add({"action": "RunInstances", "fault": "delay", "seconds": 5.0})
     began = time.monotonic()
     with pytest.raises(AwsOutcomeUnknown, match="no answer within"):
-        await ec2.run_instance(REGION, launch("late"), timeout=2.5)  # a first client takes a busy machine a second
+        await ec2.run_instance(HERE, launch("late"), timeout=2.5)  # a first client takes a busy machine a second
     assert time.monotonic() - began < 4
-    assert await ec2.find_by_tags(REGION, {"lrm/uid": "late"}) == []
-    [late] = await until(lambda: ec2.find_by_tags(REGION, {"lrm/uid": "late"}))
-    assert (await ec2.run_instance(REGION, launch("late"))).id == late.id
+    assert await ec2.find_by_tags(HERE, {"lrm/uid": "late"}) == []
+    [late] = await until(lambda: ec2.find_by_tags(HERE, {"lrm/uid": "late"}))
+    assert (await ec2.run_instance(HERE, launch("late"))).id == late.id
 
 
 @pytest.mark.parametrize("call", ["stop", "terminate", "describe_instance"])
 async def test_a_call_without_an_answer_ends_by_its_own_deadline(ec2: Ec2, aws_shim: AwsShim, call: str) -> None:
-    one = await ec2.run_instance(REGION, launch("slow"))
+    one = await ec2.run_instance(HERE, launch("slow"))
     await ready(ec2, one.id)
     aws_shim.faults.add({"action": "*", "fault": "slow-reply", "seconds": 4, "times": 1})
     began = time.monotonic()
     with pytest.raises(AwsUnavailable if call == "describe_instance" else AwsOutcomeUnknown):
-        await getattr(ec2, call)(REGION, one.id, timeout=1)
+        await getattr(ec2, call)(HERE, one.id, timeout=1)
     assert time.monotonic() - began < 3
 
 
@@ -262,9 +263,9 @@ async def test_nobody_there_is_certainly_not_carried_out(aws_credentials: None) 
         url = f"http://127.0.0.1:{held.getsockname()[1]}"
         async with Ec2(SystemClock(), endpoint_url=url) as ec2:
             with pytest.raises(AwsUnavailable):
-                await ec2.run_instance(REGION, launch("nobody"))
+                await ec2.run_instance(HERE, launch("nobody"))
             with pytest.raises(AwsUnavailable):
-                await ec2.find_by_tags(REGION, {"a": "b"})
+                await ec2.find_by_tags(HERE, {"a": "b"})
 
 
 async def test_without_credentials_or_with_an_impossible_region_or_endpoint_nothing_is_sent(
@@ -272,36 +273,36 @@ async def test_without_credentials_or_with_an_impossible_region_or_endpoint_noth
 ) -> None:
     async with Ec2(SystemClock(), endpoint_url=aws_shim.url) as ec2:
         with pytest.raises(AwsBadInput):
-            await ec2.describe_instance("not a region", ABSENT)
+            await ec2.describe_instance(Place("not a region"), ABSENT)
     async with Ec2(SystemClock(), endpoint_url="nonsense") as ec2:
         with pytest.raises(AwsUnavailable, match="Invalid endpoint"):
-            await ec2.run_instance(REGION, launch("nonsense"))
+            await ec2.run_instance(HERE, launch("nonsense"))
     async with Ec2(SystemClock(), endpoint_url=aws_shim.url, profile="no-such-profile") as ec2:
         with pytest.raises(AwsAuthError):
-            await ec2.describe_instance(REGION, ABSENT)
+            await ec2.describe_instance(HERE, ABSENT)
     monkeypatch.delenv("AWS_ACCESS_KEY_ID")
     monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
     async with Ec2(SystemClock(), endpoint_url=aws_shim.url) as ec2:
         with pytest.raises(AwsAuthError, match="no usable credentials"):
-            await ec2.run_instance(REGION, launch("anonymous"))
+            await ec2.run_instance(HERE, launch("anonymous"))
     assert not aws_shim.calls
 
 
 async def test_the_endpoint_of_the_environment_is_used(aws_shim: AwsShim, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_ENDPOINT_URL", aws_shim.url)
     async with Ec2(SystemClock()) as ec2:
-        await ec2.run_instance(REGION, launch("environment"))
+        await ec2.run_instance(HERE, launch("environment"))
     assert aws_shim.calls["RunInstances"] == 1
 
 
 @pytest.fixture
 async def stuck(ec2: Ec2, aws_shim: AwsShim) -> AsyncIterator[list[asyncio.Task[Ec2Instance]]]:
     """All of the client's threads wait for answers that do not come."""
-    one = await ec2.run_instance(REGION, launch("stuck"))
+    one = await ec2.run_instance(HERE, launch("stuck"))
     aws_shim.calls.clear()
     aws_shim.faults.add({"action": "DescribeInstances", "fault": "dropped", "seconds": 3, "times": 0})
     slots = IN_FLIGHT
-    tasks = [asyncio.create_task(ec2.describe_instance(REGION, one.id)) for _ in range(slots)]
+    tasks = [asyncio.create_task(ec2.describe_instance(HERE, one.id)) for _ in range(slots)]
     await until(lambda: aws_shim.calls["DescribeInstances"] == slots)
     yield tasks
     for task in tasks:
@@ -313,8 +314,8 @@ async def test_a_call_that_finds_no_free_thread_is_certainly_not_sent_not_even_l
     ec2: Ec2, aws_shim: AwsShim, stuck: list[asyncio.Task[Ec2Instance]]
 ) -> None:
     with pytest.raises(AwsUnavailable, match="not sent within"):
-        await ec2.run_instance(REGION, launch("queued"), timeout=0.3)
-    cancelled = asyncio.create_task(ec2.run_instance(REGION, launch("queued")))
+        await ec2.run_instance(HERE, launch("queued"), timeout=0.3)
+    cancelled = asyncio.create_task(ec2.run_instance(HERE, launch("queued")))
     await asyncio.sleep(0)
     cancelled.cancel()
     with pytest.raises(asyncio.CancelledError):
@@ -367,7 +368,7 @@ async def test_an_answer_that_is_none_is_never_told_as_nothing_there(
 ) -> None:
     async with lying_server(lie) as (url, _), Ec2(SystemClock(), endpoint_url=url) as ec2:
         with pytest.raises((AwsServerError, AwsUnavailable)):
-            await ec2.find_by_tags(REGION, {"a": "b"})
+            await ec2.find_by_tags(HERE, {"a": "b"})
 
 
 @pytest.mark.parametrize(("lie", "why"), [*LIES[:5], *LIES[8:]], ids=[why for _, why in [*LIES[:5], *LIES[8:]]])
@@ -376,7 +377,7 @@ async def test_a_launch_answered_with_nonsense_has_an_unknown_outcome_and_is_sen
 ) -> None:
     async with lying_server(lie) as (url, seen), Ec2(SystemClock(), endpoint_url=url) as ec2:
         with pytest.raises((AwsOutcomeUnknown, AwsServerError)) as raised:
-            await ec2.run_instance(REGION, launch("nonsense"))
+            await ec2.run_instance(HERE, launch("nonsense"))
         assert not raised.value.definite_refusal
         assert len(seen) == 1
 
@@ -385,8 +386,8 @@ async def test_an_empty_answer_about_one_instance_is_no_proof_that_it_is_gone(aw
     """EC2 says NotFound for that."""
     async with lying_server(reply(WHOLE)) as (url, _), Ec2(SystemClock(), endpoint_url=url) as ec2:
         with pytest.raises(AwsServerError):
-            await ec2.describe_instance(REGION, ABSENT)
-        assert await ec2.find_by_tags(REGION, {"a": "b"}) == []
+            await ec2.describe_instance(HERE, ABSENT)
+        assert await ec2.find_by_tags(HERE, {"a": "b"}) == []
 
 
 async def test_a_peer_that_trickles_bytes_holds_nobody_beyond_the_deadline(aws_credentials: None) -> None:
@@ -394,7 +395,7 @@ async def test_a_peer_that_trickles_bytes_holds_nobody_beyond_the_deadline(aws_c
     async with lying_server(reply(WHOLE), pause=0.05) as (url, _), Ec2(SystemClock(), endpoint_url=url) as ec2:
         began = time.monotonic()
         with pytest.raises(AwsUnavailable, match="no answer within"):
-            await ec2.find_by_tags(REGION, {"a": "b"}, timeout=3)
+            await ec2.find_by_tags(HERE, {"a": "b"}, timeout=3)
         assert time.monotonic() - began < 5
 
 
@@ -406,11 +407,11 @@ async def test_calls_and_their_large_answers_do_not_hold_up_the_event_loop(
         shim_process(tmp_path, moto_url, "--delay", "0") as (_, url),
         Ec2(SystemClock(), endpoint_url=url) as ec2,
     ):
-        await ec2.run_instance(REGION, launch("loop"))
+        await ec2.run_instance(HERE, launch("loop"))
         async with boto(url) as call:
             await call("run_instances", ImageId=launch("x").ami_id, MinCount=300, MaxCount=300, TagSpecifications=FLEET)
         idle = await lags(asyncio.create_task(asyncio.sleep(0.5)))
-        calls = asyncio.gather(*(ec2.find_by_tags(REGION, {"fleet": "1"}) for _ in range(8)))
+        calls = asyncio.gather(*(ec2.find_by_tags(HERE, {"fleet": "1"}) for _ in range(8)))
         busy = await lags(calls)
         assert [len(found) for found in await calls] == [300] * 8
     assert len(busy) > 20
@@ -438,7 +439,7 @@ async def test_in_a_storm_of_faults_and_leaving_callers_one_token_never_makes_tw
 
     async def launch_for_certain(token: str) -> str:
         while True:
-            task = asyncio.create_task(ec2.run_instance(REGION, launch(token), timeout=chance.choice([0.1, 0.2, 1])))
+            task = asyncio.create_task(ec2.run_instance(HERE, launch(token), timeout=chance.choice([0.1, 0.2, 1])))
             if chance.random() < 0.3:
                 await asyncio.wait([task], timeout=chance.random() * 0.2)
                 task.cancel()
@@ -454,7 +455,7 @@ async def test_in_a_storm_of_faults_and_leaving_callers_one_token_never_makes_tw
     assert len(set(ids)) == len(tokens)
     await until(lambda: ec2._calls.busy == 0, "the threads are free again")
     for token, instance_id in zip(tokens, ids, strict=True):
-        assert [i.id for i in await ec2.find_by_tags(REGION, {"lrm/uid": token})] == [instance_id]
+        assert [i.id for i in await ec2.find_by_tags(HERE, {"lrm/uid": token})] == [instance_id]
 
 
 async def test_an_endpoint_with_a_certificate_that_nobody_vouches_for_is_sent_nothing(
@@ -465,7 +466,7 @@ async def test_an_endpoint_with_a_certificate_that_nobody_vouches_for_is_sent_no
     context.load_cert_chain(made.server.cert, made.server.key)
     async with lying_server(reply(WHOLE), tls=context) as (url, seen), Ec2(SystemClock(), endpoint_url=url) as ec2:
         with pytest.raises(AwsUnavailable, match="CERTIFICATE_VERIFY_FAILED"):
-            await ec2.run_instance(REGION, launch("tls"))
+            await ec2.run_instance(HERE, launch("tls"))
         assert seen == []
 
 
@@ -473,12 +474,13 @@ LEAVE = """
 import asyncio, sys
 from controllers.aws.ec2 import Ec2
 from controllers.aws.errors import AwsUnavailable
+from controllers.aws.place import Place
 from storage.clock import SystemClock
 
 async def ask():
     async with Ec2(SystemClock(), endpoint_url=sys.argv[1]) as ec2:
         try:
-            await ec2.find_by_tags("us-east-1", {"a": "b"}, timeout=1)
+            await ec2.find_by_tags(Place("us-east-1"), {"a": "b"}, timeout=1)
         except AwsUnavailable:
             print("left", flush=True)
 

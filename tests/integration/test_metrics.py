@@ -420,6 +420,7 @@ async def test_gauges_tell_exact_values_of_workers_that_exist_while_leading(whol
         assert cpu == {
             "worker_id": worker.uid,
             "region": "us-east-1",
+            "account": "",
             "namespace": "default",
             "name": "w0",
             "value": "52.5",

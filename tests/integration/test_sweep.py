@@ -12,6 +12,7 @@ import orjson
 import pytest
 
 from controllers.aws.ec2 import Ec2, Ec2Instance
+from controllers.aws.place import Place
 from controllers.sweep.settings import SweepSettings
 from controllers.sweep.sweep import Sweep
 from controllers.workers.claims import SWEEP_CLAIM
@@ -81,7 +82,7 @@ async def test_an_orphan_is_told_of_at_the_second_look_and_ended_only_by_setting
         await until(lambda: sweep.describe()["suspects"] == 1, "the first look")
         assert orphans(sweep) == []
         await until(lambda: orphans(sweep) == [orphan], "the second look")
-        assert 'lrm_sweep_orphans{region="us-east-1"} 1.0' in telemetry.exposition()[0].decode()
+        assert 'lrm_sweep_orphans{account="",region="us-east-1"} 1.0' in telemetry.exposition()[0].decode()
     async with sweeping(world, sweep_terminate=True, observe_only=True) as sweep:
         await swept(sweep)
         assert orphans(sweep) == [orphan], "what was found is not forgotten with its finder"
@@ -217,16 +218,16 @@ class Ec2WithDefects(Ec2):
 
     described = 0
 
-    async def find_by_tags(self, region: str, tags: Mapping[str, str], **how: Any) -> list[Ec2Instance]:
-        if region == "eu-west-1":
+    async def find_by_tags(self, place: Place, tags: Mapping[str, str], **how: Any) -> list[Ec2Instance]:
+        if place.region == "eu-west-1":
             raise KeyError("InstanceId")
-        return await super().find_by_tags(region, tags, **how)
+        return await super().find_by_tags(place, tags, **how)
 
-    async def describe_instance(self, region: str, instance_id: str) -> Ec2Instance:
+    async def describe_instance(self, place: Place, instance_id: str) -> Ec2Instance:
         self.described += 1
         if self.described == 1:
             raise KeyError("State")
-        return await super().describe_instance(region, instance_id)
+        return await super().describe_instance(place, instance_id)
 
 
 async def test_a_defect_costs_the_region_or_the_turn_that_hits_it_alone(

@@ -12,7 +12,7 @@ from controllers.aws.ec2 import Ec2
 from controllers.aws.simulator import DEMO_AMI, ShimOptions
 from controllers.workers.decisions import launch_parameters, tags_of
 from controllers.workers.kind import LabWorker
-from equipment.aws import boto
+from equipment.aws import HERE, boto
 from equipment.waiting import until
 from equipment.workers_world import FAST_CML, INSTALLATION, REGION, WorkersWorld, condition, history, workers_world
 from lrm.election import StaticElection
@@ -125,7 +125,7 @@ async def test_plain_ec2_without_client_tokens_keeps_one_and_reports_the_surplus
         assert kept in twins
 
         async def alone() -> bool:
-            found = await ec2.find_by_tags(REGION, {"lrm/uid": created.uid}, states=("pending", "running"))
+            found = await ec2.find_by_tags(HERE, {"lrm/uid": created.uid}, states=("pending", "running"))
             return [i.id for i in found] == [kept]
 
         await until(alone, "one survivor")
@@ -133,7 +133,7 @@ async def test_plain_ec2_without_client_tokens_keeps_one_and_reports_the_surplus
         assert worker.status.condition("SurplusInstances") is not None
         await world.delete()
         await world.gone()
-        assert not await ec2.find_by_tags(REGION, {"lrm/uid": created.uid})
+        assert not await ec2.find_by_tags(HERE, {"lrm/uid": created.uid})
 
 
 async def test_surplus_that_shows_up_while_it_boots_is_ended_and_the_recorded_one_kept(
@@ -145,7 +145,7 @@ async def test_surplus_that_shows_up_while_it_boots_is_ended_and_the_recorded_on
         worker = await world.phase("Starting")
         async with Ec2(SystemClock(), endpoint_url=world.shim.url) as ec2:
             late = await ec2.run_instance(
-                REGION, replace(launch_parameters(worker, 1, INSTALLATION), client_token="late")
+                HERE, replace(launch_parameters(worker, 1, INSTALLATION), client_token="late")
             )
         await until(lambda: late.id not in world.live(), "the end of the late one")
         worker = await world.phase("ReadyUnlicensed")

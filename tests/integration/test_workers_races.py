@@ -17,6 +17,7 @@ from controllers.cml.models import Licensing
 from controllers.workers.decisions import launch_parameters
 from controllers.workers.kind import DRAIN_ANNOTATION, LabWorker
 from controllers.workers.status import Allocation
+from equipment.aws import HERE
 from equipment.waiting import until
 from equipment.workers_world import (
     BAD_TOKEN_ENV,
@@ -42,7 +43,7 @@ async def twin(world: WorkersWorld, worker: LabWorker, token: str = "of-nobody")
     """A second instance that carries the worker's uid, as a launch makes whose token nobody remembers."""
     async with Ec2(SystemClock(), endpoint_url=world.shim.url) as ec2:
         parameters = replace(launch_parameters(worker, 1, INSTALLATION), client_token=token)
-        return await ec2.run_instance(REGION, parameters)
+        return await ec2.run_instance(HERE, parameters)
 
 
 async def allocate(world: WorkersWorld) -> None:

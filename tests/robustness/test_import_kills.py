@@ -11,6 +11,7 @@ import pytest
 from controllers.aws.ec2 import Ec2, LaunchParameters
 from controllers.aws.simulator import DEMO_AMI, DEMO_KEY, AwsShim, ShimOptions
 from controllers.imports.controller import CRASH_POINTS
+from equipment.aws import HERE
 from equipment.daemons import DaemonProcess
 from equipment.waiting import until
 from equipment.workers_world import REGION
@@ -52,7 +53,7 @@ async def test_killed_while_it_imports_each_instance_has_one_worker(
 ) -> None:
     parameters = {"ami_id": DEMO_AMI, "instance_type": "m5zn.metal", "key_name": DEMO_KEY, "tags": {"track": "ccna"}}
     async with Ec2(SystemClock(), endpoint_url=shim.url) as ec2:
-        made = [await ec2.run_instance(REGION, LaunchParameters(client_token=t, **parameters)) for t in "abc"]
+        made = [await ec2.run_instance(HERE, LaunchParameters(client_token=t, **parameters)) for t in "abc"]
     ids = sorted(instance.id for instance in made)
     await daemon.start_ready(LRM_CRASH_AT=point)
     document = {

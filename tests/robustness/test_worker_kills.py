@@ -22,6 +22,7 @@ from controllers.plugin import plugin
 from controllers.workers import arrival, cml_side, departure, provisioning, work
 from controllers.workers.decisions import launch_parameters
 from controllers.workers.kind import LabWorker
+from equipment.aws import HERE
 from equipment.waiting import until
 from equipment.worker_scene import WORKERS, Scene, worker_scene
 from equipment.workers_world import REGION
@@ -213,7 +214,7 @@ async def test_killed_as_it_fails_it_stays_failed_until_a_person_mends_it(scene:
 async def test_killed_while_it_adopts_or_lets_go_the_claim_and_the_instance_are_right(scene: Scene, point: str) -> None:
     async with Ec2(SystemClock(), endpoint_url=scene.shim.url) as ec2:
         parameters = replace(_parameters(), client_token="somebody-else", tags={})
-        instance_id = (await ec2.run_instance(REGION, parameters)).id
+        instance_id = (await ec2.run_instance(HERE, parameters)).id
     await until(lambda: scene.live() == [instance_id], "the instance to adopt")
     await scene.daemon.start_ready(LRM_CRASH_AT=point)
     await scene.post(aws={"instanceId": instance_id})
@@ -241,7 +242,7 @@ async def test_killed_while_it_removes_a_surplus_one_survives(scene: Scene) -> N
     async with Ec2(SystemClock(), endpoint_url=scene.shim.url) as ec2:
         for token in ("a", "b", "c"):
             parameters = replace(launch_parameters(worker, 1, installation), client_token=token)
-            await ec2.run_instance(REGION, parameters)
+            await ec2.run_instance(HERE, parameters)
     await scene.patch(desiredPhase="Ready")
     await scene.crashed()
     await scene.daemon.start_ready()

@@ -27,6 +27,7 @@ from controllers.aws.errors import (
     from_botocore,
     from_code,
 )
+from controllers.aws.place import Place
 
 CODES: list[tuple[str, int, type[AwsError], str]] = [
     ("UnauthorizedOperation", 403, AwsAuthError, "the role lacks the right"),
@@ -59,10 +60,11 @@ CODES: list[tuple[str, int, type[AwsError], str]] = [
 def test_each_code_becomes_the_error_that_says_what_to_do(
     code: str, status: int, kind: type[AwsError], why: str
 ) -> None:
-    error = from_code(code, "because", status=status, operation="RunInstances", region="eu-west-1", request_id="r-1")
+    place = Place("eu-west-1", "training")
+    error = from_code(code, "because", status=status, operation="RunInstances", place=place, request_id="r-1")
     assert type(error) is kind, why
     assert error.request_id == "r-1"
-    assert "RunInstances in eu-west-1" in str(error)
+    assert "RunInstances in training/eu-west-1" in str(error)
     assert error.code == (code or f"HTTP {status}")
 
 
@@ -92,7 +94,7 @@ EXCEPTIONS: list[tuple[Exception, Effect, bool, type[AwsError], str]] = [
 def test_what_is_not_known_to_have_stopped_before_sending_counts_as_sent(
     error: Exception, effect: Effect, sent: bool, kind: type[AwsError], why: str
 ) -> None:
-    assert type(from_botocore(error, effect, operation="X", region="r", sent=sent)) is kind, why
+    assert type(from_botocore(error, effect, operation="X", place=Place("r"), sent=sent)) is kind, why
 
 
 def test_messages_carry_neither_aws_own_words_about_credentials_nor_passwords_of_urls() -> None:
@@ -100,7 +102,7 @@ def test_messages_carry_neither_aws_own_words_about_credentials_nor_passwords_of
     refused = from_code("SignatureDoesNotMatch", said, status=403)
     assert "AKIASECRET" not in f"{refused} {refused.message} {refused!r}"
     lost = boto.EndpointConnectionError(endpoint_url="https://user:hunter2@proxy.example/x?token=hunter3")
-    told = str(from_botocore(lost, Effect.READ, operation="X", region="r"))
+    told = str(from_botocore(lost, Effect.READ, operation="X", place=Place("r")))
     assert "proxy.example" in told
     assert "hunter" not in told
 

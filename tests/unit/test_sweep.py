@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from controllers.aws.ec2 import Ec2Instance
+from controllers.aws.place import Place
 from controllers.sweep.judge import Claims, Suspect, are_too_many, claims_of, is_suspect, sweep
 from controllers.workers.claims import SWEEP_CLAIM, holding
 from controllers.workers.decisions import RETAIN_TAG, UID_TAG, tags_of
@@ -20,6 +21,7 @@ from controllers.workers.kind import LabWorker
 NOW = datetime(2026, 5, 1, 12, tzinfo=UTC)
 NOBODY = Claims(frozenset(), frozenset())
 YOUNGEST = 600.0
+HERE = Place("us-east-1")
 
 
 def an_instance(name: str = "i-1", *, uid: str = "gone", age: float | None = 3600, **tags: str) -> Ec2Instance:
@@ -33,7 +35,7 @@ def a_worker(uid: str = "u-1", **aws: Any) -> LabWorker:
 
 
 def look(before: dict[str, Suspect], *instances: Ec2Instance, claims: Claims = NOBODY) -> dict[str, Suspect]:
-    return sweep(before, {"us-east-1": instances}, claims, now=NOW, youngest=YOUNGEST)
+    return sweep(before, {HERE: instances}, claims, now=NOW, youngest=YOUNGEST)
 
 
 def test_only_the_second_look_in_a_row_makes_an_orphan() -> None:
@@ -50,7 +52,7 @@ def test_only_the_second_look_in_a_row_makes_an_orphan() -> None:
 def test_a_region_that_did_not_answer_neither_confirms_nor_clears() -> None:
     before = look({}, an_instance())
     assert sweep(before, {}, NOBODY, now=NOW, youngest=YOUNGEST) == before
-    assert sweep(before, {"eu-west-1": []}, NOBODY, now=NOW, youngest=YOUNGEST) == before
+    assert sweep(before, {Place("eu-west-1"): []}, NOBODY, now=NOW, youngest=YOUNGEST) == before
 
 
 def test_another_uid_on_the_same_instance_is_another_case() -> None:
@@ -115,6 +117,19 @@ def test_a_suspect_survives_being_written_down() -> None:
     assert Suspect.from_document(orjson.loads(orjson.dumps(suspect.document()))) == suspect
 
 
+def test_a_suspect_of_a_version_that_knew_one_account_is_of_the_daemons_own() -> None:
+    document = next(iter(look({}, an_instance()).values())).document()
+    del document["account"]
+    assert Suspect.from_document(document).place == HERE
+
+
+def test_the_same_instance_id_in_another_account_is_another_case() -> None:
+    there = Place(HERE.region, "training")
+    before = look({}, an_instance())
+    after = sweep(before, {HERE: [], there: [an_instance()]}, NOBODY, now=NOW, youngest=YOUNGEST)
+    assert [(s.place, s.sweeps) for s in after.values()] == [(there, 1)]
+
+
 @pytest.mark.parametrize(
     "change", [{"since": "2026-05-01T12:00:00"}, {"since": None}, {"sweeps": "many"}, {"uid": ...}]
 )
@@ -132,7 +147,7 @@ def test_an_orphan_was_seen_unclaimed_twice_with_nothing_else_but_silence_betwee
     for what in looks:
         instances = [] if what == "absent" else [an_instance()]
         claims = Claims(frozenset({"gone"}), frozenset()) if what == "claimed" else NOBODY
-        found = {} if what == "failed" else {"us-east-1": instances}
+        found = {} if what == "failed" else {HERE: instances}
         suspects = sweep(suspects, found, claims, now=NOW, youngest=YOUNGEST)
         in_a_row = in_a_row if what == "failed" else in_a_row + 1 if what == "seen" else 0
         held = suspects.get("i-1")
