@@ -254,18 +254,15 @@ class LabInstanceRequest(Resource[LabInstanceRequestSpec, LabInstanceRequestStat
 
     @property
     def ends_at(self) -> datetime | None:
-        """When its time is over; None before it ran."""
-        started = self.status.started_at
-        return started + timedelta(minutes=self.spec.duration_minutes) if started else None
+        """When its time is over; None before it ran. What begins early does not end early."""
+        started, planned = self.status.started_at, self.spec.scheduled_start_time
+        if started is None:
+            return None
+        return max(started, planned or started) + timedelta(minutes=self.spec.duration_minutes)
 
 
-def clean(request: LabInstanceRequest) -> bool:
-    """Whether nothing of it can be left outside: it never had a place, or was cleaned up since."""
-    return request.status.worker_ref is None
-
-
-def holds_place(request: LabInstanceRequest) -> bool:
-    """Whether it may use what was reserved for it: until it is cleaned up, whatever its phase."""
+def placed(request: LabInstanceRequest) -> bool:
+    """Whether something of it may exist outside, so that it needs what is reserved for it: whatever its phase."""
     return request.status.worker_ref is not None
 
 

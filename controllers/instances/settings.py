@@ -17,7 +17,8 @@ class InstanceSettings(LrmSettings):
         480, ge=1, le=7 * 24 * 60, description="Minutes that a lab may be asked to run, extensions included; 8 hours."
     )
     instances_early_start: Seconds = Field(
-        300.0, description="Seconds before its scheduled start at which a lab may begin; its duration counts from then."
+        300.0,
+        description="Seconds before its scheduled start at which a lab may begin; its duration counts from the start.",
     )
     instances_placement: Literal["BestFit", "LeastUsed", "RoundRobin"] = Field(
         "BestFit",

@@ -1,0 +1,55 @@
+"""Changes of an instance's status as functions of it, so that one write may make several."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from controllers.instances.kind import LabInstanceRequest
+from controllers.instances.phases import Conditions, Phase, Reasons
+from controllers.instances.runtime import InstanceError, LabFailed, Sighting
+from lrm.controller import Context
+
+Mutate = Callable[[LabInstanceRequest], None]
+
+
+def entering(phase: Phase, reason: str, ctx: Context) -> Mutate:
+    """Go to a phase now."""
+    now = ctx.clock.now()
+    return lambda r: r.status.enter(phase.value, reason, now)
+
+
+def tell(r: LabInstanceRequest, ctx: Context, kind: str, status: bool | None, why: tuple[str, str]) -> None:
+    """Set a condition; `why` is a reason and a message."""
+    r.status.set_condition(kind, status, *why, now=ctx.clock.now(), generation=r.metadata.generation)
+
+
+def completing(ctx: Context) -> Mutate:
+    """It has come to its end, and nothing is left of it."""
+    now = ctx.clock.now()
+
+    def complete(r: LabInstanceRequest) -> None:
+        entering(Phase.COMPLETED, Reasons.CLEANED_UP, ctx)(r)
+        r.status.completed_at = now
+        tell(r, ctx, Conditions.CLEANUP_COMPLETED, True, (Reasons.CLEANED_UP, "nothing of it is left outside"))
+
+    return complete
+
+
+def sighted(seen: Sighting, ctx: Context, *, ready: bool, reason: str) -> Mutate:
+    """What a runtime has seen; what it does not say stays."""
+
+    def note(r: LabInstanceRequest) -> None:
+        status = r.status
+        status.container_id = seen.container_id or status.container_id
+        status.cml_lab_id = seen.cml_lab_id or status.cml_lab_id
+        status.access_url = seen.access_url or status.access_url
+        status.ports = seen.ports or status.ports
+        tell(r, ctx, Conditions.READY, ready, (reason, seen.message or ("it runs" if ready else "")))
+
+    return note
+
+
+def note_exit(r: LabInstanceRequest, error: InstanceError) -> None:
+    """How a lab that failed by itself has ended."""
+    if isinstance(error, LabFailed):
+        r.status.exit_code, r.status.oom_killed = error.exit_code, error.oom_killed or None
