@@ -1,0 +1,147 @@
+"""Where a template's topology is read from: the request itself, a file or an address, both only as settings allow.
+
+Promises: a file is judged by where it really is, links followed, and an address by its parsed parts, so that neither
+`..` nor a look-alike host gets around the list; 512 KiB at most; nothing but a whole text comes back. Reading is in a
+thread, since a file may lie on a share. Called by the CML runtime; what is allowed, admission asks too.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import stat
+from collections.abc import Iterable
+from fnmatch import fnmatchcase
+from pathlib import Path
+from urllib.parse import SplitResult, unquote, urlsplit
+
+from controllers.cml.fetch import FetchNotFound, FetchRefused, FetchUnavailable, fetch_text
+from controllers.instances.kind import LabTemplate
+from controllers.instances.phases import Reasons
+from controllers.instances.runtime import NotNow, Refused
+from controllers.instances.settings import InstanceSettings
+from controllers.instances.topology import LARGEST, Topology, TopologyError, check
+from storage.clock import Clock
+
+_FETCH_TIMEOUT = 20.0
+"""Seconds for one address."""
+_AGAIN = 30.0
+"""Seconds after which a server that did not answer is asked again."""
+_PORTS = {"http": 80, "https": 443}
+
+
+async def load(template: LabTemplate, settings: InstanceSettings, clock: Clock) -> Topology:
+    """The topology that a template names. Raises `Refused` with a reason of templates, and `NotNow`."""
+    text = await _text(template, settings, clock)
+    try:
+        return await asyncio.to_thread(check, text)
+    except TopologyError as error:
+        raise Refused(Reasons.TEMPLATE_INVALID, f"{_told(template)} is no topology: {error}") from None
+
+
+def file_allowed(name: str, globs: Iterable[str]) -> bool:
+    """Whether a file may be named, links followed; `*` does not cross `/`. Looks at the file system."""
+    try:
+        return Path(name).is_absolute() and _listed(Path(name).resolve(), globs)
+    except (OSError, RuntimeError):  # links that go round in a circle
+        return False
+
+
+def url_allowed(url: str, beginnings: Iterable[str]) -> bool:
+    """Whether an address may be named: scheme, host and port of one that is listed, and its path or one below it."""
+    if not url.isascii() or not url.isprintable() or " " in url:
+        return False  # parsers differ about these
+    parts = _split(url)
+    if parts is None or parts.fragment or not _plain(parts.path):
+        return False
+    listed = [entry for entry in map(_split, beginnings) if entry is not None]
+    return any(_server(entry) == _server(parts) and _below(parts.path or "/", entry.path) for entry in listed)
+
+
+async def _text(template: LabTemplate, settings: InstanceSettings, clock: Clock) -> str:
+    if template.topology is not None:
+        return template.topology
+    if template.topology_file is not None:
+        return await asyncio.to_thread(_read, template.topology_file, settings.topology_files)
+    if template.topology_url is not None:
+        return await _fetch(template.topology_url, settings, clock)
+    raise Refused(Reasons.TEMPLATE_INVALID, "the template names no topology")
+
+
+def _read(name: str, globs: Iterable[str]) -> str:
+    """A regular file, opened at the place that was judged; a pipe or a device would never end."""
+    try:
+        real = Path(name).resolve()
+        if not _listed(real, globs):
+            raise Refused(Reasons.TEMPLATE_FORBIDDEN, f"the file {name} is not among LRM_TOPOLOGY_FILES")
+        handle = os.open(real, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        try:
+            if not stat.S_ISREG(os.fstat(handle).st_mode):
+                raise Refused(Reasons.TEMPLATE_INVALID, f"{name} is not a regular file")
+            with open(handle, "rb", closefd=False) as file:  # noqa: PTH123 - a handle, not a path
+                raw = file.read(LARGEST + 1)
+        finally:
+            os.close(handle)
+    except (FileNotFoundError, NotADirectoryError):
+        raise Refused(Reasons.TEMPLATE_NOT_FOUND, f"there is no file {name} where lrm runs") from None
+    except (PermissionError, RuntimeError) as error:
+        raise Refused(Reasons.TEMPLATE_NOT_FOUND, f"the file {name} cannot be read: {type(error).__name__}") from None
+    except OSError as error:
+        raise NotNow(Reasons.PREPARING, f"the file {name} cannot be read now: {error.strerror}", again=_AGAIN) from None
+    if len(raw) > LARGEST:
+        raise Refused(Reasons.TEMPLATE_INVALID, f"the file {name} has more than {LARGEST} bytes")
+    try:
+        return raw.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        raise Refused(Reasons.TEMPLATE_INVALID, f"the file {name} is not UTF-8") from None
+
+
+async def _fetch(url: str, settings: InstanceSettings, clock: Clock) -> str:
+    if not url_allowed(url, settings.topology_urls):
+        raise Refused(Reasons.TEMPLATE_FORBIDDEN, f"{url} is not among LRM_TOPOLOGY_URLS")
+    try:
+        return await fetch_text(url, most=LARGEST, timeout=_FETCH_TIMEOUT, clock=clock)
+    except FetchNotFound as error:
+        raise Refused(Reasons.TEMPLATE_NOT_FOUND, f"{url}: {error}") from None
+    except FetchRefused as error:
+        raise Refused(Reasons.TEMPLATE_INVALID, f"{url}: {error}") from None
+    except FetchUnavailable as error:
+        raise NotNow(Reasons.PREPARING, f"{url}: {error}", again=_AGAIN) from None
+
+
+def _listed(path: Path, globs: Iterable[str]) -> bool:
+    return any(_matches(str(path), glob) for glob in globs if glob.startswith("/"))
+
+
+def _matches(path: str, glob: str) -> bool:
+    parts, globs = path.split("/"), glob.split("/")
+    return len(parts) == len(globs) and all(fnmatchcase(p, g) for p, g in zip(parts, globs, strict=True))
+
+
+def _split(url: str) -> SplitResult | None:
+    """An address's parts; None for one that is not http, names a user, or cannot be parsed."""
+    try:
+        parts = urlsplit(url)
+        if parts.scheme not in _PORTS or not parts.hostname or "@" in parts.netloc or parts.port == 0:
+            return None
+    except ValueError:
+        return None
+    return parts
+
+
+def _server(parts: SplitResult) -> tuple[str, str | None, int]:
+    return parts.scheme, parts.hostname, parts.port or _PORTS[parts.scheme]
+
+
+def _plain(path: str) -> bool:
+    """Whether a server will see the path that was judged: no step up, however it is written."""
+    seen = unquote(path)
+    return "\\" not in seen and not any(step in (".", "..") for step in seen.split("/"))
+
+
+def _below(path: str, beginning: str) -> bool:
+    return path == beginning or path.startswith(beginning if beginning.endswith("/") else f"{beginning}/")
+
+
+def _told(template: LabTemplate) -> str:
+    return template.topology_file or template.topology_url or "labTemplate.topology"
