@@ -6,6 +6,7 @@ import asyncio
 import signal
 import sys
 from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -284,3 +285,45 @@ async def test_a_moto_of_its_own_ends_with_it(tmp_path: Path, aws_credentials: N
     with pytest.raises(OSError, match=str(port)):
         await asyncio.open_connection("127.0.0.1", port)
     assert (tmp_path / "moto.log").stat().st_size > 0
+
+
+async def test_the_accounts_know_nothing_of_one_another(
+    moto_url: str, control: aiohttp.ClientSession, tmp_path: Path
+) -> None:
+    first, second = "111111111111", "222222222222"
+    options = ShimOptions(moto_url=moto_url, data_dir=tmp_path, delay=0)
+    async with AwsShim.run(options) as shim, AsyncExitStack() as stack:
+        calls = {key: await stack.enter_async_context(boto(shim.url, access_key=key)) for key in ("any", first, second)}
+        launched = (await calls[first]("run_instances", **LAUNCH))["Instances"][0]["InstanceId"]
+        for key in ("any", second):
+            assert (await calls[key]("describe_instances"))["Reservations"] == []
+            await refused("InvalidInstanceID.NotFound", calls[key]("terminate_instances", InstanceIds=[launched]))
+        [reservation] = (await calls[first]("describe_instances"))["Reservations"]
+        assert reservation["OwnerId"] == first
+        await calls[first]("create_key_pair", KeyName="of-the-first")
+        await calls[first]("run_instances", **LAUNCH, KeyName="of-the-first")
+        await refused("InvalidKeyPair.NotFound", calls[second]("run_instances", **LAUNCH, KeyName="of-the-first"))
+        shim.faults.add({"action": "DescribeInstances", "fault": "auth", "account": second})
+        await calls[first]("describe_instances")
+        await refused("AuthFailure", calls[second]("describe_instances"))
+    async with AwsShim.run(options) as shim:
+        async with control.get(f"{shim.url}/_shim/instances") as reply:
+            assert {i["account"] for i in await reply.json()} == {first}
+        async with control.delete(f"{shim.url}/_shim/instances/{launched}") as reply:
+            assert reply.status == 200
+        assert shim.worlds.find(launched) is None
+
+
+async def test_the_key_of_a_role_is_of_the_roles_account_until_it_is_forgotten(
+    aws_shim: AwsShim,
+) -> None:
+    async with boto(aws_shim.url, "sts") as sts:
+        role = {"RoleArn": "arn:aws:iam::333333333333:role/lrm", "RoleSessionName": "lrm"}
+        given = (await sts("assume_role", **role))["Credentials"]
+        aws_shim.faults.add({"action": "AssumeRole", "fault": "error", "code": "AccessDenied", "status": 403})
+        await refused("AccessDenied", sts("assume_role", **role))
+    async with boto(aws_shim.url, access_key=given["AccessKeyId"]) as call:
+        assert (await call("run_instances", **LAUNCH))["OwnerId"] == "333333333333"
+        assert not list(aws_shim.instances.everywhere())
+        aws_shim.worlds.forget_roles()
+        await refused("AuthFailure", call("describe_instances"))

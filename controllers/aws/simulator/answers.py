@@ -20,7 +20,6 @@ from typing import Any
 from controllers.aws.simulator.instances import CODES, Instance, Instances, Launch
 from controllers.aws.simulator.wire import CloudError, flag, items, number, structure, text, texts, tree
 
-ACCOUNT = "123456789012"
 _PAGE = 1000
 _PRIVATE = frozenset({"Action", "Version", "ClientToken", "DryRun"})
 """What does not count when two launches with one token are compared."""
@@ -158,9 +157,9 @@ class InstanceApi:
         now = self._instances.now
         return {
             "reservationId": instances[0].reservation,
-            "ownerId": ACCOUNT,
+            "ownerId": self._instances.account,
             "groupSet": [],
-            "instancesSet": [_instance(i, place, now) for place, i in enumerate(instances)],
+            "instancesSet": [_instance(i, self._instances.account, place, now) for place, i in enumerate(instances)],
         }
 
     def _changes(self, changed: list[tuple[str, Instance]]) -> Answer:
@@ -177,7 +176,7 @@ class InstanceApi:
         }
 
 
-def _instance(instance: Instance, place: int, now: float) -> Answer:
+def _instance(instance: Instance, account: str, place: int, now: float) -> Answer:
     launch, state = instance.launch, instance.state_at(now)
     public = instance.public_ip if state in ("running", "stopping", "shutting-down") else ""
     private = instance.private_ip if state != "terminated" else ""
@@ -186,7 +185,7 @@ def _instance(instance: Instance, place: int, now: float) -> Answer:
     disk = {"volumeId": instance.volume, "status": "attached", "attachTime": started, "deleteOnTermination": True}
     profile = launch.profile
     if profile and not profile.startswith("arn:"):
-        profile = f"arn:aws:iam::{ACCOUNT}:instance-profile/{profile}"
+        profile = f"arn:aws:iam::{account}:instance-profile/{profile}"
     reason = {"code": instance.reason, "message": f"{instance.reason}: User initiated shutdown"}
     return {
         "instanceId": instance.id,

@@ -1,7 +1,7 @@
 """The simulator's control surface: what exists, faults, counters and settings, over HTTP below `/_shim`.
 
     GET /_shim/health
-    GET /_shim/instances[/ID]      {"id", "state", "launch", …}; `launch` is another one after each start
+    GET /_shim/instances[/ID]      {"id", "account", "state", "launch", …}; `launch` is another one after each start
     PATCH /_shim/instances/ID      {"impaired": true}: its status checks fail
                                    {"cpu": 40, "memory": null}: what CloudWatch tells of it, percent; null is nothing
     DELETE /_shim/instances/ID     it vanishes, as if it had never been
@@ -21,14 +21,15 @@ from typing import Any
 from aiohttp import web
 
 from controllers.aws.simulator.faults import Faults
-from controllers.aws.simulator.instances import Instance, Instances
+from controllers.aws.simulator.instances import Instance
+from controllers.aws.simulator.worlds import World, Worlds
 
 
 class Control:
     """The handlers."""
 
-    def __init__(self, instances: Instances, faults: Faults, calls: Counter[str], moto_url: str) -> None:
-        self._instances = instances
+    def __init__(self, worlds: Worlds, faults: Faults, calls: Counter[str], moto_url: str) -> None:
+        self._worlds = worlds
         self._faults = faults
         self._calls = calls
         self._moto_url = moto_url
@@ -59,24 +60,25 @@ class Control:
         return web.json_response({"ok": True, "moto": self._moto_url})
 
     async def _list_instances(self, _: web.Request) -> web.Response:
-        return web.json_response([self._shown(i) for i in self._instances.everywhere()])
+        return web.json_response([_shown(*found) for found in self._worlds.everywhere()])
 
     async def _get_instance(self, request: web.Request) -> web.Response:
-        instance = self._instances.find(request.match_info["id"])
-        return web.json_response(self._shown(instance)) if instance else _missing()
+        found = self._worlds.find(request.match_info["id"])
+        return web.json_response(_shown(*found)) if found else _missing()
 
     async def _patch_instance(self, request: web.Request) -> web.Response:
-        wish, instance_id = await _json(request), request.match_info["id"]
+        wish, found = await _json(request), self._worlds.find(request.match_info["id"])
         if set(wish) == {"cpu", "memory"} and all(_is_percentage(value) for value in wish.values()):
-            done = self._instances.measure(instance_id, cpu=wish["cpu"], memory=wish["memory"])
+            done = found and found[0].instances.measure(found[1].id, cpu=wish["cpu"], memory=wish["memory"])
         elif set(wish) == {"impaired"} and isinstance(wish["impaired"], bool):
-            done = self._instances.impair(instance_id, impaired=wish["impaired"])
+            done = found and found[0].instances.impair(found[1].id, impaired=wish["impaired"])
         else:
             raise web.HTTPBadRequest(text='{"impaired": true or false}, or {"cpu": …, "memory": …} in percent or null')
         return web.json_response({}) if done else _missing()
 
     async def _delete_instance(self, request: web.Request) -> web.Response:
-        return web.json_response({}) if self._instances.vanish(request.match_info["id"]) else _missing()
+        found = self._worlds.find(request.match_info["id"])
+        return web.json_response({}) if found and found[0].instances.vanish(found[1].id) else _missing()
 
     async def _list_faults(self, _: web.Request) -> web.Response:
         return web.json_response(self._faults.list())
@@ -103,31 +105,31 @@ class Control:
         return web.json_response({})
 
     async def _get_settings(self, _: web.Request) -> web.Response:
-        return web.json_response({"delay": self._instances.delay, "describe_lag": self._instances.describe_lag})
+        return web.json_response({"delay": self._worlds.delay, "describe_lag": self._worlds.describe_lag})
 
     async def _patch_settings(self, request: web.Request) -> web.Response:
         wish = await _json(request)
         for name, value in wish.items():
             if name not in ("delay", "describe_lag") or type(value) not in (int, float) or not 0 <= value <= 3600:
                 raise web.HTTPBadRequest(text="delay and describe_lag, in seconds, from 0 to 3600")
-        for name, value in wish.items():
-            setattr(self._instances, name, float(value))
+        self._worlds.pace(**{name: float(value) for name, value in wish.items()})
         return await self._get_settings(request)
 
-    def _shown(self, instance: Instance) -> dict[str, Any]:
-        """What `/_shim/instances` tells; `launch` is another one after each start."""
-        now = self._instances.now
-        state = instance.state_at(now)
-        return {
-            "id": instance.id,
-            "region": instance.region,
-            "state": state,
-            "launch": f"{instance.started:.6f}",
-            "public_ip": instance.public_ip if state == "running" else "",
-            "private_ip": instance.private_ip if state != "terminated" else "",
-            "client_token": instance.token,
-            "tags": instance.tags,
-        }
+
+def _shown(world: World, instance: Instance) -> dict[str, Any]:
+    """What `/_shim/instances` tells; `launch` is another one after each start."""
+    state = instance.state_at(world.instances.now)
+    return {
+        "id": instance.id,
+        "account": world.account,
+        "region": instance.region,
+        "state": state,
+        "launch": f"{instance.started:.6f}",
+        "public_ip": instance.public_ip if state == "running" else "",
+        "private_ip": instance.private_ip if state != "terminated" else "",
+        "client_token": instance.token,
+        "tags": instance.tags,
+    }
 
 
 def _is_percentage(value: Any) -> bool:

@@ -39,6 +39,7 @@ class Fault:
     left: int | None
     seconds: float
     region: str
+    account: str
     refusal: CloudError | None
     hits: int = 0
 
@@ -51,7 +52,7 @@ class Fault:
             "left": self.left,
             "hits": self.hits,
         }
-        shown |= {"seconds": self.seconds, "region": self.region}
+        shown |= {"seconds": self.seconds, "region": self.region, "account": self.account}
         return shown if self.refusal is None else shown | {"refusal": str(self.refusal)}
 
 
@@ -63,34 +64,35 @@ class Faults:
         self._on: dict[int, Fault] = {}
 
     def add(self, wish: Mapping[str, Any]) -> Fault:
-        """Switch one on: {action, fault, times=1, seconds=0, region, and for fault `error`: code, message, status}."""
-        unknown = set(wish) - {"action", "fault", "times", "seconds", "region", "code", "message", "status"}
+        """Switch on {action, fault, times=1, seconds=0, region, account}; `error` takes {code, message, status} too."""
+        unknown = set(wish) - {"action", "fault", "times", "seconds", "region", "account", "code", "message", "status"}
         if unknown:
             raise ValueError(f"unknown: {', '.join(sorted(unknown))}")
         kind, times, seconds = wish.get("fault"), wish.get("times", 1), wish.get("seconds", 0)
-        action, region = wish.get("action", "*"), wish.get("region", "")
+        action, region, account = wish.get("action", "*"), wish.get("region", ""), wish.get("account", "")
         if kind not in KINDS:
             raise ValueError(f"fault must be one of {', '.join(KINDS)}")
         if type(times) is not int or times < 0:
             raise ValueError("times must be a whole number, 0 for until removed")
         if type(seconds) not in (int, float) or not 0 <= seconds <= 3600:
             raise ValueError("seconds must be a number from 0 to 3600")
-        if not isinstance(action, str) or not action or not isinstance(region, str):
-            raise ValueError("action and region must be names")
+        if not isinstance(action, str) or not action or not isinstance(region, str) or not isinstance(account, str):
+            raise ValueError("action, region and account must be names")
         refusal = REFUSALS.get(kind)
         if kind == "error":
             code, message, status = wish.get("code"), wish.get("message", ""), wish.get("status", 400)
             if not isinstance(code, str) or not isinstance(message, str) or status not in range(400, 600):
                 raise ValueError("fault error needs a code, a message and a status from 400 to 599")
             refusal = CloudError(code, message, status)
-        fault = Fault(next(self._ids), action, kind, times or None, float(seconds), region, refusal)
+        fault = Fault(next(self._ids), action, kind, times or None, float(seconds), region, account, refusal)
         self._on[fault.id] = fault
         return fault
 
-    def take(self, action: str, region: str) -> Fault | None:
+    def take(self, action: str, region: str, account: str = "") -> Fault | None:
         """The fault that strikes this call."""
         for fault in self._on.values():
-            if fault.action in ("*", action) and fault.region in ("", region) and fault.left != 0:
+            here = fault.region in ("", region) and fault.account in ("", account)
+            if fault.action in ("*", action) and here and fault.left != 0:
                 fault.hits += 1
                 if fault.left is not None:
                     fault.left -= 1

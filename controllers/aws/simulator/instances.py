@@ -21,6 +21,9 @@ from pathlib import Path
 from controllers.aws.simulator.wire import CloudError
 from storage.clock import Clock
 
+ACCOUNT = "123456789012"
+"""The account of whoever does not say another one."""
+
 CODES = {"pending": 0, "running": 16, "shutting-down": 32, "terminated": 48, "stopping": 64, "stopped": 80}
 _BECOMES = {"pending": "running", "stopping": "stopped", "shutting-down": "terminated"}
 _ENDED_SHOWN = 3600.0
@@ -87,10 +90,13 @@ class Instance:
 
 
 class Instances:
-    """All instances of all regions. `delay` is how long passing states last, `describe_lag` how long launches hide."""
+    """All instances of an account. `delay` is how long passing states last, `describe_lag` how long launches hide."""
 
-    def __init__(self, clock: Clock, folder: Path | None, *, delay: float, describe_lag: float = 0.0) -> None:
+    def __init__(
+        self, clock: Clock, folder: Path | None, *, delay: float, describe_lag: float = 0.0, account: str = ACCOUNT
+    ) -> None:
         self._clock = clock
+        self.account = account
         self.delay = delay
         self.describe_lag = describe_lag
         self._file = _open(folder)

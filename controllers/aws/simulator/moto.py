@@ -25,6 +25,8 @@ DEMO_AMI = "ami-0c0ffee0c0ffee001"
 """An image that exists in every region of the simulator, for demos; moto does not know it."""
 DEMO_KEY = "lrm-demo"
 """A key pair that exists in every region of the simulator, for demos."""
+ACCOUNT_HEADER = "x-moto-account-id"
+"""Tells moto whose request it is."""
 _TYPES = frozenset({"m5zn.metal", "m1.small"})
 _START_SECONDS = 30.0
 _BIND_TRIES = 3
@@ -83,8 +85,9 @@ class Catalogue:
         self._key_names = {DEMO_KEY, *key_names}
         self._types = set(_TYPES)
 
-    async def check(self, parameters: Mapping[str, str], authorization: str) -> None:
+    async def check(self, parameters: Mapping[str, str], authorization: str, account: str) -> None:
         """Raise what EC2 answers to a launch of something that does not exist."""
+        headers = {"Authorization": authorization, ACCOUNT_HEADER: account}
         ami = text(parameters, "ImageId")
         key = text(parameters, "KeyName")
         kind = text(parameters, "InstanceType", "m1.small")
@@ -93,23 +96,23 @@ class Catalogue:
         if ami not in self._amis:
             if not re.fullmatch(r"ami-[0-9a-f]{8,17}", ami):
                 raise CloudError("InvalidAMIID.Malformed", f'Invalid id: "{ami}" (expecting "ami-...")')
-            if not await self._knows("DescribeImages", {"ImageId.1": ami}, authorization):
+            if not await self._knows("DescribeImages", {"ImageId.1": ami}, headers):
                 raise CloudError("InvalidAMIID.NotFound", f"The image id '[{ami}]' does not exist")
         if kind not in self._types:
-            if not await self._knows("DescribeInstanceTypes", {"InstanceType.1": kind}, authorization):
+            if not await self._knows("DescribeInstanceTypes", {"InstanceType.1": kind}, headers):
                 raise CloudError("InvalidParameterValue", f"Invalid value '{kind}' for InstanceType.")
             self._types.add(kind)
         if (
             key
             and key not in self._key_names
-            and not await self._knows("DescribeKeyPairs", {"KeyName.1": key}, authorization)
+            and not await self._knows("DescribeKeyPairs", {"KeyName.1": key}, headers)
         ):
             raise CloudError("InvalidKeyPair.NotFound", f"The key pair '{key}' does not exist")
 
-    async def _knows(self, action: str, named: Mapping[str, str], authorization: str) -> bool:
+    async def _knows(self, action: str, named: Mapping[str, str], headers: Mapping[str, str]) -> bool:
         """Whether moto describes this thing; it refuses to describe what does not exist."""
         form = urlencode({"Action": action, "Version": "2016-11-15", **named})
-        headers = {"Authorization": authorization, "Content-Type": "application/x-www-form-urlencoded"}
+        headers = {**headers, "Content-Type": "application/x-www-form-urlencoded"}
         try:
             async with self._session.post(self._moto_url, data=form, headers=headers) as reply:
                 body = await reply.text()

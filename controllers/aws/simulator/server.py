@@ -1,7 +1,8 @@
 """The simulated AWS: an HTTP server that plays EC2's instances itself, with what CloudWatch tells of them, and passes
 everything else on to moto.
 
-Point `AWS_ENDPOINT_URL` at it. Signatures are not checked; the region is read from them. DescribeTags is about
+Point `AWS_ENDPOINT_URL` at it. Signatures are not checked; the region and, from the key, the account (`worlds`) are
+read from them. DescribeTags is about
 instances only when it is filtered by their ids or by `resource-type`; else moto answers it. For tests and demos, on
 loopback.
 Called by `lrm dev` and by tests (`AwsShim.run`), and by `python -m controllers.aws.simulator`.
@@ -27,12 +28,12 @@ from multidict import CIMultiDict
 from yarl import URL
 
 from controllers.aws.simulator import cloudwatch
-from controllers.aws.simulator.answers import InstanceApi
 from controllers.aws.simulator.control import Control
 from controllers.aws.simulator.faults import Faults
-from controllers.aws.simulator.instances import Instances
-from controllers.aws.simulator.moto import Catalogue, run_moto
-from controllers.aws.simulator.wire import CloudError, answer, error_answer, flag, tree
+from controllers.aws.simulator.instances import ACCOUNT, Instances
+from controllers.aws.simulator.moto import ACCOUNT_HEADER, Catalogue, run_moto
+from controllers.aws.simulator.wire import CloudError, answer, error_answer, flag, query_error, tree
+from controllers.aws.simulator.worlds import World, Worlds
 from storage.clock import Clock, SystemClock
 
 _LARGEST = 16 * 1024 * 1024
@@ -73,6 +74,7 @@ class _Call:
     region: str
     action: str
     parameters: Mapping[str, str]
+    access_key: str
     authorization: str
     request_id: str
     content_type: str
@@ -86,12 +88,17 @@ class AwsShim:
         self.url = ""
         self.faults = Faults()
         self.calls: Counter[str] = Counter()
-        self.instances = Instances(clock, options.data_dir, delay=options.delay, describe_lag=options.describe_lag)
+        self.calls_in: Counter[tuple[str, str, str]] = Counter()
+        """Calls by account, region and action."""
+        self.worlds = Worlds(clock, options.data_dir, delay=options.delay, describe_lag=options.describe_lag)
         self._clock = clock
         self._session = session
-        self._api = InstanceApi(self.instances)
-        self._metrics = cloudwatch.MetricApi(self.instances)
         self._catalogue = Catalogue(session, moto_url, options.amis, options.key_names)
+
+    @property
+    def instances(self) -> Instances:
+        """Those of the account of whoever does not say another one."""
+        return self.worlds.of(ACCOUNT).instances
 
     @classmethod
     @asynccontextmanager
@@ -108,7 +115,7 @@ class AwsShim:
                 )
             )
             shim = cls(options, clock, session, moto_url.rstrip("/"))
-            stack.callback(shim.instances.close)
+            stack.callback(shim.worlds.close)
             # What a test or a demo has still open at the end is cut, not waited for.
             runner = web.AppRunner(shim._app(), auto_decompress=False, access_log=None, shutdown_timeout=0.1)
             stack.push_async_callback(runner.cleanup)
@@ -121,50 +128,55 @@ class AwsShim:
 
     def _app(self) -> web.Application:
         app = web.Application(client_max_size=_LARGEST)
-        app.add_routes(Control(self.instances, self.faults, self.calls, self.moto_url).routes())
+        app.add_routes(Control(self.worlds, self.faults, self.calls, self.moto_url).routes())
         app.add_routes([web.route("*", "/{path:.*}", self._serve)])
         return app
 
     async def _serve(self, request: web.Request) -> web.StreamResponse:
         body = await request.read()
         call = _read_call(request, body)
+        try:
+            account = self.worlds.account_of(call.access_key)
+        except CloudError as error:
+            return _refuse(call, error)
         if call.action:
             self.calls[call.action] += 1
-        fault = self.faults.take(call.action, call.region) if call.action else None
+            self.calls_in[account, call.region, call.action] += 1
+        fault = self.faults.take(call.action, call.region, account) if call.action else None
         if fault is not None and fault.kind != "slow-reply":
             await self._clock.sleep(fault.seconds)
         if fault is not None and fault.kind == "dropped":
             return _drop(request)
         if fault is not None and fault.refusal is not None:
             return _refuse(call, fault.refusal)
-        reply = await self._carry_out(request, call, body)
+        reply = await self._carry_out(request, call, body, self.worlds.of(account))
         if fault is not None and fault.kind == "slow-reply":
             await self._clock.sleep(fault.seconds)
         return _drop(request) if fault is not None and fault.kind == "lost-reply" else reply
 
-    async def _carry_out(self, request: web.Request, call: _Call, body: bytes) -> web.StreamResponse:
-        if not call.service and call.action in self._api.actions | {"RunInstances": None}:
+    async def _carry_out(self, request: web.Request, call: _Call, body: bytes, world: World) -> web.StreamResponse:
+        if not call.service and call.action in world.api.actions | {"RunInstances": None}:
             return _refuse(call, CloudError("AuthFailure", "The request is not signed", 401))
         try:
             if (wanted := cloudwatch.about_instances(call.action, call.content_type, body)) is not None:
-                return _json(call, self._metrics.get_metric_data(call.region, wanted))
-            content = await self._simulate(call) if call.service == "ec2" else None
+                return _json(call, world.metrics.get_metric_data(call.region, wanted))
+            content = await self._simulate(call, world) if call.service == "ec2" else None
         except CloudError as error:
             return _refuse(call, error)
         if content is None:
-            return await self._pass_on(request, call, body)
+            return await self._pass_on(request, call, body, world.account)
         return _xml(answer(call.action, call.request_id, content), 200)
 
-    async def _simulate(self, call: _Call) -> dict[str, Any] | None:
+    async def _simulate(self, call: _Call, world: World) -> dict[str, Any] | None:
         """The content of the answer to a call that is about instances; None for the others, which are moto's."""
         if call.action == "RunInstances":
-            if (earlier := self._api.replayed(call.region, call.parameters)) is not None:
+            if (earlier := world.api.replayed(call.region, call.parameters)) is not None:
                 return earlier
-            await self._catalogue.check(call.parameters, call.authorization)
+            await self._catalogue.check(call.parameters, call.authorization, world.account)
             _refuse_dry_run(call)
-            return self._api.launch(call.region, call.parameters)
+            return world.api.launch(call.region, call.parameters)
         about_instances = _about_instances(call)
-        acts = self._api.actions.get(call.action)
+        acts = world.api.actions.get(call.action)
         if call.action in ("CreateTags", "DeleteTags", "DescribeTags") and not about_instances:
             return None
         if acts is None:
@@ -174,8 +186,9 @@ class AwsShim:
         _refuse_dry_run(call)
         return acts(call.region, tree(call.parameters))
 
-    async def _pass_on(self, request: web.Request, call: _Call, body: bytes) -> web.StreamResponse:
+    async def _pass_on(self, request: web.Request, call: _Call, body: bytes, account: str) -> web.StreamResponse:
         headers = {name: value for name, value in request.headers.items() if name.lower() not in _HOP_BY_HOP}
+        headers[ACCOUNT_HEADER] = account
         target = f"{self.moto_url}{request.raw_path}"
         try:
             async with self._session.request(
@@ -185,6 +198,8 @@ class AwsShim:
         except (aiohttp.ClientError, TimeoutError) as error:
             _log.warning("moto does not answer", error=str(error))
             return _refuse(call, CloudError("Unavailable", "The simulator's moto does not answer", 503))
+        if call.service == "sts" and reply.status == 200:
+            self.worlds.assumed(call.parameters, content)
         passed = [(name, value) for name, value in reply.headers.items() if name.lower() not in _HOP_BY_HOP]
         return web.Response(status=reply.status, headers=CIMultiDict(passed), body=content)
 
@@ -197,8 +212,8 @@ def _refuse_dry_run(call: _Call) -> None:
 def _read_call(request: web.Request, body: bytes) -> _Call:
     """Service and region from the signature's scope, the action from where each of AWS's protocols has it."""
     authorization = request.headers.get("Authorization", "")
-    scope = re.search(r"Credential=[^/,\s]+/\d+/([^/,\s]+)/([^/,\s]+)/aws4_request", authorization)
-    region, service = scope.groups() if scope else ("", "")
+    scope = re.search(r"Credential=([^/,\s]+)/\d+/([^/,\s]+)/([^/,\s]+)/aws4_request", authorization)
+    access_key, region, service = scope.groups() if scope else ("", "", "")
     parameters: dict[str, str] = {}
     if "x-www-form-urlencoded" in request.headers.get("Content-Type", "") or request.method == "GET":
         said = body.decode("utf-8", "replace") if request.method == "POST" else request.query_string
@@ -208,7 +223,8 @@ def _read_call(request: web.Request, body: bytes) -> _Call:
         target = request.headers.get("X-Amz-Target", "")
         operation = re.search(r"/operation/(\w+)$", request.path)
         action = target.rpartition(".")[2] or (operation.group(1) if operation else "")
-    return _Call(service, region, action, parameters, authorization, str(uuid.uuid4()), request.content_type)
+    request_id = str(uuid.uuid4())
+    return _Call(service, region, action, parameters, access_key, authorization, request_id, request.content_type)
 
 
 def _about_instances(call: _Call) -> bool:
@@ -222,6 +238,8 @@ def _about_instances(call: _Call) -> bool:
 def _refuse(call: _Call, error: CloudError) -> web.Response:
     if call.service in ("ec2", ""):
         return _xml(error_answer(error, call.request_id), error.status)
+    if call.service == "sts":
+        return _xml(query_error(error, call.request_id), error.status)
     return web.json_response(
         {"__type": error.code, "message": error.message},
         status=error.status,

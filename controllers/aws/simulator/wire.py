@@ -115,6 +115,12 @@ def error_answer(error: CloudError, request_id: str) -> bytes:
     return f"{_DECLARATION}<Response>{inner}</Response>".encode()
 
 
+def query_error(error: CloudError, request_id: str) -> bytes:
+    """The error document of the services that share AWS's query protocol."""
+    inner = _xml({"Error": {"Type": "Sender", "Code": error.code, "Message": error.message}, "RequestId": request_id})
+    return f"{_DECLARATION}<ErrorResponse>{inner}</ErrorResponse>".encode()
+
+
 def _xml(value: Any) -> str:
     match value:
         case bool():
