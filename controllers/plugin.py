@@ -21,6 +21,8 @@ from controllers.instances.kind import LAB_INSTANCE_REQUEST
 from controllers.instances.settings import InstanceSettings
 from controllers.labs.controller import LabsController
 from controllers.labs.kind import LAB_RECORD
+from controllers.labs.measures import LabMeasures
+from controllers.labs.push import LabsPush
 from controllers.labs.records import LabRecordsController
 from controllers.labs.settings import LabsSettings
 from controllers.metrics.controller import FleetMetrics
@@ -86,6 +88,19 @@ async def controllers(context: PluginContext) -> AsyncIterator[Sequence[Controll
             youngest=settings.worker_trace_timeout,
         )
         context.telemetry.observe(sweep.observe)
+        measures = LabMeasures(context.telemetry.meter)
+        labs = LabsController(
+            cache=context.cache, sessions=sessions, settings=settings, clock=context.clock, measures=measures
+        )
+        push = LabsPush(
+            cache=context.cache,
+            sessions=sessions,
+            hints=labs.hints,
+            clock=context.clock,
+            measures=measures,
+            enabled=settings.labs_push,
+        )
+        context.telemetry.observe(push.observe)
         claims = Claims(context.storage, context.root)
         try:
             yield (
@@ -95,7 +110,8 @@ async def controllers(context: PluginContext) -> AsyncIterator[Sequence[Controll
                     claims,
                     settings,
                 ),
-                LabsController(cache=context.cache, sessions=sessions, settings=settings),
+                labs,
+                push,
                 LabRecordsController(cache=context.cache, sessions=sessions, settings=settings),
                 PoolsController(context.cache, ObservedDemand(context.cache), settings),
                 ImportsController(ec2, claims, context.installation),

@@ -1,19 +1,20 @@
 """When a worker's labs are to be synced next, from what its status and records say: pure, so it outlives a process.
 
 Promises a sync at the interval (spread by ±10 %, differently for each worker and time, so that a fleet does not fall
-into step), at once when this process has not synced the worker yet, when a new value of the reconcile-now annotation
-asks for it, when the worker became Ready or began to drain after the last sync, and when a desiredState was reached
-since. A last sync that lies in the future (a clock was set back) counts as none, and a turn that lies there is due when
-its time comes. Called by the sync before anything is asked of a CML.
+into step; longer where nobody works), at once when this process has not synced the worker yet, when a new value of the
+reconcile-now annotation asks for it, when the worker became Ready or began to drain after the last sync, and when a
+desiredState was reached since. A last sync that lies in the future (a clock was set back) counts as none, and a turn
+that lies there is due when its time comes. Called by the sync before anything is asked of a CML.
 """
 
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from datetime import datetime, timedelta
 
-from controllers.labs.kind import DESIRED_STATE, READY, LabRecord
+from controllers.labs.kind import DESIRED_STATE, PRESENT, READY, LabRecord
+from controllers.labs.settings import LabsSettings
 from controllers.workers.kind import LabWorker
 from controllers.workers.phases import Phase
 from lrm.model import rfc3339
@@ -22,6 +23,8 @@ from lrm.resource import RECONCILE_ANNOTATION
 _SPREAD = 0.1
 _CLOCK_SLACK = timedelta(seconds=30)
 _APART = 1.0
+_AT_REST = frozenset({"STOPPED", "DEFINED_ON_CORE"})
+"""States of a lab in which nobody works with it."""
 
 
 def asked_for(worker: LabWorker) -> str | None:
@@ -32,6 +35,16 @@ def asked_for(worker: LabWorker) -> str | None:
 def apart(interval: float) -> float:
     """Seconds that lie between two syncs at least, unless somebody asks; no more than this interval's shortest wait."""
     return min(_APART, interval * (1 - _SPREAD))
+
+
+def interval_of(worker: LabWorker, records: Sequence[LabRecord], settings: LabsSettings, now: datetime) -> float:
+    """Seconds between two syncs of a worker, as it is used: often while it drains, seldom while nobody works there."""
+    interval = settings.labs_refresh_interval
+    if worker.status.phase == Phase.DRAINING:
+        return min(interval, settings.labs_drain_interval)
+    if settings.labs_idle_interval > interval and _is_quiet(worker, records, settings.labs_idle_interval, now):
+        return settings.labs_idle_interval
+    return interval
 
 
 def due_in(
@@ -58,6 +71,31 @@ def at_rest(worker: LabWorker, records: Iterable[LabRecord]) -> bool:
     if synced is None or (asked is not None and asked != worker.status.labs_asked):
         return False
     return all(turn is None or turn <= synced for turn in _turns(worker, records))
+
+
+def _is_quiet(worker: LabWorker, records: Sequence[LabRecord], seconds: float, now: datetime) -> bool:
+    """Whether no lab runs or is missing, and nothing is known to have happened for so long.
+
+    A worker that is to be stopped when it is idle is not left alone: what was listed too long ago keeps it up.
+    """
+    if worker.status.allocations or worker.spec.idle_detection.enabled or worker.status.labs_sync_error:
+        return False
+    if any(r.deleting or r.status.phase != PRESENT or r.status.state not in _AT_REST for r in records):
+        return False
+    times = [_turned(worker, READY), *(_happened(record) for record in records)]
+    known = [time for time in times if time is not None]
+    return bool(known) and now - max(known) > timedelta(seconds=seconds)
+
+
+def _happened(record: LabRecord) -> datetime | None:
+    """When the lab was last seen to come, to change or to return."""
+    status = record.status
+    times = [
+        status.first_seen_at,
+        *(entry.timestamp for entry in status.operation_history[-1:]),
+        *(step.at for step in status.phase_history[-1:]),
+    ]
+    return max((time for time in times if time is not None), default=None)
 
 
 def _turns(worker: LabWorker, records: Iterable[LabRecord]) -> list[datetime | None]:

@@ -44,9 +44,14 @@ class Failures:
 
 
 async def write_each(
-    items: Iterable[T], lab_of: Callable[[T], str], write: Callable[[T], Awaitable[None]], failures: Failures
+    items: Iterable[T],
+    lab_of: Callable[[T], str],
+    write: Callable[[T], Awaitable[None]],
+    failures: Failures,
+    *,
+    failed: str = "labs.record_failed",
 ) -> None:
-    """Run `write` for every item."""
+    """Run `write` for every item; `failed` is what is logged of one that cannot be written."""
     left = iter(items)
 
     async def some() -> None:
@@ -55,7 +60,7 @@ async def write_each(
                 await write(item)
             except _OF_ONE_RECORD as error:
                 failures.by_lab[lab_of(item)] = str(error)
-                log.warning("labs.record_failed", lab=lab_of(item), error=str(error))
+                log.warning(failed, lab=lab_of(item), error=str(error))
 
     first: BaseException | None = None
     try:

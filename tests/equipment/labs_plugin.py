@@ -27,7 +27,7 @@ async def _controllers(context: PluginContext) -> AsyncIterator[Sequence[Control
         closing = tasks.create_task(sessions.run())
         try:
             yield (
-                LabsController(cache=context.cache, sessions=sessions, settings=settings),
+                LabsController(cache=context.cache, sessions=sessions, settings=settings, clock=context.clock),
                 LabRecordsController(cache=context.cache, sessions=sessions, settings=settings),
             )
         finally:

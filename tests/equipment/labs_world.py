@@ -15,13 +15,19 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, cast
 
+import orjson
 import pytest
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
 from controllers.cml.sessions import CmlSessions
 from controllers.cml.simulator import Machine, Options, Simulator
 from controllers.cml.simulator.labs import Lab
 from controllers.labs.controller import LabsController
 from controllers.labs.kind import LAB_RECORD, LABS, LabRecord, records_of_worker
+from controllers.labs.measures import LabMeasures
+from controllers.labs.push import LabsPush
 from controllers.labs.records import LabRecordsController
 from controllers.labs.settings import LabsSettings
 from controllers.workers.kind import INSTANCE_FINALIZER, LAB_WORKER, WORKERS, LabWorker
@@ -34,10 +40,12 @@ from lrm.cache import Cache
 from lrm.client import Client
 from lrm.election import StaticElection, StaticTerm
 from lrm.errors import ResourceNotFound
+from lrm.events import Events, events_prefix
 from lrm.reconcile import Runner
 from lrm.registry import Registry
 from lrm.resource import RECONCILE_ANNOTATION, ObjectMeta
 from lrm.secrets import Secrets
+from lrm.telemetry import Telemetry
 from storage.base import Storage
 from storage.clock import SystemClock
 from storage.memory import MemoryStorage
@@ -67,6 +75,10 @@ class LabsWorld:
     sessions: CmlSessions
     term: StaticTerm
     clock: SystemClock
+    events: Events
+    telemetry: Telemetry
+    spans: InMemorySpanExporter
+    push: LabsPush
 
     @property
     def client(self) -> Client:
@@ -187,6 +199,17 @@ class LabsWorld:
     def known(self, name: str = "w1") -> list[LabRecord]:
         return records_of_worker(self.cache, "default", name)
 
+    async def told(self, about: str, kind: str = "LabRecord") -> list[tuple[str, str, str]]:
+        """(type, reason, message) of the events about an object, in the order in which they were told first."""
+        await self.events.flush(10)
+        page = await self.storage.list(events_prefix(self.registry.root, "default", about))
+        values = [orjson.loads(entry.value) for entry in page.entries]
+        return [
+            (v["type"], v["reason"], v["message"])
+            for v in values
+            if (v["involvedObject"]["kind"], v["involvedObject"]["name"]) == (kind, about)
+        ]
+
     def counting(self) -> AbstractAsyncContextManager[Counter[str]]:
         """The writes that the store sees meanwhile."""
         return counting(self.cache)
@@ -211,6 +234,7 @@ async def labs_world(
     simulator: Simulator | None = None,
     observe_only: bool = False,
     clock: SystemClock | None = None,
+    push: bool = False,
     **settings: Any,
 ) -> AsyncIterator[LabsWorld]:
     """Everything running; `settings` are of `LabsSettings`. A store that is given is left open."""
@@ -221,14 +245,24 @@ async def labs_world(
         client = Client(store, registry, clock)
         values = {"labs_refresh_interval": 3600, "labs_step_interval": 0.02, "labs_step_timeout": 5, **settings}
         labs_settings = LabsSettings(**values)
+        events, telemetry, spans = Events(store, clock, root=root), Telemetry(), InMemorySpanExporter()
+        tracers = TracerProvider(shutdown_on_exit=False)
+        tracers.add_span_processor(SimpleSpanProcessor(spans))
         async with CmlSessions(WorkerSettings(), Secrets([PASSWORD_ENV]), clock) as sessions:
-            labs = Runner(
-                LabsController(cache=cache, sessions=sessions, settings=labs_settings),
-                client,
-                cache,
-                clock,
-                observe_only=observe_only,
+            measures = LabMeasures(telemetry.meter)
+            controller = LabsController(
+                cache=cache,
+                sessions=sessions,
+                settings=labs_settings,
+                clock=clock,
+                measures=measures,
+                tracer=tracers.get_tracer("test"),
             )
+            labs = Runner(controller, client, cache, clock, observe_only=observe_only, events=events)
+            listening = LabsPush(
+                cache=cache, sessions=sessions, hints=controller.hints, clock=clock, measures=measures, enabled=push
+            )
+            telemetry.observe(listening.observe)
             records = Runner(
                 LabRecordsController(cache=cache, sessions=sessions, settings=labs_settings),
                 client,
@@ -242,12 +276,28 @@ async def labs_world(
                 running = [
                     tasks.create_task(cache.run()),
                     tasks.create_task(sessions.run()),
+                    tasks.create_task(events.run()),
+                    tasks.create_task(listening.run(term)),
                     tasks.create_task(labs.run(term)),
                     tasks.create_task(records.run(term)),
                 ]
                 await until(lambda: not cache.error, "the cache to follow the store")
                 try:
-                    yield LabsWorld(store, registry, cache, cml, labs, records, sessions, term, clock)
+                    yield LabsWorld(
+                        store,
+                        registry,
+                        cache,
+                        cml,
+                        labs,
+                        records,
+                        sessions,
+                        term,
+                        clock,
+                        events,
+                        telemetry,
+                        spans,
+                        listening,
+                    )
                 finally:
                     for task in running:
                         task.cancel()

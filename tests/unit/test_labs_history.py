@@ -7,7 +7,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from controllers.cml.models import Lab
@@ -174,6 +174,7 @@ def test_a_lone_surrogate_which_no_json_takes_is_replaced_once_and_is_then_no_ne
 texts = st.one_of(st.none(), st.integers(), st.text(st.characters(), max_size=80), st.lists(st.text(max_size=3)))
 
 
+@settings(deadline=None)
 @given(st.fixed_dictionaries({k: texts for k in TOLD if k != "id"}))
 def test_whatever_cml_tells_can_be_stored_read_and_is_then_no_news(values: dict[str, Any]) -> None:
     """Control characters, lone surrogates, numbers and lists where texts were due."""
