@@ -29,6 +29,7 @@ from controllers.workers.settings import WorkerSettings
 from controllers.workers.work import Work, forget_ended, fresh_registration
 from lrm.cache import Change
 from lrm.reconcile import Context, Controller, Key, Result, Trigger
+from lrm.resource import RECONCILE_ANNOTATION
 
 
 class WorkersController(Controller[LabWorker]):
@@ -45,6 +46,9 @@ class WorkersController(Controller[LabWorker]):
         self._cml = cml
         self._pace = Pace(settings)
         self.poll = settings.worker_rest_interval
+        self.hints = provisioner.looks.hints
+        self._honoured: dict[str, str] = {}
+        """The last value of the annotation reconcile-now that was heard, by uid."""
         self._idle = IdleDetector(cml, settings)
         self._departure = Departure(provisioner, cml, claims, self._pace, busy=is_busy, check=self.check)
         self._arrival = Arrival(provisioner, cml, claims, self._departure, self._pace)
@@ -65,9 +69,15 @@ class WorkersController(Controller[LabWorker]):
         return self.finalizer in resource.metadata.finalizers and at_rest(resource)
 
     async def reconcile(self, resource: LabWorker, ctx: Context) -> Result:
-        return await self._step(Work(resource, ctx))
+        wish = resource.metadata.annotations.get(RECONCILE_ANNOTATION)
+        if wish is None:
+            return await self._step(Work(resource, ctx))
+        result = await self._step(Work(resource, ctx, asked=self._honoured.get(resource.uid) != wish))
+        self._honoured[resource.uid] = wish
+        return result
 
     async def finalize(self, resource: LabWorker, ctx: Context) -> Result:
+        self._honoured.pop(resource.uid, None)
         return await self._departure.finalize(Work(resource, ctx))
 
     async def _step(self, work: Work) -> Result:

@@ -201,6 +201,13 @@ def choose(found: Sequence[Ec2Instance], recorded: str | None) -> tuple[Ec2Insta
     return kept, tuple(i for i in able if i is not kept)
 
 
+def addresses_of(instance: Ec2Instance) -> tuple[str | None, str | None]:
+    """Its public and private address, as far as it can be reached by them: none when it is off."""
+    if instance.state not in {"pending", "running"}:
+        return None, None
+    return instance.public_ip or None, instance.private_ip or None
+
+
 def absence_proves(ec2: Ec2Status, now: datetime, *, gone_after: float, trace_timeout: float) -> bool:
     """Whether EC2's word that the recorded instance does not exist can be believed.
 

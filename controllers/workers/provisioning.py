@@ -33,6 +33,7 @@ from controllers.workers.decisions import (
     UID_TAG,
     Goal,
     absence_proves,
+    addresses_of,
     choose,
     goal_of,
     in_doubt,
@@ -40,6 +41,7 @@ from controllers.workers.decisions import (
     tags_of,
 )
 from controllers.workers.kind import LAB_WORKER, LabWorker
+from controllers.workers.looks import Ec2Looks
 from controllers.workers.phases import Conditions, Phase, Reasons
 from controllers.workers.settings import WorkerSettings
 from controllers.workers.work import Change, Work, forget_instance
@@ -117,13 +119,18 @@ class Provisioner:
         self._ec2 = ec2
         self._settings = settings
         self._installation = installation
+        self.looks = Ec2Looks(ec2, settings, installation)
         # Counting instances and recording one more is one step, else N launches at once would each find room.
         self._brake = asyncio.Lock()
 
     async def see(self, work: Work) -> Sighting | None:
-        """Look, and do what follows in every phase: end the surplus, mark, record. None when EC2 could not be asked."""
+        """Look, and do what follows in every phase: end the surplus, mark, record. None when EC2 could not be asked.
+
+        At rest, a look that all workers share is enough where it shows the instance as it is recorded.
+        """
         try:
-            sighting = await self.look(work)
+            confirmed = await self.looks.confirm(work)
+            sighting = Sighting(confirmed) if confirmed is not None else await self.look(work)
             await self.remove(work, sighting.surplus)
             if sighting.instance is not None and work.worker.spec.adopts:
                 await self.mark(work, sighting.instance)
@@ -186,7 +193,8 @@ class Provisioner:
         timeout = work.ctx.creating_timeout
         work.ctx.check_leading(timeout)
         try:
-            instance = await self._ec2.run_instance(work.worker.spec.place, parameters, timeout=timeout)
+            with self.looks.changing(work):
+                instance = await self._ec2.run_instance(work.worker.spec.place, parameters, timeout=timeout)
         except AwsIdempotentMismatch:
             await self._after_mismatch(work)
             return
@@ -226,20 +234,23 @@ class Provisioner:
 
     async def start(self, work: Work, instance_id: str) -> None:
         work.ctx.check_leading()
-        await self._ec2.start(work.worker.spec.place, instance_id)
+        with self.looks.changing(work):
+            await self._ec2.start(work.worker.spec.place, instance_id)
         crash_point("workers.start.sent")
         work.log.info("worker.instance_started", instance=instance_id)
 
     async def stop(self, work: Work, instance_id: str) -> None:
         work.ctx.check_leading()
-        await self._ec2.stop(work.worker.spec.place, instance_id)
+        with self.looks.changing(work):
+            await self._ec2.stop(work.worker.spec.place, instance_id)
         crash_point("workers.stop.sent")
         work.log.info("worker.instance_stopped", instance=instance_id)
 
     async def terminate(self, work: Work, instance_id: str) -> None:
         """Ask EC2 to end an instance; that it is told of as ended, only a look can say."""
         work.ctx.check_leading()
-        await self._ec2.terminate(work.worker.spec.place, instance_id)
+        with self.looks.changing(work):
+            await self._ec2.terminate(work.worker.spec.place, instance_id)
         work.log.info("worker.instance_terminated", instance=instance_id)
 
     async def describe(self, work: Work, instance_id: str) -> Ec2Instance:
@@ -252,7 +263,8 @@ class Provisioner:
         wanted = {**work.worker.spec.aws.tags, **tags_of(work.worker, self._installation)}
         if not work.observe_only and not wanted.items() <= instance.tags.items():
             work.ctx.check_leading()
-            await self._ec2.create_tags(work.worker.spec.place, instance.id, wanted)
+            with self.looks.changing(work):
+                await self._ec2.create_tags(work.worker.spec.place, instance.id, wanted)
 
     async def unmark(self, work: Work) -> None:
         """Take the tags by which they count as this installation's from all instances of the worker."""
@@ -262,7 +274,8 @@ class Provisioner:
             work.ctx.check_leading()
             try:
                 tags = tags_of(work.worker, self._installation)
-                await self._ec2.delete_tags(work.worker.spec.place, instance_id, tags)
+                with self.looks.changing(work):
+                    await self._ec2.delete_tags(work.worker.spec.place, instance_id, tags)
             except Ec2NotFound:
                 if instance_id == recorded and not self._absence_proves(work):
                     raise  # not in sight yet: its marks are
@@ -393,9 +406,7 @@ def note_instance(worker: LabWorker, instance: Ec2Instance) -> None:
         # Kept until the instance was described: until then its absence proves nothing.
         ec2.sent_at = sent_at
     ec2.state = instance.state
-    off = instance.state not in {"pending", "running"}
-    ec2.public_ip = None if off else instance.public_ip or None
-    ec2.private_ip = None if off else instance.private_ip or None
+    ec2.public_ip, ec2.private_ip = addresses_of(instance)
     ec2.last_error = None
 
 

@@ -44,9 +44,11 @@ _BEGINS: dict[Phase, str] = {
 class Work:
     """See the module."""
 
-    def __init__(self, worker: LabWorker, ctx: Context) -> None:
+    def __init__(self, worker: LabWorker, ctx: Context, *, asked: bool = False) -> None:
         self.worker = worker
         self.ctx = ctx
+        self.asked = asked
+        """Whether a person wants everything looked at now, as at a worker that is not at rest."""
         self.wish = (worker.metadata.generation, retry_of(worker))
         """Generation and retry annotation that this reconcile began with; what is stored may be ahead of them."""
 

@@ -1,0 +1,202 @@
+"""One look at EC2 for all workers at rest in one place, in place of one look each.
+
+Promises ⌈W/1000⌉ DescribeInstances in each `worker_rest_interval` for W workers at rest in a region of an account. What
+it shows may confirm a worker and may alarm it, never more: `confirm` gives the recorded instance when it is there just
+as the status has it and no other carries the worker's uid. For all else (absent, in another state, at another address,
+a second carrier, one without our tags) the worker looks itself, and only that look is acted on; one that an earlier
+answer confirmed and the next does not is asked to, through `hints`. A stale or failed answer costs a call or an
+interval, never an instance. While EC2 refuses all calls (rate, credentials) nobody is sent after it: `confirm` raises
+that refusal, and EC2 is asked once in a quarter of the interval. Called by the provisioner; the answers end with the
+term.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import structlog
+
+from controllers.aws.ec2 import Ec2, Ec2Instance
+from controllers.aws.errors import AwsAuthError, AwsError, AwsThrottled
+from controllers.aws.place import Place
+from controllers.workers.decisions import (
+    INSTALLATION_TAG,
+    KEEPABLE,
+    UID_TAG,
+    Goal,
+    addresses_of,
+    goal_of,
+    tags_of,
+)
+from controllers.workers.kind import LabWorker
+from controllers.workers.phases import SERVING, Conditions, Phase
+from controllers.workers.settings import WorkerSettings
+from controllers.workers.work import Work
+from lrm.cache import Cache
+from lrm.controller import Hints
+from storage.base import Guard
+from storage.clock import Clock
+
+log = structlog.get_logger(__name__)
+
+_USABLE = 2.0
+"""Intervals for which an answer is believed."""
+_AGAIN = 0.25
+"""Intervals after a look that failed before the next one."""
+_AT_ONCE = 100
+"""Workers that are judged before others have their turn on the event loop."""
+_FOR_ALL = (AwsThrottled, AwsAuthError)
+"""Refusals that are not of one question: whoever asked another one would hear the same."""
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """All that lives of the installation in one place, by the uid that it carries; `begun` is monotonic, in seconds."""
+
+    begun: float
+    carriers: dict[str, list[Ec2Instance]]
+
+    def confirms(self, worker: LabWorker, installation: str, *, marks: bool) -> Ec2Instance | None:
+        """The worker's instance, if nothing is to be done about it; `marks`: what was adopted is to have our tags."""
+        ec2, found = worker.status.ec2, self.carriers.get(worker.uid, ())
+        mine = next((i for i in found if i.id == ec2.instance_id), None)
+        if mine is None or (mine.state, addresses_of(mine)) != (ec2.state, (ec2.public_ip, ec2.private_ip)):
+            return None
+        if not worker.spec.adopts:
+            return mine if len(found) == 1 else None
+        wanted = {**worker.spec.aws.tags, **tags_of(worker, installation)}
+        return mine if not marks or wanted.items() <= mine.tags.items() else None
+
+
+@dataclass(slots=True)
+class _Shared:
+    """What is known of one place."""
+
+    turn: asyncio.Lock = field(default_factory=asyncio.Lock)
+    answer: Answer | None = None
+    confirmed: set[str] = field(default_factory=set)
+    """Uids of workers that the answer confirms."""
+    failed: float | None = None
+    """When a look failed, monotonic, while none has succeeded since."""
+    refusal: AwsError | None = None
+    """Why, where that is a refusal for all."""
+
+
+class Ec2Looks:
+    """See the module; used on one event loop."""
+
+    def __init__(self, ec2: Ec2, settings: WorkerSettings, installation: str) -> None:
+        self.hints = Hints()
+        """Workers that should look themselves now."""
+        self._ec2 = ec2
+        self._interval = settings.worker_rest_interval
+        self._installation = installation
+        self._term: tuple[Guard, ...] = ()
+        self._places: dict[Place, _Shared] = {}
+        self._changed: dict[str, float] = {}
+        """When something of a worker was last changed in EC2, by uid, while an answer may be older than that."""
+
+    @contextmanager
+    def changing(self, work: Work) -> Iterator[None]:
+        """Surround every change of a worker's instances: no answer that was begun before its end is believed of it."""
+        try:
+            yield
+        finally:
+            now = work.ctx.clock.monotonic()
+            recent = {uid: at for uid, at in self._changed.items() if at > now - self._interval * _USABLE}
+            self._changed = {**recent, work.worker.uid: now}
+
+    async def confirm(self, work: Work) -> Ec2Instance | None:
+        """The worker's instance if a shared look confirms it; None: look yourself. Raises what EC2 refuses to all.
+
+        Raises `NotLeading`.
+        """
+        worker = work.worker
+        if work.asked or not rests(worker):
+            return None
+        answer = await self._answer(worker.spec.place, work)
+        changed = self._changed.get(worker.uid)
+        if answer is None or (changed is not None and answer.begun <= changed):
+            return None
+        return answer.confirms(worker, self._installation, marks=not work.observe_only)
+
+    async def _answer(self, place: Place, work: Work) -> Answer | None:
+        """The present answer of a place; looks if it is time to."""
+        clock, term = work.ctx.clock, work.ctx.guards()
+        if term != self._term:
+            # Another leader may have changed what this one has not heard of.
+            self._term, self._places, self._changed = term, {}, {}
+        shared = self._places.setdefault(place, _Shared())
+        # Who has an answer that will do does not wait for the next one.
+        if self._due(shared, clock) and not (shared.turn.locked() and self._usable(shared, clock)):
+            async with shared.turn:
+                if self._due(shared, clock):
+                    await self._look(place, shared, work)
+        if self._usable(shared, clock):
+            return shared.answer
+        if shared.refusal is not None:
+            raise shared.refusal.with_traceback(None)
+        return None
+
+    def _due(self, shared: _Shared, clock: Clock) -> bool:
+        if shared.failed is not None:
+            return clock.monotonic() >= shared.failed + self._interval * _AGAIN
+        return shared.answer is None or clock.monotonic() >= shared.answer.begun + self._interval
+
+    def _usable(self, shared: _Shared, clock: Clock) -> bool:
+        return shared.answer is not None and clock.monotonic() < shared.answer.begun + self._interval * _USABLE
+
+    async def _look(self, place: Place, shared: _Shared, work: Work) -> None:
+        clock = work.ctx.clock
+        begun = clock.monotonic()
+        work.ctx.check_leading()
+        try:
+            found = await self._ec2.find_by_tags(place, {INSTALLATION_TAG: self._installation}, states=KEEPABLE)
+        except AwsError as error:
+            if shared.failed is None:
+                log.warning("workers.shared_look_failed", place=str(place), error=str(error))
+            shared.failed = clock.monotonic()
+            shared.refusal = error if isinstance(error, _FOR_ALL) else None
+            return
+        carriers: dict[str, list[Ec2Instance]] = {}
+        for instance in found:
+            carriers.setdefault(instance.tags.get(UID_TAG, ""), []).append(instance)
+        shared.answer, shared.failed, shared.refusal = Answer(begun, carriers), None, None
+        await self._alarm(place, shared, shared.answer, work)
+
+    async def _alarm(self, place: Place, shared: _Shared, answer: Answer, work: Work) -> None:
+        """Have those look themselves whom the answer before confirmed, and this one does not."""
+        confirmed: set[str] = set()
+        for some in _in_turns(_at(work.ctx.cache, place)):
+            for worker in some:
+                if not rests(worker):
+                    continue
+                marks = not (work.ctx.observe_only or worker.spec.observe_only)
+                if answer.confirms(worker, self._installation, marks=marks) is not None:
+                    confirmed.add(worker.uid)
+                elif worker.uid in shared.confirmed and worker.uid != work.worker.uid:
+                    self.hints.tell((worker.namespace, worker.name))
+            await work.ctx.clock.sleep(0)
+        shared.confirmed = confirmed
+
+
+def rests(worker: LabWorker) -> bool:
+    """Whether all that is expected of EC2 is that the instance stays as it is."""
+    status, goal = worker.status, goal_of(worker)
+    surplus = status.condition(Conditions.SURPLUS_INSTANCES)
+    if surplus is not None and surplus.status == "True":
+        return False
+    if status.phase in SERVING:
+        return goal is Goal.READY and status.ec2.state == "running"
+    return status.phase == Phase.STOPPED and goal in (Goal.STOPPED, Goal.DRAINING) and status.ec2.state == "stopped"
+
+
+def _at(cache: Cache, place: Place) -> list[LabWorker]:
+    return [w for w in cache.by_index(LabWorker, "region", place.region) if w.spec.place == place]
+
+
+def _in_turns(workers: Sequence[LabWorker]) -> Iterable[Sequence[LabWorker]]:
+    return (workers[start : start + _AT_ONCE] for start in range(0, len(workers), _AT_ONCE))

@@ -1,0 +1,219 @@
+"""The look at EC2 that workers at rest share: what it costs, what it may say, and what it never decides."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import AsyncIterator, Callable
+
+import pytest
+
+from equipment.looks_scene import LooksScene, looks_scene
+
+ONE = {"DescribeInstances": 1}
+
+
+@pytest.fixture
+async def scene(aws_credentials: None) -> AsyncIterator[LooksScene]:
+    async with looks_scene() as made:
+        yield made
+
+
+@pytest.mark.parametrize("count", [300, pytest.param(1200, marks=pytest.mark.soak)])
+async def test_workers_at_rest_cost_as_many_calls_an_interval_as_there_are_pages(scene: LooksScene, count: int) -> None:
+    names = [f"w{n}" for n in range(count)]
+    for n, name in enumerate(names):
+        await scene.rest(name, "stopped" if n % 10 == 0 else "running")
+    for turn in range(3):
+        async with scene.counting() as writes:
+            for name in names:
+                sighting = await scene.see(name)
+                assert sighting is not None
+                assert sighting.instance is not None
+        assert not writes or turn == 0, "the first turn writes their conditions"
+        assert scene.calls() == {"DescribeInstances": math.ceil(count / 1000)}
+        await scene.interval()
+    assert not scene.hinted
+
+
+async def test_workers_that_ask_at_the_same_moment_share_the_call_that_they_wait_for(scene: LooksScene) -> None:
+    names = [f"w{n}" for n in range(20)]
+    for name in names:
+        await scene.rest(name)
+    found = await asyncio.gather(*(scene.see(name) for name in names))
+    assert all(s is not None and s.instance is not None for s in found)
+    assert scene.calls() == ONE
+
+
+def _gone(scene: LooksScene, instance_id: str) -> None:
+    assert scene.shim.instances.vanish(instance_id)
+
+
+def _ended(scene: LooksScene, instance_id: str) -> None:
+    found = scene.shim.instances.find(instance_id)
+    assert found is not None
+    scene.shim.instances.terminate(found.region, [instance_id])
+
+
+def _stopped(scene: LooksScene, instance_id: str) -> None:
+    found = scene.shim.instances.find(instance_id)
+    assert found is not None
+    scene.shim.instances.stop(found.region, [instance_id])
+
+
+def _moved(scene: LooksScene, instance_id: str) -> None:
+    """Stopped and started: the state is the same, the address is not."""
+    _stopped(scene, instance_id)
+    found = scene.shim.instances.find(instance_id)
+    assert found is not None
+    scene.shim.instances.start(found.region, [instance_id])
+
+
+@pytest.mark.parametrize(
+    ("happens", "state"),
+    [(_gone, "terminated"), (_ended, "terminated"), (_stopped, "stopped"), (_moved, "running")],
+    ids=["vanished", "terminated", "stopped", "moved"],
+)
+async def test_a_change_of_an_instance_is_noticed_within_an_interval_and_by_an_own_look(
+    scene: LooksScene, happens: Callable[[LooksScene, str], None], state: str
+) -> None:
+    worker = await scene.rest("victim")
+    await scene.rest("other")
+    await scene.see("other")
+    happens(scene, worker.status.ec2.instance_id or "")
+    await scene.interval()
+    scene.calls()
+    await scene.see("other")  # whoever is first after an interval looks for all
+    assert scene.hinted == ["victim"]
+    assert scene.calls() == ONE
+    sighting = await scene.see("victim")
+    assert sighting is not None
+    assert sum(scene.calls().values()) >= 1, "the shared look decides nothing"
+    assert sighting.gone == (state == "terminated")
+    if state != "terminated":
+        status = (await scene.get("victim")).status.ec2
+        found = scene.shim.instances.find(status.instance_id or "")
+        assert found is not None
+        assert status.state == state
+        assert status.public_ip == (found.public_ip if state == "running" else None)
+
+
+async def test_a_second_carrier_is_ended_by_the_workers_own_look(scene: LooksScene) -> None:
+    worker = await scene.rest("victim")
+    await scene.rest("other")
+    await scene.see("other")
+    second = scene.launch(worker)
+    await scene.interval()
+    await scene.see("other")
+    assert scene.hinted == ["victim"]
+    assert "TerminateInstances" not in scene.calls()
+    await scene.see("victim")
+    assert scene.calls()["TerminateInstances"] == 1
+    worker = await scene.get("victim")
+    assert worker.status.ec2.surplus == [second]
+    # What is reported is taken back by an own look, too.
+    await scene.see("victim")
+    surplus = (await scene.get("victim")).status.condition("SurplusInstances")
+    assert surplus is not None
+    assert surplus.status == "False"
+    scene.calls()
+    await scene.interval()
+    await scene.see("victim")
+    assert scene.calls() == ONE
+
+
+async def test_whoever_is_not_at_rest_or_is_asked_for_looks_itself(scene: LooksScene) -> None:
+    for name in ("resting", "leaving", "draining", "adopted"):
+        await scene.rest(name, adopts=name == "adopted")
+    await scene.see("resting")
+    assert scene.calls() == ONE
+    await scene.see("adopted")
+    assert scene.calls() == {}, "what was adopted bears our tags and may be confirmed"
+
+    await scene.wish("leaving", "Terminated")
+    await scene.enter("draining", "Draining")
+    for name in ("leaving", "draining"):
+        await scene.see(name)
+        assert scene.calls() == ONE, name
+    await scene.see("resting", asked=True)
+    assert scene.calls() == ONE, "a person wants to know now"
+
+    worker = await scene.get("adopted")
+    scene.shim.instances.untag(worker.spec.region, [worker.status.ec2.instance_id or ""], {"lrm/name": None})
+    await scene.interval()
+    await scene.see("adopted")
+    assert scene.calls() == {"DescribeInstances": 2, "CreateTags": 1}, "a mark that is missing is put back"
+
+
+async def test_nothing_is_believed_that_was_asked_before_the_last_change_or_in_another_term(scene: LooksScene) -> None:
+    worker = await scene.rest("w")
+    await scene.rest("other")
+    await scene.see("w")
+    assert scene.calls() == ONE
+    await scene.provisioner.start(scene.work(worker), worker.status.ec2.instance_id or "")
+    scene.calls()
+    await scene.see("w")
+    assert scene.calls() == ONE, "the answer is older than the change"
+    await scene.see("other")
+    assert scene.calls() == {}
+    await scene.interval()
+    await scene.see("w")
+    assert scene.calls() == ONE
+    await scene.see("w")
+    assert scene.calls() == {}, "the next answer is younger"
+    await scene.lead_again()
+    await scene.see("w")
+    assert scene.calls() == ONE
+
+
+async def test_regions_are_looked_at_each_for_itself(scene: LooksScene) -> None:
+    await scene.rest("here")
+    await scene.rest("there", region="eu-west-1")
+    scene.shim.faults.add({"action": "*", "fault": "denied", "times": 0, "region": "eu-west-1"})
+    assert await scene.see("here") is not None
+    assert await scene.see("there") is None
+    await scene.interval()
+    assert await scene.see("here") is not None
+    assert (await scene.get("here")).status.ec2.last_error is None
+
+
+async def test_a_shared_look_that_fails_is_made_up_for_by_own_looks_once_the_last_one_is_old(scene: LooksScene) -> None:
+    await scene.rest("w")
+    await scene.see("w")
+    fault = {"action": "DescribeInstances", "fault": "error", "code": "InvalidNextToken", "message": "no"}
+    await scene.interval()
+    scene.shim.faults.add({**fault, "times": 1})
+    scene.calls()
+    sighting = await scene.see("w")
+    assert sighting is not None
+    assert sighting.instance is not None, "the answer of an interval ago will do"
+    assert scene.calls() == ONE
+    await scene.interval()
+    scene.shim.faults.add({**fault, "times": 1})
+    sighting = await scene.see("w")
+    assert sighting is not None
+    assert sighting.instance is not None
+    assert scene.calls() == {"DescribeInstances": 2}, "the shared one failed, so it looked itself"
+    assert (await scene.get("w")).status.ec2.last_error is None
+
+
+async def test_while_ec2_refuses_all_calls_the_workers_at_rest_send_one_and_recover(scene: LooksScene) -> None:
+    names = [f"w{n}" for n in range(30)]
+    for name in names:
+        await scene.rest(name)
+    await scene.see(names[0])
+    refused = scene.shim.faults.add({"action": "*", "fault": "denied", "times": 0})
+    await scene.interval(2)
+    scene.calls()
+    for _ in range(3):
+        for name in names:
+            assert await scene.see(name) is None, "nothing was seen, and nothing is concluded"
+        assert scene.calls() == ONE
+        await scene.interval(0.25)
+    trouble = (await scene.get("w7")).status.ec2
+    assert (trouble.state, trouble.last_error and trouble.last_error.reason) == ("running", "AWSAuthFailed")
+    scene.shim.faults.remove(refused.id)
+    for name in names:
+        assert await scene.see(name) is not None
+    assert scene.calls() == ONE
+    assert (await scene.get("w7")).status.ec2.last_error is None
