@@ -12,12 +12,16 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
+from pydantic import TypeAdapter
+
 from controllers.aws.ec2 import Ec2Instance
 from controllers.aws.place import Place
 from controllers.workers.decisions import RETAIN_TAG, UID_TAG, over
 from controllers.workers.kind import LabWorker
-from lrm.model import rfc3339
+from lrm.model import Timestamp, rfc3339
 
+TIME: TypeAdapter[datetime] = TypeAdapter(Timestamp)
+"""Reads a stored time; its errors are ValueErrors."""
 SWEEPS = 2
 """Looks that must agree before a suspect is an orphan."""
 _MANY = 10
@@ -55,16 +59,13 @@ class Suspect:
     @classmethod
     def from_document(cls, told: Mapping[str, Any]) -> Suspect:
         """Raises KeyError, TypeError or ValueError for what `document` did not write."""
-        since = datetime.fromisoformat(told["since"])
-        if since.tzinfo is None:
-            raise ValueError("a time without its zone")
         return cls(
             str(told["instanceId"]),
             # A version that knew of one account only did not name it.
             Place(str(told["region"]), str(told.get("account", ""))),
             str(told["uid"]),
             bool(told["retained"]),
-            since,
+            TIME.validate_python(told["since"]),
             int(told["sweeps"]),
         )
 

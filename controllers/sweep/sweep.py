@@ -23,7 +23,7 @@ from opentelemetry.metrics import Meter
 from controllers.aws.ec2 import Ec2, Ec2Instance
 from controllers.aws.errors import AwsError, Ec2NotFound
 from controllers.aws.place import Place
-from controllers.sweep.judge import Claims, Suspect, are_too_many, claims_of, is_suspect, sweep
+from controllers.sweep.judge import TIME, Claims, Suspect, are_too_many, claims_of, is_suspect, sweep
 from controllers.sweep.settings import SweepSettings
 from controllers.workers.claims import SWEEP_CLAIM
 from controllers.workers.decisions import INSTALLATION_TAG, KEEPABLE, RETAIN_TAG, UID_TAG
@@ -381,9 +381,7 @@ class Sweep:
 def _read(entry: Entry) -> _State:
     told: Mapping[str, Any] = orjson.loads(entry.value)
     suspects = [Suspect.from_document(s) for s in told["suspects"]]
-    at = datetime.fromisoformat(told["at"]) if told["at"] else None
-    if at is not None and at.tzinfo is None:
-        raise ValueError("a time without its zone")
+    at = TIME.validate_python(told["at"]) if told["at"] else None
     places = {Place(str(r)) for r in told["regions"]}
     for account, regions in told.get("accounts", {}).items():
         places |= {Place(str(r), account) for r in regions}

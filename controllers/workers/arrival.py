@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from controllers.aws.errors import AwsError, Ec2NotFound
 from controllers.cml.errors import CmlError
-from controllers.workers.claims import Claims
+from controllers.workers.claims import Claims, HolderUnreadable
 from controllers.workers.cml_side import CmlSide, LicenseStep
 from controllers.workers.conditions import FAILED_CHECKS
 from controllers.workers.decisions import KEEPABLE, LAUNCHES_MOST, Goal, goal_of, in_doubt, may_license
@@ -16,7 +16,15 @@ from controllers.workers.departure import Departure
 from controllers.workers.kind import LabWorker
 from controllers.workers.pace import Pace
 from controllers.workers.phases import Phase, Reasons
-from controllers.workers.provisioning import Held, Provisioner, Sighting, fail_if_ended, is_off, reason_of
+from controllers.workers.provisioning import (
+    UNDECODABLE_WORKER,
+    Held,
+    Provisioner,
+    Sighting,
+    fail_if_ended,
+    is_off,
+    reason_of,
+)
 from controllers.workers.work import Work, forget_instance, fresh_registration, licensed_now
 from lrm.crashpoints import crash_point
 from lrm.reconcile import Result
@@ -161,7 +169,11 @@ class Arrival:
         refusal = await self._ec2.belongs_elsewhere(work, instance)
         if refusal:
             return await work.fail(Reasons.ADOPTION_REFUSED, f"{instance_id} is not adopted: {refusal}")
-        holder = await self._claims.take(instance_id, work.worker, work.ctx)
+        try:
+            holder = await self._claims.take(instance_id, work.worker, work.ctx)
+        except HolderUnreadable as error:
+            await work.ec2_trouble(UNDECODABLE_WORKER, str(error))
+            raise
         if holder:
             return await work.fail(Reasons.CLAIMED_BY_ANOTHER, f"{instance_id} is claimed by {holder}")
         crash_point("workers.adopt.claimed")

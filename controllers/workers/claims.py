@@ -1,8 +1,9 @@
 """Claims on existing instances: one key per adopted EC2 instance, so that only one worker of an installation has it.
 
 A claim is taken by create and given up under a compare; every write carries the leader's guard. A claim whose worker
-is gone, or has nothing to do with the instance any more, is taken over: that is proved by a read of the store. While
-the sweep ends an instance the claim is the sweep's, which only the sweep gives up.
+is gone, or has nothing to do with the instance any more, is taken over: that is proved by a read of the store, and not
+while this version cannot read the worker. While the sweep ends an instance the claim is the sweep's, which only the
+sweep gives up.
 Called by the workers' controller; the imports' one asks who has what.
 """
 
@@ -13,7 +14,7 @@ from collections.abc import Iterable, Mapping
 import orjson
 
 from controllers.workers.kind import LabWorker
-from lrm.errors import ResourceNotFound
+from lrm.errors import ResourceNotFound, RetryLater, Undecodable
 from lrm.reconcile import Context
 from storage.base import Entry, Storage
 from storage.errors import AlreadyExists, Conflict, GuardFailed, NotFound
@@ -25,6 +26,10 @@ SWEEP_CLAIM = orjson.dumps({"uid": _SWEEP, "namespace": "", "name": ""})
 """The value of a claim that the sweep holds while it ends an instance."""
 
 
+class HolderUnreadable(RetryLater):
+    """Whether a claim still counts is not known: this version cannot read the worker that it names."""
+
+
 class Claims:
     """The keys `{root}/claim/ec2/{instanceId}`."""
 
@@ -33,7 +38,10 @@ class Claims:
         self._prefix = f"{root}/claim/ec2/"
 
     async def take(self, instance_id: str, worker: LabWorker, ctx: Context) -> str:
-        """Claim an instance for a worker; return "" when it is ours, else who has it, for people to read."""
+        """Claim an instance for a worker; return "" when it is ours, else who has it, for people to read.
+
+        Raises `HolderUnreadable`.
+        """
         key = self._prefix + instance_id
         value = orjson.dumps({"uid": worker.uid, "namespace": worker.namespace, "name": worker.name})
         for _ in range(3):
@@ -77,6 +85,9 @@ class Claims:
             other = await ctx.client.get(LabWorker, holder["namespace"], holder["name"])
         except ResourceNotFound:
             return False
+        except Undecodable as error:
+            message = f"{instance_id} is claimed by {_name(holder)}, a worker that this version cannot read"
+            raise HolderUnreadable(message) from error
         return _has(other, holder, instance_id)
 
     async def _drop(self, entry: Entry, ctx: Context) -> None:

@@ -187,10 +187,18 @@ async def test_by_a_clock_that_was_just_set_nothing_is_judged(world: WorkersWorl
         assert (sweep.describe()["sweeps"], orphans(sweep)) == (1, [])
 
 
-async def test_a_state_that_cannot_be_read_is_begun_anew(world: WorkersWorld) -> None:
+@pytest.mark.parametrize(
+    "left",
+    [
+        b'{"regions": 7}',
+        b'{"at": "0001-01-01T00:00:00+14:00", "regions": [], "suspects": []}',
+        b'{"at": "9999-12-31T23:59:59-14:00", "regions": [], "suspects": []}',
+    ],
+)
+async def test_a_state_that_cannot_be_read_is_begun_anew(world: WorkersWorld, left: bytes) -> None:
     await world.serving()
     key = f"{world.registry.root}/sweep"
-    await world.storage.create(key, b'{"regions": 7}')
+    await world.storage.create(key, left)
     async with sweeping(world) as sweep:
         await swept(sweep, 1)
         assert orjson.loads((await world.storage.get(key)).value)["regions"] == ["us-east-1"]

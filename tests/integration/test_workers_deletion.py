@@ -204,6 +204,26 @@ async def test_nothing_is_adopted_that_may_be_a_worker_s_that_cannot_be_read(wor
     assert "default/w1" in failed.status.failure.message
 
 
+async def test_a_claim_of_a_worker_that_cannot_be_read_is_waited_for(world: WorkersWorld) -> None:
+    """Its instance bears no mark, as it is only observed: the claim alone tells of it."""
+    instance_id = await someone_elses(world)
+    await world.adopt("w1", instance_id, observeOnly=True)
+    await world.phase("ReadyUnlicensed", name="w1")
+    before = await claims(world)
+    async with unreadable(world, "w1"):
+        await world.adopt("w2", instance_id)
+
+        def held(worker: LabWorker) -> bool:
+            trouble = worker.status.ec2.last_error
+            return trouble is not None and trouble.reason == "UndecodableWorker" and "default/w1" in trouble.message
+
+        await world.until(held, "the reason", name="w2")
+        assert await claims(world) == before
+    failed = await world.phase("Failed", name="w2")
+    assert failed.status.failure is not None
+    assert failed.status.failure.reason == "ClaimedByAnother"
+
+
 async def test_what_belongs_to_another_worker_or_installation_is_not_adopted(world: WorkersWorld) -> None:
     owner = await world.serving("w1")
     await world.adopt("w2", owner.status.ec2.instance_id or "")

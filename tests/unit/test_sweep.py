@@ -131,7 +131,15 @@ def test_the_same_instance_id_in_another_account_is_another_case() -> None:
 
 
 @pytest.mark.parametrize(
-    "change", [{"since": "2026-05-01T12:00:00"}, {"since": None}, {"sweeps": "many"}, {"uid": ...}]
+    "change",
+    [
+        {"since": "2026-05-01T12:00:00"},
+        {"since": "0001-01-01T00:00:00+14:00"},
+        {"since": "9999-12-31T23:59:59-14:00"},
+        {"since": None},
+        {"sweeps": "many"},
+        {"uid": ...},
+    ],
 )
 def test_what_was_not_written_by_a_sweep_is_not_believed(change: dict[str, Any]) -> None:
     document = {**next(iter(look({}, an_instance()).values())).document(), **change}

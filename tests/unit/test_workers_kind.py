@@ -76,6 +76,7 @@ def test_the_defaults_are_those_of_the_design() -> None:
         ({"desiredPhase": "Active"}, "spec.desiredPhase"),
         ({"deletionPolicy": "Keep"}, "spec.deletionPolicy"),
         ({"drainTimeoutMinutes": -1}, "spec.drainTimeoutMinutes"),
+        ({"idleDetection": {"snoozeUntil": "0001-01-01T00:00:00+14:00"}}, "spec.idleDetection.snoozeUntil"),
         ({"colour": "blue"}, "spec.colour"),
     ],
 )
