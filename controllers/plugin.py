@@ -20,6 +20,8 @@ from controllers.imports.kind import LAB_WORKER_IMPORT
 from controllers.instances.kind import LAB_INSTANCE_REQUEST
 from controllers.instances.settings import InstanceSettings
 from controllers.labs.controller import LabsController
+from controllers.labs.imports import LabImportsController
+from controllers.labs.imports_kind import LAB_IMPORT
 from controllers.labs.kind import LAB_RECORD
 from controllers.labs.measures import LabMeasures
 from controllers.labs.push import LabsPush
@@ -112,7 +114,8 @@ async def controllers(context: PluginContext) -> AsyncIterator[Sequence[Controll
                 ),
                 labs,
                 push,
-                LabRecordsController(cache=context.cache, sessions=sessions, settings=settings),
+                LabRecordsController(cache=context.cache, sessions=sessions, settings=settings, measures=measures),
+                LabImportsController(cache=context.cache, sessions=sessions, settings=settings),
                 PoolsController(context.cache, ObservedDemand(context.cache), settings),
                 ImportsController(ec2, claims, context.installation),
                 metrics,
@@ -201,7 +204,7 @@ DEV_SERVICES = (
 
 plugin = Plugin(
     name="controllers",
-    kinds=(LAB_WORKER, LAB_RECORD, LAB_WORKER_POOL, LAB_WORKER_IMPORT, LAB_INSTANCE_REQUEST),
+    kinds=(LAB_WORKER, LAB_RECORD, LAB_IMPORT, LAB_WORKER_POOL, LAB_WORKER_IMPORT, LAB_INSTANCE_REQUEST),
     controllers=controllers,
     settings=ControllersSettings,
     dev_services=DEV_SERVICES,

@@ -242,6 +242,14 @@ class CmlClient:
         """Whether nothing in the lab is on its way to another state; true of a stopped lab too."""
         return (await self._calls.read(_lab(lab_id, "/check_if_converged"))).boolean()
 
+    async def node_states(self, lab_id: str) -> dict[str, str]:
+        """The state of each node of one lab, by the node's id."""
+        answer = await self._calls.read(_lab(lab_id, "/lab_element_state"))
+        states = answer.mapping().get("nodes")
+        if not isinstance(states, dict):
+            raise CmlBadAnswer(answer.status, "the states of a lab's elements without those of its nodes")
+        return {node: state for node, state in states.items() if isinstance(state, str)}
+
     async def download(self, lab_id: str) -> str:
         """The lab as YAML that can be imported again; CML sends it raw or as a JSON string."""
         answer = await self._calls.read(_lab(lab_id, "/download"))
@@ -287,14 +295,18 @@ class CmlClient:
         """Destroy the disks of all nodes; CML wants the lab stopped first."""
         await self._calls.change("PUT", _lab(lab_id, "/wipe"))
 
+    async def rename_lab(self, lab_id: str, title: str) -> None:
+        """Give a lab another title; repeatable."""
+        _check_title(title)
+        await self._calls.change("PATCH", _lab(lab_id), content=orjson.dumps({"title": title}))
+
     async def delete_lab(self, lab_id: str) -> None:
         """Delete a stopped and wiped lab. A refusal's status is not defined: look at the state instead."""
         await self._calls.change("DELETE", _lab(lab_id))
 
     async def import_lab(self, title: str, topology: str, *, timeout: float) -> ImportResult:
         """Create a lab from YAML or JSON text. Creating, and titles are not unique: look before trying again."""
-        if not 1 <= len(title) <= _LONGEST_TITLE:
-            raise CmlInvalid(f"a lab title has 1 to {_LONGEST_TITLE} characters")
+        _check_title(title)
         if not topology.strip():
             raise CmlInvalid("the topology is empty")
         what = f"the import of {title!r}"
@@ -320,6 +332,11 @@ class CmlClient:
 
 def _events(answer: Answer) -> tuple[TelemetryEvent, ...]:
     return tuple(TelemetryEvent.model_validate(e) for e in answer.array() if isinstance(e, dict))
+
+
+def _check_title(title: str) -> None:
+    if not 1 <= len(title) <= _LONGEST_TITLE:
+        raise CmlInvalid(f"a lab title has 1 to {_LONGEST_TITLE} characters")
 
 
 def _lab(lab_id: str, rest: str = "") -> str:

@@ -40,6 +40,9 @@ class Home:
     worker: LabWorker
 
 
+OBSERVING = Away("ObserveOnly", "nothing is changed on a CML that is only observed")
+
+
 def home_of(record: LabRecord, cache: Cache) -> Home | Away | Gone:
     """Where a record's lab is, as far as the cache knows."""
     name = record.spec.worker_ref

@@ -35,17 +35,39 @@ MISSING = "Missing"
 READY = "Ready"
 """The lab was in the last complete list."""
 DESIRED_STATE = "DesiredState"
-"""Unknown while it is being carried out, then True, or False with the reason why it was given up."""
+"""Of the last wish, be it desiredState or an operation: Unknown while it is being carried out, then True, or False
+with the reason why it was given up."""
 LAB_DELETED = "LabDeleted"
 """On records that are being deleted: how far it has come, or what it waits for."""
+TOPOLOGY_KEPT = "TopologyKept"
+"""On records that are being deleted, where topologies are kept: in which LabImport, or why not."""
 
 
 def _upper(value: Any) -> Any:
     return value.upper() if isinstance(value, str) else value
 
 
+def _capital(value: Any) -> Any:
+    return value.capitalize() if isinstance(value, str) else value
+
+
 LabState = Annotated[Literal["STARTED", "STOPPED", "DEFINED_ON_CORE"], BeforeValidator(_upper)]
 """The states of CML that a lab can be brought to, in CML's own words."""
+
+Verb = Annotated[Literal["Start", "Stop", "Wipe"], BeforeValidator(_capital)]
+"""What an operation does; a lab that runs is stopped before it is wiped."""
+
+RUNNING, WAITING = "Running", "Waiting"
+SUCCEEDED, FAILED, SUPERSEDED = "Succeeded", "Failed", "Superseded"
+ENDED = frozenset({SUCCEEDED, FAILED, SUPERSEDED})
+"""Results of an operation after which nothing more is done for it."""
+
+
+class Operation(Model):
+    """Something to be done to the lab once, whatever was done before: a new id is a new operation."""
+
+    id: str = Field(min_length=1, max_length=64)
+    verb: Verb
 
 
 class LabRecordSpec(Model):
@@ -54,7 +76,9 @@ class LabRecordSpec(Model):
     worker_ref: str = Field(min_length=1, max_length=63)
     lab_id: str = Field(min_length=1, max_length=64)
     desired_state: LabState | None = None
-    """Acted on once per generation; what students do with the lab afterwards is their business."""
+    """Acted on once when it is set; what students do with the lab afterwards is their business."""
+    operation: Operation | None = None
+    """Carried out once for its id; a newer one takes the place of one that is under way."""
 
 
 class FieldChange(Model):
@@ -74,11 +98,25 @@ class LabOperation(Model):
 
 
 class Acting(Model):
-    """How far a desiredState has come: the last step that CML accepted, and when it accepted the first."""
+    """How far a wish has come: the last step that CML accepted, and when it accepted the first."""
 
     generation: int
     since: Timestamp
     step: str
+    operation: str = ""
+    """The operation's id; empty where the wish is desiredState."""
+
+
+class OperationOutcome(Model):
+    """What has become of an operation."""
+
+    id: str
+    verb: str
+    result: str
+    """Running, Waiting (for the worker), Succeeded, Failed, or Superseded by a newer one or by none."""
+    message: str = ""
+    at: Timestamp
+    """Since when the result is this one."""
 
 
 class LabRecordStatus(Status):
@@ -109,7 +147,10 @@ class LabRecordStatus(Status):
     """When the last of them was asked for; while none counts, when the lab was first missed."""
     operation_history: list[LabOperation] = Field(default_factory=list)
     acting: Acting | None = None
-    """While desiredState is being carried out."""
+    """While a wish is being carried out."""
+    acted_state: str | None = None
+    """The desiredState that was last taken up, reached or given up."""
+    operation: OperationOutcome | None = None
 
 
 class LabRecord(Resource[LabRecordSpec, LabRecordStatus]):
@@ -155,6 +196,9 @@ def _validate(new: LabRecord, old: LabRecord | None) -> Iterable[Cause]:
             yield Cause("spec.workerRef", "FieldValueForbidden", "is immutable: a lab does not change workers")
         if new.spec.lab_id != old.spec.lab_id:
             yield Cause("spec.labId", "FieldValueForbidden", "is immutable: another lab has a record of its own")
+        before, after = old.spec.operation, new.spec.operation
+        if before is not None and after is not None and before.id == after.id and before.verb != after.verb:
+            yield Cause("spec.operation.id", "FieldValueInvalid", "another operation needs an id of its own")
 
 
 def _present(record: LabRecord, lookup: Callable[[str, str, str], AnyResource | None]) -> LabRecord:
@@ -191,8 +235,13 @@ LAB_RECORD = Kind(
     initial_phase=PRESENT,
     transitions={PRESENT: frozenset({MISSING}), MISSING: frozenset({PRESENT})},
     default_owner=LABS,
-    status_owners={"observedGeneration": LAB_RECORDS, "acting": LAB_RECORDS},
-    condition_owners={READY: LABS, DESIRED_STATE: LAB_RECORDS, LAB_DELETED: LAB_RECORDS},
+    status_owners=dict.fromkeys(("observedGeneration", "acting", "actedState", "operation"), LAB_RECORDS),
+    condition_owners={
+        READY: LABS,
+        DESIRED_STATE: LAB_RECORDS,
+        LAB_DELETED: LAB_RECORDS,
+        TOPOLOGY_KEPT: LAB_RECORDS,
+    },
     indexes={
         "worker": lambda r: (f"{r.namespace}/{r.spec.worker_ref}",),
         "lab": lambda r: (f"{r.namespace}/{r.spec.worker_ref}/{r.spec.lab_id}",),

@@ -1,10 +1,10 @@
-"""What is done to labs on behalf of their records: deletion, and desiredState once per generation.
+"""What is done to labs on behalf of their records: deletion, operations, and desiredState once for each change of it.
 
 Promises: a deletionTimestamp means that the lab is stopped, wiped and deleted in CML, each step sent and then looked
 for, and the record goes as soon as CML says 404; that word counts only under an admin's session, from whom CML hides
 nothing. With the annotation `lab.neuroglia.io/forget` the record goes and the lab stays. A record whose CML is gone
-goes at once; one whose CML is away waits, and says for what. A desiredState sends each step once: what students do
-with the lab afterwards, or meanwhile, is not fought. What is mirrored of the lab is the sync's to write.
+goes at once; one whose CML is away waits, and says for what. A wish sends each step once: what students do with the
+lab afterwards, or meanwhile, is not fought. What is mirrored of the lab is the sync's to write.
 """
 
 from __future__ import annotations
@@ -25,20 +25,27 @@ from controllers.cml.errors import (
 )
 from controllers.cml.sessions import CmlSessions
 from controllers.labs.desired import DEFINED_ON_CORE, REACHED, WAIT, Step, next_step
-from controllers.labs.homes import Away, Gone, Home, can_be_asked, home_of
+from controllers.labs.homes import OBSERVING, Away, Gone, Home, can_be_asked, home_of
+from controllers.labs.keeping import keep_topology
 from controllers.labs.kind import (
     DESIRED_STATE,
+    FAILED,
     LAB_DELETED,
     LAB_FINALIZER,
     LAB_RECORDS,
     LABS,
+    RUNNING,
+    SUCCEEDED,
+    WAITING,
     Acting,
     LabRecord,
     forgets,
     printable,
     records_of_worker,
 )
+from controllers.labs.measures import LabMeasures
 from controllers.labs.settings import LabsSettings
+from controllers.labs.wishes import Wish, open_wish, tell_operation, unsettled, withdraw
 from controllers.workers.kind import LabWorker
 from lrm.cache import Cache, Change
 from lrm.crashpoints import crash_point
@@ -46,6 +53,7 @@ from lrm.errors import RetryLater
 from lrm.reconcile import Context, Controller, Key, Result, Trigger
 
 DELETION_CRASH_POINTS = (
+    "labs.topology-kept",
     "labs.stop-sent",
     "labs.wipe-sent",
     "labs.before-delete",
@@ -54,20 +62,17 @@ DELETION_CRASH_POINTS = (
 )
 """Where the deletion of a lab can be killed, in order."""
 STEP_CRASH_POINT = "labs.step-sent"
-"""Where a desiredState can be killed: CML has taken the step, the record does not know it."""
-
-_Topic = tuple[str, bool | None]
-_WISH: _Topic = (DESIRED_STATE, None)
-_DELETION: _Topic = (LAB_DELETED, False)
+"""Where a wish can be killed: CML has taken the step, the record does not know it."""
 
 
 class _Note(NamedTuple):
-    """What a condition is to say."""
+    """What is to be told of a wish or, where there is none, of the deletion."""
 
-    condition: str
-    status: bool | None
+    wish: Wish | None
     reason: str
     message: str
+    result: str = RUNNING
+    """Of the wish's operation, if it has one."""
 
 
 class LabRecordsController(Controller[LabRecord]):
@@ -80,10 +85,13 @@ class LabRecordsController(Controller[LabRecord]):
     workers = 8
     resync = 3600.0
 
-    def __init__(self, *, cache: Cache, sessions: CmlSessions, settings: LabsSettings) -> None:
+    def __init__(
+        self, *, cache: Cache, sessions: CmlSessions, settings: LabsSettings, measures: LabMeasures | None = None
+    ) -> None:
         self._cache = cache
         self._sessions = sessions
         self._settings = settings
+        self._measures = measures or LabMeasures()
 
     def triggers(self) -> Sequence[Trigger]:
         """A worker that can be asked again, or is gone, concerns the records that wait for it."""
@@ -92,37 +100,31 @@ class LabRecordsController(Controller[LabRecord]):
     def wakes(self, change: Change) -> bool:
         """Records that a sync has merely refreshed need nothing."""
         record = change.new.resource if change.new else None
-        return isinstance(record, LabRecord) and (record.deleting or _unsettled(record))
+        return isinstance(record, LabRecord) and (record.deleting or unsettled(record))
 
     def settled(self, record: LabRecord) -> bool:
         """No wish is open, and the record is held: there is nothing to do for it."""
-        return self.finalizer in record.metadata.finalizers and not _unsettled(record)
+        return self.finalizer in record.metadata.finalizers and not unsettled(record)
 
     async def reconcile(self, record: LabRecord, ctx: Context) -> Result:
-        """Bring the lab to its desired state, once for each generation of the spec."""
-        if not _unsettled(record):
-            return Result.done()
-        if record.spec.desired_state is None:
-            await self._settle(record, ctx)
+        """Carry out the record's operation, or bring its lab to its desired state."""
+        wish = open_wish(record)
+        if wish is None:
+            if unsettled(record):
+                await self._settle(record, ctx, None)
             return Result.done()
         home = _acted_on(home_of(record, self._cache), ctx)
         if isinstance(home, Gone):
-            await self._settle(record, ctx, home.reason, home.message)
-            return Result.done()
+            return await self._settle(record, ctx, wish, home.reason, home.message)
         if isinstance(home, Away):
-            await self._tell(record, ctx, _Note(*_WISH, home.reason, home.message))
+            await self._tell(record, ctx, _Note(wish, home.reason, home.message, WAITING))
             return Result.after(self.resync)
         try:
-            return await self._approach(record, home, ctx)
-        except CmlNotFound:
-            await self._settle(record, ctx, "LabNotFound", "CML has no such lab")
-        except CmlForbidden as error:
-            await self._settle(record, ctx, "Forbidden", str(error))
-        except CmlRefused as error:
-            await self._settle(record, ctx, "Refused", str(error))
+            return await self._approach(record, wish, home, ctx)
+        except (CmlNotFound, CmlRefused) as error:
+            return await self._settle(record, ctx, wish, _refusal(error), str(error))
         except CmlError as error:
-            await self._hold_up(record, ctx, _WISH, error)
-        return Result.done()
+            raise await self._held_up(record, ctx, wish, error) from error
 
     async def finalize(self, record: LabRecord, ctx: Context) -> Result:
         """Delete the lab, one step at a time; done when CML has it no more."""
@@ -136,18 +138,20 @@ class LabRecordsController(Controller[LabRecord]):
             ctx.log.info("lab.gone_with_its_cml", lab=lab_id, worker=record.spec.worker_ref, reason=home.reason)
             return Result.done()
         if isinstance(home, Away):
-            await self._tell(record, ctx, _Note(*_DELETION, home.reason, home.message))
+            await self._tell(record, ctx, _Note(None, home.reason, home.message))
             return Result.after(self.resync)
         try:
             if await self._delete(record, home, ctx):
                 crash_point("labs.lab-gone")
+                self._measures.deleted()
                 ctx.log.info(
                     "lab.deleted", lab=lab_id, worker=record.spec.worker_ref, title=printable(record.status.title)
                 )
                 return Result.done()
         except CmlError as error:
+            self._measures.delete_failed()
             ctx.log.warning("lab.delete_failed", lab=lab_id, worker=record.spec.worker_ref, error=str(error))
-            await self._hold_up(record, ctx, _DELETION, error)
+            raise await self._held_up(record, ctx, None, error) from error
         return Result.after(self._settings.labs_step_interval)
 
     async def _delete(self, record: LabRecord, home: Home, ctx: Context) -> bool:
@@ -159,10 +163,11 @@ class LabRecordsController(Controller[LabRecord]):
         if state is None:
             return True
         step = next_step(DEFINED_ON_CORE, state)
+        record = await keep_topology(record, client, ctx, self._settings)
         if step is WAIT:
             return False
         reason = "Deleting" if step is REACHED else str(step)
-        await self._tell(record, ctx, _Note(*_DELETION, reason, f"the lab is {state}"))
+        await self._tell(record, ctx, _Note(None, reason, f"the lab is {state}"))
         ctx.check_leading()
         try:
             if step is Step.STOP:
@@ -183,21 +188,19 @@ class LabRecordsController(Controller[LabRecord]):
         # What CML answered to the step proves little; what it says of the lab now counts.
         return await _state_of(client, lab_id) is None
 
-    async def _approach(self, record: LabRecord, home: Home, ctx: Context) -> Result:
-        """Take the next step towards the desired state, unless it was taken for this generation already."""
-        wanted, lab_id, now = str(record.spec.desired_state), record.spec.lab_id, ctx.clock.now()
+    async def _approach(self, record: LabRecord, wish: Wish, home: Home, ctx: Context) -> Result:
+        """Take the next step towards the wished state, unless it was taken for this wish already."""
+        lab_id, now = record.spec.lab_id, ctx.clock.now()
         client = self._sessions.client_for(home.worker)
         ctx.check_leading()
         state = await client.lab_state(lab_id)
-        step = next_step(wanted, state)
+        step = next_step(wish.state, state)
         if step is REACHED:
             ctx.log.info("lab.desired_state_reached", lab=lab_id, worker=home.worker.name, state=state)
-            await self._settle(record, ctx)
-            return Result.done()
-        acting = _acting(record)
+            return await self._settle(record, ctx, wish)
+        acting = wish.acting(record)
         if acting is not None and now - acting.since > timedelta(seconds=self._settings.labs_step_timeout):
-            await self._settle(record, ctx, "TimedOut", f"it is still {state}, and is left so")
-            return Result.done()
+            return await self._settle(record, ctx, wish, "TimedOut", f"it is still {state}, and is left so")
         if isinstance(step, Step) and not _taken(acting, step):
             ctx.check_leading()
             ctx.log.info("lab.changing_state", lab=lab_id, worker=home.worker.name, step=str(step), state=state)
@@ -208,49 +211,63 @@ class LabRecordsController(Controller[LabRecord]):
             else:
                 await client.wipe_lab(lab_id)
             crash_point(STEP_CRASH_POINT)
-            sent = Acting(generation=record.metadata.generation, since=acting.since if acting else now, step=str(step))
-            await self._tell(record, ctx, _Note(DESIRED_STATE, None, str(step), f"{wanted} is wanted"), acting=sent)
+            sent = Acting(
+                generation=record.metadata.generation,
+                since=acting.since if acting else now,
+                step=str(step),
+                operation=wish.operation.id if wish.operation else "",
+            )
+            await self._tell(record, ctx, _Note(wish, str(step), f"{wish.state} is wanted"), acting=sent)
         return Result.after(self._settings.labs_step_interval)
 
-    async def _settle(self, record: LabRecord, ctx: Context, reason: str = "", message: str = "") -> None:
-        """This generation is done with: reached without a reason, given up with one."""
+    async def _settle(
+        self, record: LabRecord, ctx: Context, wish: Wish | None, reason: str = "", message: str = ""
+    ) -> Result:
+        """The wish is done with: reached without a reason, given up with one. None: it was taken back."""
         generation, wanted, now = record.metadata.generation, record.spec.desired_state, ctx.clock.now()
+        operation = wish.operation if wish is not None else None
+        message = message or (f"the lab was brought to {wish.state}" if wish is not None else "")
 
         def note(r: LabRecord) -> None:
-            r.status.observed_generation = generation
-            r.status.acting = None
-            if wanted is None:
-                r.status.conditions = [c for c in r.status.conditions if c.type != DESIRED_STATE]
-                return
-            r.status.set_condition(
-                DESIRED_STATE,
-                not reason,
-                reason or "Reached",
-                message or f"the lab was brought to {wanted}",
-                now=now,
-                generation=generation,
-            )
+            status = r.status
+            status.acting = None
+            if operation is not None:
+                tell_operation(r, operation, FAILED if reason else SUCCEEDED, message, now)
+            else:
+                withdraw(r, now)
+                status.acted_state = wanted
+            if status.acted_state == wanted:
+                status.observed_generation = generation
+            if wish is not None:
+                told = reason or "Reached"
+                status.set_condition(DESIRED_STATE, not reason, told, message, now=now, generation=generation)
+            elif wanted is None:
+                status.conditions = [c for c in status.conditions if c.type != DESIRED_STATE]
 
-        await ctx.client.update_status(record, note)
+        settled = await ctx.client.update_status(record, note)
+        return Result.after(self._settings.labs_step_interval) if open_wish(settled) else Result.done()
 
     async def _tell(self, record: LabRecord, ctx: Context, what: _Note, *, acting: Acting | None = None) -> None:
         """Say in a condition what is going on; saying the same again is no write."""
-        generation, now = record.metadata.generation, ctx.clock.now()
+        generation, now, wish = record.metadata.generation, ctx.clock.now(), what.wish
+        condition, status = (LAB_DELETED, False) if wish is None else (DESIRED_STATE, None)
 
         def note(r: LabRecord) -> None:
-            r.status.set_condition(
-                what.condition, what.status, what.reason, what.message, now=now, generation=generation
-            )
+            r.status.set_condition(condition, status, what.reason, what.message, now=now, generation=generation)
             r.status.acting = acting
+            if wish is not None and wish.operation is not None:
+                tell_operation(r, wish.operation, what.result, what.message, now)
+            elif wish is not None:
+                r.status.acted_state = wish.state
 
         await ctx.client.update_status(record, note)
 
-    async def _hold_up(self, record: LabRecord, ctx: Context, what: _Topic, error: CmlError) -> None:
-        """Say what CML's failure was, and try again ever later. Always raises."""
+    async def _held_up(self, record: LabRecord, ctx: Context, wish: Wish | None, error: CmlError) -> RetryLater:
+        """Say what CML's failure was; what to raise, so that it is tried again, ever later."""
         if not isinstance(error, CmlCircuitOpen | CmlLoginThrottled | CmlClosed):  # not having asked is no news
-            note = _Note(*what, type(error).__name__, str(error)[:500])
-            await self._tell(record, ctx, note, acting=_acting(record))
-        raise RetryLater(f"lab {record.spec.lab_id} of {record.spec.worker_ref}: {error}")
+            acting = wish.acting(record) if wish is not None else None
+            await self._tell(record, ctx, _Note(wish, type(error).__name__, str(error)[:500]), acting=acting)
+        return RetryLater(f"lab {record.spec.lab_id} of {record.spec.worker_ref}: {error}")
 
     def _waiting_for(self, change: Change) -> Iterable[Key]:
         """The records that wait for a worker which has changed in a way that may end their wait."""
@@ -258,17 +275,14 @@ class LabRecordsController(Controller[LabRecord]):
             return
         item = change.item
         for record in records_of_worker(self._cache, item.namespace, item.name):
-            if record.deleting or _unsettled(record):
+            if record.deleting or unsettled(record):
                 yield record.namespace, record.name
-
-
-_OBSERVING = Away("ObserveOnly", "nothing is changed on a CML that is only observed")
 
 
 def _acted_on(home: Home | Away | Gone, ctx: Context) -> Home | Away | Gone:
     """Where the lab is, as far as anything may be done there."""
     observed = isinstance(home, Home) and (ctx.observe_only or home.worker.spec.observe_only)
-    return _OBSERVING if observed else home
+    return OBSERVING if observed else home
 
 
 async def _state_of(client: CmlClient, lab_id: str) -> str | None:
@@ -283,14 +297,11 @@ async def _state_of(client: CmlClient, lab_id: str) -> str | None:
         return None
 
 
-def _unsettled(record: LabRecord) -> bool:
-    return record.status.observed_generation != record.metadata.generation
-
-
-def _acting(record: LabRecord) -> Acting | None:
-    """How far this generation's desiredState has come; an earlier generation's steps do not count."""
-    acting = record.status.acting
-    return acting if acting is not None and acting.generation == record.metadata.generation else None
+def _refusal(error: CmlNotFound | CmlRefused) -> str:
+    """The reason under which CML's no is told."""
+    if isinstance(error, CmlNotFound):
+        return "LabNotFound"
+    return "Forbidden" if isinstance(error, CmlForbidden) else "Refused"
 
 
 def _taken(acting: Acting | None, step: Step) -> bool:

@@ -9,6 +9,8 @@ from typing import Any
 
 from controllers.cml.sessions import CmlSessions
 from controllers.labs.controller import LabsController
+from controllers.labs.imports import LabImportsController
+from controllers.labs.imports_kind import LAB_IMPORT
 from controllers.labs.kind import LAB_RECORD
 from controllers.labs.records import LabRecordsController
 from controllers.plugin import ControllersSettings
@@ -29,9 +31,12 @@ async def _controllers(context: PluginContext) -> AsyncIterator[Sequence[Control
             yield (
                 LabsController(cache=context.cache, sessions=sessions, settings=settings, clock=context.clock),
                 LabRecordsController(cache=context.cache, sessions=sessions, settings=settings),
+                LabImportsController(cache=context.cache, sessions=sessions, settings=settings),
             )
         finally:
             closing.cancel()
 
 
-plugin = Plugin(name="labs", kinds=(LAB_WORKER, LAB_RECORD), controllers=_controllers, settings=ControllersSettings)
+plugin = Plugin(
+    name="labs", kinds=(LAB_WORKER, LAB_RECORD, LAB_IMPORT), controllers=_controllers, settings=ControllersSettings
+)

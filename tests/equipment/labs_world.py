@@ -25,6 +25,8 @@ from controllers.cml.sessions import CmlSessions
 from controllers.cml.simulator import Machine, Options, Simulator
 from controllers.cml.simulator.labs import Lab
 from controllers.labs.controller import LabsController
+from controllers.labs.imports import LabImportsController
+from controllers.labs.imports_kind import LAB_IMPORT, LabImport
 from controllers.labs.kind import LAB_RECORD, LABS, LabRecord, records_of_worker
 from controllers.labs.measures import LabMeasures
 from controllers.labs.push import LabsPush
@@ -72,6 +74,7 @@ class LabsWorld:
     simulator: Simulator
     labs: Runner[LabWorker]
     records_runner: Runner[LabRecord]
+    imports: Runner[LabImport]
     sessions: CmlSessions
     term: StaticTerm
     clock: SystemClock
@@ -192,9 +195,10 @@ class LabsWorld:
 
     async def settled(self) -> None:
         """Until the cache holds everything written and both queues have nothing ready and nothing in hand."""
+        runners = (self.labs, self.records_runner, self.imports)
         for _ in range(2):
             await self.cache.barrier()
-            await until(lambda: not any(len(r.queue) or r.queue.processing for r in (self.labs, self.records_runner)))
+            await until(lambda: not any(len(r.queue) or r.queue.processing for r in runners))
 
     def known(self, name: str = "w1") -> list[LabRecord]:
         return records_of_worker(self.cache, "default", name)
@@ -221,7 +225,7 @@ def instance_of(worker: str) -> str:
 
 
 def registry_at(root: str = "/lrm") -> Registry:
-    return Registry((LAB_WORKER, LAB_RECORD), root=root)
+    return Registry((LAB_WORKER, LAB_RECORD, LAB_IMPORT), root=root)
 
 
 @asynccontextmanager
@@ -264,11 +268,20 @@ async def labs_world(
             )
             telemetry.observe(listening.observe)
             records = Runner(
-                LabRecordsController(cache=cache, sessions=sessions, settings=labs_settings),
+                LabRecordsController(cache=cache, sessions=sessions, settings=labs_settings, measures=measures),
                 client,
                 cache,
                 clock,
                 observe_only=observe_only,
+                events=events,
+            )
+            imports = Runner(
+                LabImportsController(cache=cache, sessions=sessions, settings=labs_settings),
+                client,
+                cache,
+                clock,
+                observe_only=observe_only,
+                events=events,
             )
             election = StaticElection(store, clock, root=root, lock_name=LABS, identity="test")
             term = await election.acquire()
@@ -280,6 +293,7 @@ async def labs_world(
                     tasks.create_task(listening.run(term)),
                     tasks.create_task(labs.run(term)),
                     tasks.create_task(records.run(term)),
+                    tasks.create_task(imports.run(term)),
                 ]
                 await until(lambda: not cache.error, "the cache to follow the store")
                 try:
@@ -290,6 +304,7 @@ async def labs_world(
                         cml,
                         labs,
                         records,
+                        imports,
                         sessions,
                         term,
                         clock,

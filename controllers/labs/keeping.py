@@ -1,0 +1,85 @@
+"""Keeps the topology of a lab that is about to be deleted, as a LabImport that waits to be asked for.
+
+Promises: with `labs_topology_retention` set, a deletion goes on only once the topology is kept, or it is told in the
+record's condition `TopologyKept` why it is not: it is too large, or CML would not give it for `labs_step_timeout`. The
+LabImport's name follows from the record's uid, so that a repeat finds what is there. Called by the deletion.
+"""
+
+from __future__ import annotations
+
+from datetime import timedelta
+
+from controllers.cml.client import CmlClient
+from controllers.cml.errors import CmlError, CmlNotFound
+from controllers.labs.imports_kind import (
+    LAB_LABEL,
+    TITLE_MOST,
+    TOPOLOGY_BYTES,
+    WORKER_LABEL,
+    LabImport,
+    LabImportSpec,
+)
+from controllers.labs.kind import TOPOLOGY_KEPT, LabRecord
+from controllers.labs.settings import LabsSettings
+from lrm.crashpoints import crash_point
+from lrm.errors import Invalid, ResourceExists
+from lrm.reconcile import Context
+from lrm.resource import ObjectMeta
+from storage.errors import TooLarge
+
+
+async def keep_topology(record: LabRecord, client: CmlClient, ctx: Context, settings: LabsSettings) -> LabRecord:
+    """Keep what can be kept, once; the record as it is then. Raises `CmlError` while CML may yet give it."""
+    retention = settings.labs_topology_retention
+    if not retention or record.status.condition(TOPOLOGY_KEPT) is not None:
+        return record
+    try:
+        topology = await client.download(record.spec.lab_id)
+    except CmlNotFound:
+        return record  # there is nothing to keep any more
+    except CmlError as error:
+        since = record.metadata.deletion_timestamp or ctx.clock.now()
+        patient = ctx.clock.now() - since < timedelta(seconds=settings.labs_step_timeout)
+        if error.retryable or patient or ctx.wall_jumped:
+            raise
+        return await _not_kept(record, ctx, "NotGiven", str(error)[:500])
+    if len(topology.encode()) > TOPOLOGY_BYTES:
+        message = f"it has {len(topology.encode())} bytes, {TOPOLOGY_BYTES} are kept at most"
+        return await _not_kept(record, ctx, "TooLarge", message)
+    copy = _copy_of(record, topology, round(retention))
+    try:
+        await ctx.client.create(copy)
+    except ResourceExists:
+        ctx.log.debug("lab.topology_was_kept", lab=record.spec.lab_id, labimport=copy.name)
+    except (Invalid, TooLarge) as error:
+        return await _not_kept(record, ctx, type(error).__name__, str(error)[:500])
+    crash_point("labs.topology-kept")
+    ctx.log.info("lab.topology_kept", lab=record.spec.lab_id, worker=record.spec.worker_ref, labimport=copy.name)
+    return await _told(record, ctx, True, "Kept", f"labimport {copy.name}, for {copy.spec.ttl_seconds} s")
+
+
+def _copy_of(record: LabRecord, topology: str, ttl: int) -> LabImport:
+    labels = {WORKER_LABEL: record.spec.worker_ref, LAB_LABEL: record.spec.lab_id}
+    return LabImport(
+        metadata=ObjectMeta(name=f"kept-{record.uid}", namespace=record.namespace, labels=labels),
+        spec=LabImportSpec(
+            worker_ref=record.spec.worker_ref,
+            title=(record.status.title or record.spec.lab_id)[:TITLE_MOST],
+            topology=topology,
+            held=True,
+            ttl_seconds=ttl,
+        ),
+    )
+
+
+async def _not_kept(record: LabRecord, ctx: Context, reason: str, message: str) -> LabRecord:
+    ctx.log.warning("lab.topology_not_kept", lab=record.spec.lab_id, worker=record.spec.worker_ref, reason=message)
+    ctx.events.record(record, "Warning", "TopologyNotKept", message)
+    return await _told(record, ctx, False, reason, message)
+
+
+async def _told(record: LabRecord, ctx: Context, kept: bool, reason: str, message: str) -> LabRecord:
+    now = ctx.clock.now()
+    return await ctx.client.update_status(
+        record, lambda r: r.status.set_condition(TOPOLOGY_KEPT, kept, reason, message, now=now)
+    )
