@@ -110,21 +110,25 @@ class InstancesController(Controller[LabInstanceRequest]):
             for request in self._cache.by_index(
                 LabInstanceRequest, "worker", f"{change.item.namespace}/{change.item.name}"
             ):
-                yield request.namespace, request.name
+                yield _key(request)
         yield from self._by_room(change)
 
     def _by_record(self, change: Change) -> Iterable[Key]:
         record = change.new.resource if change.new else change.old.resource if change.old else None
         if isinstance(record, LabRecord) and record.status.title.startswith("lrm-"):
             for request in self._cache.by_index(LabInstanceRequest, "uid", record.status.title.removeprefix("lrm-")):
-                yield request.namespace, request.name
+                yield _key(request)
 
     def _by_room(self, change: Change) -> Iterable[Key]:
-        if self._placer.frees(change):
-            for phase in WAITING:
-                for request in self._cache.by_index(LabInstanceRequest, "phase", phase.value):
-                    if request.status.need is not None:
-                        yield request.namespace, request.name
+        """Everything that waits, when there may be room; a request's own change does not wake itself."""
+        if not self._placer.frees(change):
+            return
+        item = change.item
+        for phase in WAITING:
+            for request in self._cache.by_index(LabInstanceRequest, "phase", phase.value):
+                itself = change.kind.model is LabInstanceRequest and (item.namespace, item.name) == _key(request)
+                if request.status.need is not None and not itself:
+                    yield _key(request)
 
     # The life
 
@@ -533,6 +537,10 @@ class InstancesController(Controller[LabInstanceRequest]):
             return False
         retry = request.metadata.annotations.get(RETRY_ANNOTATION)
         return request.metadata.generation != failure.generation or (retry is not None and retry != failure.retry)
+
+
+def _key(request: LabInstanceRequest) -> Key:
+    return request.namespace, request.name
 
 
 def _again(seen: Sighting) -> float:

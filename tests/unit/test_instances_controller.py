@@ -1,0 +1,444 @@
+"""The life of a lab instance on virtual time: each phase, each deadline, each way to end, and nothing left behind."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from datetime import timedelta
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from controllers.instances.controller import CRASH_POINTS
+from controllers.instances.runtime import LabFailed, Refused
+from equipment.instances_scene import (
+    InstancesScene,
+    away,
+    check_history,
+    condition,
+    dying_at,
+    instances_scene,
+)
+from lrm.errors import Forbidden, Invalid
+from lrm.resource import RETRY_ANNOTATION
+
+FATES = ("Completed", "Failed")
+
+
+def at_rest(scene: InstancesScene) -> None:
+    """Nothing is left outside, and nothing is reserved."""
+    assert scene.outside.labs == []
+    assert scene.places.held == {}
+
+
+async def test_an_instance_runs_for_its_minutes_and_leaves_nothing() -> None:
+    async with instances_scene() as scene:
+        made = await scene.make()
+        running = await scene.until_phase("Running")
+        assert running.status.worker_ref is not None
+        assert running.status.access_url == f"http://w1/{made.uid}"
+        assert condition(running, "WorkerAssigned") == ("True", "Scheduled")
+        assert condition(running, "ResourcesAllocated") == ("True", "Scheduled")
+        assert condition(running, "Ready") == ("True", "Running")
+        assert running.status.started_at is not None
+        ends = running.status.started_at + timedelta(minutes=60)
+        await scene.clock.advance((ends - scene.now).total_seconds() - 1)
+        assert await scene.phase() == "Running"
+        await scene.clock.advance(2)
+        assert await scene.phase() == "Timeout"
+        done = await scene.until_phase("Completed")
+        assert condition(done, "TimedOut") == ("True", "DurationElapsed")
+        assert condition(done, "CleanupCompleted") == ("True", "CleanedUp")
+        assert condition(done, "Ready")[0] == "False"
+        assert done.status.worker_ref is None
+        assert done.status.completed_at is not None
+        assert scene.outside.made[made.uid] == 1
+        steps = [s.to for s in done.status.phase_history]
+        assert steps == ["Scheduling", "Provisioning", "Running", "Timeout", "Completed"]
+        at_rest(scene)
+
+
+async def test_a_running_instance_costs_no_writes_and_is_looked_at_when_told() -> None:
+    async with instances_scene() as scene:
+        made = await scene.make(durationMinutes=480)
+        before = await scene.until_phase("Running")
+        await scene.clock.advance(3600)
+        assert (await scene.get()).metadata.resource_version == before.metadata.resource_version
+        scene.outside.of(made.uid)[0].state = "ended"
+        scene.hints.tell(("default", "a"))
+        await scene.clock.settle()
+        done = await scene.until_phase("Completed")
+        assert done.status.exit_code == 0
+        assert condition(done, "TimedOut") == ("", "")
+        at_rest(scene)
+
+
+@pytest.mark.parametrize("when", ["Pending", "Provisioning", "Running"])
+async def test_it_can_be_stopped_at_any_time(when: str) -> None:
+    async with instances_scene(slots={} if when == "Pending" else {"w1": 1}) as scene:
+        await scene.make()
+        await scene.until_phase(when)
+        await scene.change(desired_phase="Stopped")
+        done = await scene.until_phase("Completed")
+        check_history(done)
+        assert condition(done, "CleanupCompleted") == ("True", "CleanedUp")
+        at_rest(scene)
+
+
+@pytest.mark.parametrize("when", ["Pending", "Provisioning", "Running", "Timeout", "Completed", "Failed"])
+async def test_it_can_be_deleted_at_any_time_and_goes_when_nothing_is_left(when: str) -> None:
+    async with instances_scene(slots={} if when == "Pending" else {"w1": 1}) as scene:
+        if when == "Failed":
+            scene.outside.troubles["prepare"] = Refused("ImageNotFound", "there is no such image")
+        await scene.make(durationMinutes=1)
+        await scene.until_phase(when, seconds=120, step=0.5)
+        scene.outside.troubles["clean"] = away()
+        await scene.delete()
+        if when in ("Provisioning", "Running", "Timeout"):
+            await scene.clock.advance(30)
+            held = await scene.get()
+            assert condition(held, "CleanupCompleted") == ("False", "CleanupFailed")
+            assert scene.places.held, "given back while it may still run"
+            del scene.outside.troubles["clean"]
+        await scene.clock.advance(20)
+        assert await scene.gone()
+        at_rest(scene)
+
+
+async def test_a_scheduled_instance_begins_five_minutes_early_and_runs_its_whole_time() -> None:
+    async with instances_scene() as scene:
+        start = scene.now + timedelta(hours=3)
+        await scene.make(scheduledStartTime=start.isoformat())
+        waiting = await scene.get()
+        assert condition(waiting, "WorkerAssigned") == ("False", "NotYetDue")
+        assert scene.places.held == {}
+        await scene.clock.advance(3 * 3600 - 301)
+        assert await scene.phase() == "Pending"
+        await scene.clock.advance(2)
+        running = await scene.until_phase("Running", seconds=10)
+        assert running.status.started_at is not None
+        assert running.status.started_at < start
+        await scene.clock.advance((start + timedelta(minutes=60) - scene.now).total_seconds() - 1)
+        assert await scene.phase() == "Running"
+        await scene.clock.advance(2)
+        assert await scene.phase() == "Timeout"
+
+
+async def test_an_extension_is_heard_until_the_last_second() -> None:
+    async with instances_scene() as scene:
+        await scene.make()
+        running = await scene.until_phase("Running")
+        assert running.ends_at is not None
+        await scene.clock.advance((running.ends_at - scene.now).total_seconds() - 1)
+        await scene.change(duration_minutes=90)
+        extended = await scene.get()
+        assert extended.status.observed_generation == extended.metadata.generation
+        await scene.clock.advance(30 * 60 - 1)
+        assert await scene.phase() == "Running"
+        await scene.clock.advance(3)
+        assert await scene.phase() == "Timeout"
+
+
+async def test_deadlines_survive_whoever_leads() -> None:
+    async with instances_scene() as scene:
+        await scene.make()
+        running = await scene.until_phase("Running")
+        assert running.ends_at is not None
+        await scene.stop()
+        await scene.clock.advance((running.ends_at - scene.now).total_seconds() - 5)
+        await scene.lead()
+        await scene.clock.advance(4)
+        assert await scene.phase() == "Running"
+        await scene.clock.advance(2)
+        assert await scene.phase() == "Timeout"
+
+
+async def test_what_does_not_come_up_in_time_fails_and_is_cleaned_up() -> None:
+    async with instances_scene(instances_provisioning_timeout=100) as scene:
+        scene.outside.troubles["provision"] = away()
+        await scene.make()
+        await scene.clock.advance(99)
+        held = await scene.get()
+        assert held.status.phase == "Provisioning"
+        assert condition(held, "Ready") == ("Unknown", "WorkerAway")
+        failed = await scene.until_phase("Failed", seconds=10)
+        assert failed.status.failure is not None
+        assert failed.status.failure.reason == "ProvisioningTimeout"
+        assert "does not answer" in failed.status.failure.message
+        await scene.clock.advance(5)
+        assert condition(await scene.get(), "CleanupCompleted") == ("True", "CleanedUp")
+        at_rest(scene)
+
+
+async def test_what_cannot_be_cleaned_up_in_time_is_failed_and_keeps_its_place_until_it_is() -> None:
+    async with instances_scene(instances_stopping_timeout=100) as scene:
+        await scene.make()
+        await scene.until_phase("Running")
+        scene.outside.troubles["clean"] = away()
+        await scene.change(desired_phase="Stopped")
+        await scene.clock.advance(99)
+        assert await scene.phase() == "Stopping"
+        failed = await scene.until_phase("Failed", seconds=10)
+        assert failed.status.failure is not None
+        assert failed.status.failure.reason == "StoppingTimeout"
+        await scene.clock.advance(1000)
+        assert scene.places.held
+        assert scene.running_now()
+        del scene.outside.troubles["clean"]
+        await scene.clock.advance(120)
+        assert condition(await scene.get(), "CleanupCompleted") == ("True", "CleanedUp")
+        at_rest(scene)
+
+
+async def test_what_can_never_run_is_failed_until_a_person_changes_it() -> None:
+    async with instances_scene() as scene:
+        scene.outside.troubles["prepare"] = Refused("ImageNotFound", "there is no such image")
+        await scene.make()
+        failed = await scene.get()
+        assert (failed.status.phase, failed.status.error_message) == ("Failed", "there is no such image")
+        assert condition(failed, "CleanupCompleted") == ("True", "CleanedUp")
+        await scene.clock.advance(7200)
+        assert await scene.phase() == "Failed"
+        await scene.annotate(RETRY_ANNOTATION, "1")
+        again = await scene.get()
+        assert (again.status.phase, len(again.status.phase_history)) == ("Failed", 3)
+        del scene.outside.troubles["prepare"]
+        await scene.change(duration_minutes=30)
+        running = await scene.until_phase("Running")
+        assert (running.status.failure, running.status.error_message) == (None, None)
+
+
+async def test_a_worker_that_is_lost_before_the_lab_ran_costs_a_delay() -> None:
+    async with instances_scene(slots={"w1": 1, "w2": 1}, instances_retry_delay=10) as scene:
+        made = await scene.make()
+        await scene.until_phase("Provisioning")
+        scene.places.slots.pop("w1")
+        scene.outside.lose("w1")
+        waiting = await scene.until_phase("Pending", seconds=5)
+        assert waiting.status.retry_count == 1
+        await scene.clock.advance(1)
+        waiting = await scene.get()
+        assert condition(waiting, "WorkerAssigned") == ("False", "BackingOff")
+        assert scene.places.held == {}
+        running = await scene.until_phase("Running")
+        assert running.status.worker_ref is not None
+        assert running.status.worker_ref.name == "w2"
+        assert scene.outside.made[made.uid] == 2
+        assert len(scene.running_now()) == 1
+
+
+@pytest.mark.parametrize(("policy", "fate"), [("Never", "Failed"), ("OnFailure", "Running")])
+async def test_a_worker_that_is_lost_under_a_running_lab(policy: str, fate: str) -> None:
+    async with instances_scene(slots={"w1": 1, "w2": 1}) as scene:
+        await scene.make(restartPolicy=policy)
+        first = await scene.until_phase("Running")
+        await scene.clock.advance(600)
+        scene.places.slots.pop("w1")
+        scene.outside.lose("w1")
+        scene.hints.tell(("default", "a"))
+        await scene.clock.advance(30)
+        after = await scene.get()
+        assert after.status.phase == fate
+        assert after.status.started_at == first.status.started_at, "its time goes on"
+        if fate == "Failed":
+            assert condition(after, "CleanupCompleted") == ("True", "CleanedUp")
+            at_rest(scene)
+
+
+async def test_what_fails_again_and_again_is_given_up_after_its_retries() -> None:
+    async with instances_scene(instances_retries=2, instances_retry_delay=10) as scene:
+        scene.outside.troubles["provision"] = LabFailed("ContainerFailed", "exit code 3", exit_code=3)
+        await scene.make(restartPolicy="OnFailure")
+        begun = scene.now
+        failed = await scene.until_phase("Failed", seconds=120)
+        assert 30 <= (scene.now - begun).total_seconds() < 40, "10 s, then 20 s"
+        assert failed.status.failure is not None
+        assert (failed.status.retry_count, failed.status.failure.reason, failed.status.exit_code) == (
+            2,
+            "ContainerFailed",
+            3,
+        )
+        await scene.clock.advance(10)
+        at_rest(scene)
+
+
+async def test_an_outside_that_does_not_answer_proves_nothing() -> None:
+    async with instances_scene() as scene:
+        await scene.make()
+        await scene.until_phase("Running")
+        scene.outside.troubles["look"] = away()
+        scene.hints.tell(("default", "a"))
+        await scene.clock.settle()
+        assert condition(await scene.get(), "Ready") == ("Unknown", "WorkerAway")
+        await scene.clock.advance(1800)
+        assert await scene.phase() == "Running"
+        del scene.outside.troubles["look"]
+        await scene.clock.advance(10)
+        assert condition(await scene.get(), "Ready") == ("True", "Running")
+
+
+async def test_what_waits_takes_the_place_that_becomes_free() -> None:
+    async with instances_scene(slots={"w1": 1}) as scene:
+        await scene.make("a", durationMinutes=10)
+        await scene.until_phase("Running")
+        await scene.make("b")
+        assert condition(await scene.get("b"), "WorkerAssigned") == ("False", "NoCapacityAvailable")
+        await scene.clock.advance(9 * 60)
+        await scene.until_phase("Completed", seconds=90)
+        await scene.until_phase("Running", "b", seconds=5)
+
+
+async def test_a_wall_clock_that_is_set_ends_no_lab() -> None:
+    async with instances_scene() as scene:
+        await scene.make()
+        await scene.until_phase("Running")
+        scene.clock.jump_wall(7200)
+        scene.hints.tell(("default", "a"))
+        await scene.clock.advance(30)
+        assert await scene.phase() == "Running"
+        scene.clock.jump_wall(-7200)
+        await scene.clock.advance(120)
+        assert await scene.phase() == "Running"
+
+
+async def test_only_observing_places_and_removes_nothing() -> None:
+    async with instances_scene(observe_only=True) as scene:
+        await scene.make()
+        await scene.clock.advance(600)
+        assert condition(await scene.get(), "WorkerAssigned") == ("False", "ObserveOnly")
+        at_rest(scene)
+
+
+@pytest.mark.parametrize("point", CRASH_POINTS)
+async def test_a_leader_that_dies_between_two_steps_doubles_and_leaks_nothing(
+    monkeypatch: pytest.MonkeyPatch, point: str
+) -> None:
+    async with instances_scene(slots={"w1": 1}) as scene:
+        died = dying_at(monkeypatch, point)
+        made = await scene.make(durationMinutes=1)
+        spent = 0.0
+        while not scene.dead:
+            await scene.clock.advance(1)
+            spent += 1
+            assert spent < 120, f"never came to {point}"
+        assert died[point] == 1
+        await scene.stop()
+        await scene.clock.advance(7)
+        await scene.lead()
+        done = await scene.until_phase("Completed", seconds=200)
+        await scene.clock.advance(5)
+        check_history(done)
+        assert scene.outside.made[made.uid] == 1
+        at_rest(scene)
+
+
+EVENTS = st.sampled_from(
+    [
+        "tick",
+        "minute",
+        "away",
+        "back",
+        "lose",
+        "another",
+        "stop",
+        "extend",
+        "retry",
+        "delete",
+        "end",
+        "fail",
+        "mend",
+        "die",
+        "full",
+    ]
+)
+
+
+async def _happen(scene: InstancesScene, event: str, count: int) -> None:
+    """One thing that may happen to an instance, its worker, or whoever leads."""
+    outside, steps = scene.outside, ("prepare", "provision", "look", "clean")
+    gone = (found := await scene.find()) is None or found.deleting
+    changes: dict[str, dict[str, Any]] = {
+        "stop": {"desired_phase": "Stopped"},
+        "extend": {"duration_minutes": 5 + count},
+    }
+    if event == "tick":
+        await scene.clock.advance(3)
+    elif event == "minute":
+        await scene.clock.advance(61)
+    elif event == "away":
+        outside.troubles |= {step: away() for step in steps}
+    elif event == "fail":
+        outside.troubles |= {
+            step: LabFailed("ContainerFailed", "exit code 1", exit_code=1) for step in ("provision", "look")
+        }
+    elif event in ("back", "mend"):
+        outside.troubles.clear()
+    elif event == "lose":
+        name = next(iter(scene.places.slots), None)
+        if name is not None:
+            scene.places.slots.pop(name)
+            outside.lose(name)
+    elif event == "another":
+        scene.places.slots[f"w{count}"] = 1
+    elif event == "full":
+        scene.places.slots.clear()
+    elif event == "end":
+        for lab in outside.labs:
+            lab.state = "ended"
+    elif event == "die":
+        await scene.stop()
+        await scene.lead()
+    elif event == "delete" and not gone:
+        await scene.delete()
+    elif event in changes and not gone:
+        with suppress(Invalid, Forbidden):  # what the rules refuse is refused, whatever else happens
+            await scene.change(**changes[event])
+    elif event == "retry" and not gone:
+        await scene.annotate(RETRY_ANNOTATION, str(count))
+    scene.hints.tell(("default", "a"))
+
+
+async def _live_through(events: list[str], policy: str) -> None:
+    """Its steps are of the table, and it is never doubled, without a place, or left behind."""
+    async with instances_scene(slots={"w0": 1}, instances_retry_delay=2) as scene:
+        made = await scene.make(durationMinutes=5, restartPolicy=policy)
+        for count, event in enumerate(events, 1):
+            await _happen(scene, event, count)
+            assert len(scene.running_now()) <= 1, event
+            if scene.running_now():
+                assert made.uid in scene.places.held, f"after {event} it is outside without a place"
+            found = await scene.find()
+            if found is not None:
+                check_history(found)
+        scene.outside.troubles.clear()
+        scene.places.slots["last"] = 1
+        for _ in range(40):
+            await scene.clock.advance(300)
+            found = await scene.find()
+            if found is None or found.status.phase in FATES:
+                break
+        await scene.clock.advance(60)
+        found = await scene.find()
+        assert found is None or found.status.phase in FATES
+        at_rest(scene)
+
+
+LIVES = given(events=st.lists(EVENTS, max_size=12), policy=st.sampled_from(["Never", "OnFailure"]))
+UNHURRIED = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
+
+
+@settings(max_examples=12, derandomize=True, **UNHURRIED)
+@LIVES
+async def test_whatever_happens_its_steps_are_of_the_table_and_nothing_is_doubled_or_left(
+    events: list[str], policy: str
+) -> None:
+    await _live_through(events, policy)
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(900)
+@settings(max_examples=400, **UNHURRIED)
+@LIVES
+async def test_whatever_happens_in_many_lives(events: list[str], policy: str) -> None:
+    await _live_through(events, policy)
