@@ -3,15 +3,18 @@
 Promises that credentials go only to the CML of the status' identity (the client compares, see `sessions`), that a
 registration is recorded before it is sent and is not sent again while CML works on it, and that an error is told by
 its class: `trouble_of` gives the reason that people read. What is no observation (an open circuit, a throttled login)
-counts as no failed check. Secrets pass through and are kept nowhere. Called by the workers' controller.
+counts as no failed check. At rest one question is enough most of the time (`ask_at_rest`). Secrets pass through and are
+kept nowhere. Called by the workers' controller.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 from enum import Enum, auto
+from weakref import WeakKeyDictionary
 
-from controllers.cml.client import Deregistration
+from controllers.cml.client import CmlClient, Deregistration
 from controllers.cml.errors import (
     CmlAuthError,
     CmlBadAnswer,
@@ -32,7 +35,7 @@ from controllers.cml.errors import (
 from controllers.cml.models import Licensing, SystemHealth, SystemInformation, SystemStats
 from controllers.cml.session import normal_identity
 from controllers.cml.sessions import CmlNoAddress, CmlNoCredentials, CmlSessions, base_url
-from controllers.workers.decisions import problem, retry_of
+from controllers.workers.decisions import at_rest, problem, retry_of
 from controllers.workers.kind import TRUST_ANNOTATION, LabWorker
 from controllers.workers.phases import Reasons
 from controllers.workers.settings import WorkerSettings
@@ -81,9 +84,9 @@ def trouble_of(error: CmlError) -> tuple[str, str] | None:
 class Report:
     """What a CML that is up told about itself; None is "not asked" or "did not say"."""
 
-    information: SystemInformation
     identity: Identity
     licensing: Licensing
+    information: SystemInformation | None = None
     health: SystemHealth | None = None
     stats: SystemStats | None = None
 
@@ -103,20 +106,31 @@ class CmlSide:
         self.sessions = sessions
         self._secrets = secrets
         self._settings = settings
+        self._examined: WeakKeyDictionary[CmlClient, float] = WeakKeyDictionary()
+        """When a CML last answered all questions, monotonic; another machine or address has another client."""
 
-    async def ask(self, work: Work, *, full: bool) -> Report | None:
+    async def ask_at_rest(self, work: Work) -> Report | None:
+        """The same as `ask` for a worker at rest, of which the licence alone is asked most of the time.
+
+        It is told under a session that only this CML takes, with its identity. Whatever fails, the next question is
+        about everything again. Raises `CmlError`.
+        """
+        client = self.sessions.client_for(work.worker)
+        examined = self._examined.get(client, -math.inf)
+        is_due = work.ctx.clock.monotonic() >= examined + self._settings.worker_examine_interval
+        if is_due or work.asked or not at_rest(work.worker):
+            return await self.ask(work)
+        work.ctx.check_leading()
+        return await _proved(client)
+
+    async def ask(self, work: Work, *, full: bool = False) -> Report | None:
         """Ask the CML who and how it is; None when it answers but is not ready. Raises `CmlError`."""
         work.ctx.check_leading()
         client = self.sessions.client_for(work.worker)
         information = await client.system_information()
         if not information.ready:
             return None
-        session = await client.proven_session()
-        licensing = await client.licensing()
-        told = normal_identity(licensing.udi.product_uuid)
-        if told != session.identity:
-            # Under a session that was proved: a machine that came from a copy of ours takes its tokens too.
-            raise CmlIdentityMismatch(session.identity or "", told)
+        report = await _proved(client)
         health, stats = None, None
         try:
             health = await client.system_health()
@@ -124,8 +138,9 @@ class CmlSide:
         except CmlError as error:
             # It is up and ours; what it did not tell now it may tell at the next look.
             work.log.info("worker.cml_told_less", error=str(error))
-        identity = Identity(product_uuid=session.identity or "", fingerprint=client.peer_fingerprint)
-        return Report(information, identity, licensing, health, stats)
+        if health is not None:
+            self._examined[client] = work.ctx.clock.monotonic()
+        return replace(report, information=information, health=health, stats=stats)
 
     async def note(self, work: Work, report: Report) -> None:
         """Take a report into the status; the same again costs no write."""
@@ -134,14 +149,15 @@ class CmlSide:
         def change(worker: LabWorker) -> None:
             cml = worker.status.cml
             before = cml.wire()
-            cml.version, cml.ready = report.information.version or None, True
+            if report.information is not None:
+                cml.version, cml.ready = report.information.version or None, True
             cml.identity, cml.licensed = report.identity, report.licensing.is_licensed
             cml.failed_checks, cml.last_error = 0, None
             cml.trusted = worker.metadata.annotations.get(TRUST_ANNOTATION) or cml.trusted
             cml.api_url = base_url(worker, template)
             if report.health is not None:
                 cml.health = _health(report.health)
-            if report.stats is not None:
+            if report.information is not None and report.stats is not None:
                 cml.system_info = _system_info(report.information, report.stats)
             worker.status.capacity = _capacity(worker.status.capacity, report.stats)
             if cml.wire() != before:
@@ -274,6 +290,17 @@ class CmlSide:
         await work.write(lambda w: setattr(w.status.cml, "registration", record))
         work.warn(reason, message)
         return LicenseStep.FAILED
+
+
+async def _proved(client: CmlClient) -> Report:
+    """Who the CML is and what it is licensed for. Raises `CmlError`."""
+    session = await client.proven_session()
+    licensing = await client.licensing()
+    told = normal_identity(licensing.udi.product_uuid)
+    if told != session.identity:
+        # Under a session that was proved: a machine that came from a copy of ours takes its tokens too.
+        raise CmlIdentityMismatch(session.identity or "", told)
+    return Report(Identity(product_uuid=told, fingerprint=client.peer_fingerprint), licensing)
 
 
 def wish_of(worker: LabWorker) -> tuple[int, str | None]:

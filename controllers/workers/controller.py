@@ -144,7 +144,8 @@ class WorkersController(Controller[LabWorker]):
     async def check(self, work: Work) -> bool:
         """The health check: ask CML, and count the failures in a row."""
         try:
-            report = await self._cml.ask(work, full=work.worker.status.cml.system_info is None)
+            known = work.worker.status.cml.system_info is not None
+            report = await (self._cml.ask_at_rest(work) if known else self._cml.ask(work, full=True))
         except CmlError as error:
             await self._cml.note_error(work, error, counts=True, most=FAILED_CHECKS)
             return False

@@ -21,6 +21,11 @@ class WorkerSettings(LrmSettings):
     worker_rest_interval: Seconds = Field(
         60.0, description="Seconds between looks at a worker at rest; the health check's period."
     )
+    worker_examine_interval: Seconds = Field(
+        300.0,
+        description="Longest seconds between two times that a CML at rest is asked everything; at each look between "
+        "them one question tells that it answers, that it is ours and that it is licensed.",
+    )
     worker_ec2_deadline: Seconds = Field(
         600.0, description="Seconds for EC2 to launch, start or stop; a metal host's launch takes minutes."
     )

@@ -66,6 +66,7 @@ FAST_CML = Options(
 FAST: dict[str, Any] = {
     "worker_poll_interval": 0.05,
     "worker_rest_interval": 0.2,
+    "worker_examine_interval": 0.5,
     "worker_ec2_deadline": 20,
     "worker_boot_deadline": 20,
     "worker_license_deadline": 10,

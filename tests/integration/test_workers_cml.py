@@ -110,6 +110,34 @@ async def test_one_failed_check_is_no_outage_and_three_in_a_row_are(
         await world.until(lambda w: condition(w, "Ready")[0] == "True", "recovery")
 
 
+async def test_at_rest_one_question_is_enough_until_it_fails_or_somebody_asks(
+    monkeypatch: pytest.MonkeyPatch, moto_url: str
+) -> None:
+    slow = ("GET /system_information", "GET /system_health")
+    async with workers_world(monkeypatch, moto_url, worker_examine_interval=3600) as world:
+        worker = await world.serving()
+        machine = world.machine(worker)
+        await until(lambda: machine.counts["GET /system_health"], "the examination")
+        await world.looked_again()
+        machine.counts.clear()
+        await world.looked_again(5)
+        assert machine.counts["GET /licensing"] >= 5
+        assert not any(machine.counts[path] for path in slow)
+
+        await world.annotate("lab.neuroglia.io/reconcile-now", "1")
+        await until(lambda: all(machine.counts[path] for path in slow), "all questions, as a person wants to know")
+        asked = machine.counts[slow[0]]
+        await world.looked_again(5)
+        assert machine.counts[slow[0]] == asked, "once"
+
+        fault = world.cml_fault("html", status=502, path="/licensing")
+        await world.until(lambda w: w.status.cml.failed_checks == 3, "three failures in a row")
+        assert machine.counts[slow[0]] > asked, "after the first one everything is asked"
+        world.cml.faults.clear(fault)
+        healthy = await world.until(lambda w: condition(w, "Ready")[0] == "True", "recovery")
+        assert healthy.status.cml.failed_checks == 0
+
+
 async def test_another_cml_at_the_address_gets_nothing_and_the_worker_says_so(world: WorkersWorld) -> None:
     worker = await world.serving()
     instance = worker.status.ec2.instance_id or ""
