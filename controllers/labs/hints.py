@@ -57,8 +57,8 @@ class PushHints(Hints):
 
     def opened(self, uid: str, key: Key) -> None:
         """CML pushes from now on. What happened since the last sync began may have been missed."""
-        if uid in self._ears:
-            self.heard(uid, key)
+        if uid in self._ears and self.heard(uid, key):
+            self._ears[uid].last_look = True  # nothing was pushed that a list would have to show
 
     def due_in(self, uid: str) -> float | None:
         """Seconds until the sync that was asked for; None when none was."""

@@ -6,10 +6,12 @@ from datetime import UTC, datetime, timedelta
 
 import pytest
 
-from controllers.labs.due import apart, at_rest, due_in
-from controllers.labs.kind import LabRecord, LabRecordSpec
+from controllers.labs.due import apart, at_rest, due_in, interval_of
+from controllers.labs.kind import LabOperation, LabRecord, LabRecordSpec
+from controllers.labs.settings import LabsSettings
 from controllers.workers.kind import LabWorker
-from controllers.workers.spec import LabWorkerSpec
+from controllers.workers.spec import IdleDetection, LabWorkerSpec
+from controllers.workers.status import Allocation
 from lrm.resource import RECONCILE_ANNOTATION, ObjectMeta
 
 NOW = datetime(2026, 1, 1, 12, tzinfo=UTC)
@@ -126,3 +128,60 @@ def test_a_new_leader_takes_its_time_only_where_nothing_is_asked(
     subject: LabWorker, records: list[LabRecord], expected: bool, why: str
 ) -> None:
     assert at_rest(subject, records) is expected, why
+
+
+def lab(
+    state: str = "STOPPED", *, seen: float = 99 * HOUR, changed: float = 99 * HOUR, phase: str = "Present"
+) -> LabRecord:
+    """A record: seconds since it was first seen, and since it changed last."""
+    made = record(None)
+    made.status.state, made.status.phase, made.status.first_seen_at = state, phase, ago(seen)
+    made.status.operation_history = [LabOperation(timestamp=ago(changed))]
+    return made
+
+
+def serving(**changes: object) -> LabWorker:
+    """A worker that is Ready for days."""
+    made = worker(synced=ago(60), ready=ago(99 * HOUR))
+    for name, value in changes.items():
+        setattr(made.status, name, value)
+    return made
+
+
+def watched_for_idleness() -> LabWorker:
+    made = serving()
+    made.spec.idle_detection = IdleDetection(enabled=True)
+    return made
+
+
+NEVER_READY = worker(synced=ago(60))
+BUSY, QUIET, DRAINS = 1800.0, 7200.0, 60.0
+
+
+@pytest.mark.parametrize(
+    ("subject", "records", "interval", "why"),
+    [
+        (serving(), [lab(), lab("DEFINED_ON_CORE")], QUIET, "nothing runs, and nothing has happened for hours"),
+        (serving(), [], QUIET, "it never had a lab since it serves"),
+        (serving(), [lab(), lab("STARTED")], BUSY, "a lab runs"),
+        (serving(), [lab("SOMETHING_NEW")], BUSY, "a lab is in a state that is not known to be rest"),
+        (serving(), [lab(changed=HOUR)], BUSY, "a lab changed an hour ago"),
+        (serving(), [lab(seen=HOUR)], BUSY, "a lab is new"),
+        (serving(), [lab(phase="Missing")], BUSY, "a lab may be gone: the next list decides"),
+        (serving(labs_sync_error="the list is HTML"), [lab()], BUSY, "the last sync failed"),
+        (serving(allocations={"u": Allocation()}), [lab()], BUSY, "a lab instance is placed on it"),
+        (worker(synced=ago(60), ready=ago(HOUR)), [lab()], BUSY, "it came to serve an hour ago"),
+        (NEVER_READY, [], BUSY, "nothing is known of it"),
+        (watched_for_idleness(), [lab()], BUSY, "an old list would keep it from being stopped when it is idle"),
+        (draining(since=ago(9 * HOUR)), [lab()], DRAINS, "it waits for its labs"),
+    ],
+)
+def test_a_worker_on_which_nobody_works_is_asked_less_often(
+    subject: LabWorker, records: list[LabRecord], interval: float, why: str
+) -> None:
+    assert interval_of(subject, records, LabsSettings(), NOW) == interval, why
+
+
+def test_the_interval_for_quiet_workers_shortens_none() -> None:
+    settings = LabsSettings(labs_refresh_interval=4 * HOUR)
+    assert interval_of(serving(), [lab()], settings, NOW) == 4 * HOUR

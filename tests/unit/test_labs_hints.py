@@ -127,6 +127,9 @@ async def test_an_opened_channel_is_a_hint_only_after_a_sync_that_it_did_not_acc
     await scene.sync()
     scene.hints.opened(UID, KEY)
     assert scene.due_in() == 2
+    await scene.clock.advance(2)
+    await scene.sync(news=False)
+    assert scene.due_in() is None, "nothing was pushed that the list could have been too early for"
 
 
 async def test_a_worker_that_is_gone_is_forgotten(scene: Scene) -> None:

@@ -1,0 +1,204 @@
+"""What people, dashboards and traces learn of the mirror: events, lines of the log, counters, spans."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Iterator
+from typing import Any
+
+import pytest
+from opentelemetry.sdk.trace import ReadableSpan
+from opentelemetry.trace import StatusCode
+from prometheus_client.parser import text_string_to_metric_families
+from structlog.testing import capture_logs
+
+from controllers.cml.simulator.labs import Lab
+from controllers.labs.controller import SyncFailed
+from equipment.labs_world import LabsWorld, labs_world
+from equipment.waiting import until
+from storage.errors import TooLarge
+from storage.memory import MemoryStorage
+
+
+@pytest.fixture
+def lines() -> Iterator[list[Any]]:
+    with capture_logs() as logs:
+        yield logs
+
+
+@pytest.fixture
+async def world(lines: list[Any], monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[LabsWorld]:
+    async with labs_world(monkeypatch) as world:
+        yield world
+
+
+async def mirrored(world: LabsWorld, *titles: str) -> list[Lab]:
+    """A worker with labs of these titles, in records, as the last sync of those so far."""
+    await world.worker()
+    labs = [world.machine().add_lab(title, nodes=2) for title in titles]
+    await world.sync()
+    await world.settled()
+    world.spans.clear()
+    return labs
+
+
+def said(lines: list[Any], event: str) -> list[dict[str, Any]]:
+    return [line for line in lines if line["event"] == event]
+
+
+def measured(world: LabsWorld, name: str) -> dict[tuple[str, ...], float]:
+    """The samples of this name, by the values of their labels."""
+    families = text_string_to_metric_families(world.telemetry.exposition()[0].decode())
+    samples = [sample for family in families for sample in family.samples if sample.name == name]
+    return {tuple(value for _, value in sorted(sample.labels.items())): sample.value for sample in samples}
+
+
+async def the_span(world: LabsWorld) -> ReadableSpan:
+    """The one span since the last look; it ends with its sync, a moment after the sync's last write."""
+    return (await until(world.spans.get_finished_spans, "a span"))[0]
+
+
+async def test_a_lab_that_is_found_changes_and_starts_is_told_on_its_record(world: LabsWorld) -> None:
+    (lab,) = await mirrored(world, "OSPF")
+    record = await world.record(lab.id)
+    world.edit(lab, title="BGP\x1b[31m")
+    world.machine().force(lab, "STARTED")
+    await world.sync()
+    assert await world.told(record.name) == [
+        ("Normal", "Created", 'the lab "OSPF" is DEFINED_ON_CORE, 2 nodes'),
+        ("Normal", "StateChanged", "the lab \"'BGP\\x1b[31m'\" went from DEFINED_ON_CORE to STARTED"),
+        ("Normal", "Updated", "the lab \"'BGP\\x1b[31m'\" changed: title from OSPF to 'BGP\\x1b[31m'"),
+    ]
+
+
+async def test_a_lab_at_rest_is_told_of_no_more(world: LabsWorld) -> None:
+    (lab,) = await mirrored(world, "OSPF")
+    record = await world.record(lab.id)
+    before = await world.told(record.name)
+    await world.sync()
+    world.edit(lab, notes="which no history remembers")
+    await world.sync()
+    assert await world.told(record.name) == before
+
+
+async def test_a_lab_that_vanished_from_outside_is_told_on_its_worker(world: LabsWorld) -> None:
+    labs = await mirrored(world, "stays", "goes")
+    world.machine().remove(labs[1])
+    await world.sync()
+    ((kind, reason, message),) = await world.told("w1", "LabWorker")
+    assert (kind, reason) == ("Warning", "LabVanished")
+    assert message.startswith(f'the lab "goes" ({labs[1].id}) is gone from CML and was not deleted through lrm')
+
+
+async def test_a_lab_that_was_deleted_through_lrm_did_not_vanish(world: LabsWorld) -> None:
+    (lab,) = await mirrored(world, "goes")
+    record = await world.record(lab.id)
+    await world.client.delete(record)
+    await world.gone(record)
+    await world.sync()
+    assert await world.told("w1", "LabWorker") == []
+
+
+async def test_a_lab_that_the_list_lacks_is_told_as_missing_once(world: LabsWorld) -> None:
+    labs = await mirrored(world, *(f"Lab {n}" for n in range(12)))
+    for lab in labs[:7]:
+        world.machine().remove(lab)
+    await world.sync()
+    await world.later_sync()
+    record = await world.record(labs[0].id)
+    assert [reason for _, reason, _ in await world.told(record.name)] == ["Created", "Missing"]
+
+
+async def test_a_sync_is_a_span_that_counts_what_came_of_it(world: LabsWorld) -> None:
+    first, *_, last = await mirrored(world, "a", "b", "c")
+    world.edit(first, title="other")
+    world.machine().remove(last)
+    world.machine().add_lab("new")
+    world.machine().add_lab("newer")
+    await world.sync()
+    span = await the_span(world)
+    assert span.name == "labs.sync"
+    assert span.attributes is not None
+    assert dict(span.attributes) == {
+        "lrm.worker": "w1",
+        "lrm.namespace": "default",
+        "cloud.region": "us-east-1",
+        "labs.synced": 4,
+        "labs.created": 2,
+        "labs.updated": 1,
+        "labs.missing": 0,
+        "labs.removed": 1,
+    }
+    assert span.status.status_code is StatusCode.UNSET
+
+
+async def test_a_sync_that_fails_is_a_span_with_the_error(world: LabsWorld) -> None:
+    await mirrored(world, "a")
+    world.fault("html", path="/labs", status=200)
+    await world.failing_sync("HTML")
+    span = await the_span(world)
+    assert span.status.status_code is StatusCode.ERROR
+    (event,) = span.events
+    assert event.attributes is not None
+    assert str(event.attributes["exception.type"]).endswith(SyncFailed.__name__)
+
+
+async def test_syncs_and_what_they_found_are_counted(world: LabsWorld) -> None:
+    labs = await mirrored(world, "a", "b")
+    world.machine().remove(labs[0])
+    await world.sync()
+    world.fault("html", path="/labs", status=200)
+    await world.failing_sync("HTML")
+    await until(lambda: measured(world, "lrm_labs_sync_errors_total"))
+    assert measured(world, "lrm_labs_sync_errors_total").keys() == {("CmlBadAnswer",)}
+    seconds = measured(world, "lrm_labs_sync_seconds_count")
+    assert seconds["synced",] >= 2
+    assert seconds["failed",] >= 1
+    assert measured(world, "lrm_labs_changes_total") == {("created",): 2, ("removed",): 1}
+    assert measured(world, "lrm_labs_orphans_total") == {(): 1}
+    assert measured(world, "lrm_labs_records") == {("w1", "default"): 1}
+
+
+async def test_the_log_tells_of_orphans_and_of_their_removal(world: LabsWorld, lines: list[Any]) -> None:
+    labs = await mirrored(world, "stays", "goes")
+    world.machine().remove(labs[1])
+    lines.clear()
+    await world.sync()
+    (found,) = said(lines, "labs.orphans_found")
+    assert (found["worker"], found["count"], found["labs"]) == ("w1", 1, [labs[1].id])
+    (removed,) = said(lines, "labs.orphan_removed")
+    assert removed["lab"] == labs[1].id
+    (synced,) = said(lines, "labs.synced")
+    assert [synced[name] for name in ("synced", "created", "updated", "removed")] == [1, 0, 0, 1]
+    lines.clear()
+    await world.sync()
+    assert not said(lines, "labs.orphans_found")
+
+
+class Stubborn(MemoryStorage):
+    """A store that refuses to delete what it is told to keep."""
+
+    kept = ""
+
+    async def delete(self, key: str, **how: Any) -> Any:
+        if self.kept and self.kept in key:
+            raise TooLarge(f"{key} stays")
+        return await super().delete(key, **how)
+
+
+async def test_an_orphan_that_cannot_be_removed_is_logged_and_does_not_keep_the_others(
+    monkeypatch: pytest.MonkeyPatch, lines: list[Any]
+) -> None:
+    storage = Stubborn()
+    async with labs_world(monkeypatch, storage=storage) as world:
+        labs = await mirrored(world, "stays", "stuck", "goes")
+        storage.kept = labs[1].id
+        for lab in labs[1:]:
+            world.machine().remove(lab)
+        await world.failing_sync(labs[1].id)
+        (line, *_) = said(lines, "labs.orphan_removal_failed")
+        assert line["lab"] == labs[1].id
+        assert set(await world.records()) == {labs[0].id, labs[1].id}
+        storage.kept = ""
+        await world.sync()
+        assert set(await world.records()) == {labs[0].id}
+    await storage.aclose()
