@@ -248,7 +248,7 @@ class CmlClient:
         states = answer.mapping().get("nodes")
         if not isinstance(states, dict):
             raise CmlBadAnswer(answer.status, "the states of a lab's elements without those of its nodes")
-        return {node: state for node, state in states.items() if isinstance(state, str)}
+        return {node: state if isinstance(state, str) else "" for node, state in states.items()}
 
     async def download(self, lab_id: str) -> str:
         """The lab as YAML that can be imported again; CML sends it raw or as a JSON string."""

@@ -78,7 +78,7 @@ def _read(name: str, globs: Iterable[str]) -> str:
         try:
             if not stat.S_ISREG(os.fstat(handle).st_mode):
                 raise Refused(Reasons.TEMPLATE_INVALID, f"{name} is not a regular file")
-            with open(handle, "rb", closefd=False) as file:  # noqa: PTH123 - a handle, not a path
+            with open(handle, "rb", closefd=False) as file:
                 raw = file.read(LARGEST + 1)
         finally:
             os.close(handle)
