@@ -9,6 +9,7 @@ Observers are asked on the event loop, what they wrote is put into text in a thr
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -18,6 +19,7 @@ from typing import Literal, cast
 from opentelemetry.exporter.prometheus import PrometheusMetricReader
 from opentelemetry.metrics import Meter
 from opentelemetry.sdk.metrics import MeterProvider
+from opentelemetry.sdk.metrics.view import View
 from opentelemetry.sdk.resources import Resource
 from opentelemetry.util.types import Attributes
 from prometheus_client import CollectorRegistry
@@ -32,7 +34,7 @@ from storage.base import Health
 Observer = Callable[[Meter], None]
 """Creates gauges and counters on the meter that it is given and sets each to what is so now; on the event loop.
 
-An instrument takes 2,000 sets of labels; what is more is served as one, with `otel_metric_overflow`.
+An instrument takes as many sets of labels as there are objects to tell of; those of `Telemetry.meter` end at 2,000.
 """
 
 
@@ -45,7 +47,9 @@ class Telemetry:
         lasting = PrometheusMetricReader(disable_target_info=True, scope_info_enabled=False, registry=self._happened)
         self.meter: Meter = MeterProvider([lasting], resource=resource, shutdown_on_exit=False).get_meter("lrm")
         """For counters and histograms of what happens; label values come from a small fixed set."""
-        self._present = MeterProvider(resource=resource, shutdown_on_exit=False)
+        # What is told of the present is bounded by what exists, and kept for one scrape: no label is one too many.
+        everything = View(instrument_name="*", aggregation_cardinality_limit=sys.maxsize)
+        self._present = MeterProvider(resource=resource, shutdown_on_exit=False, views=[everything])
         self._observers: list[Observer] = []
         self._rendering = threading.Lock()
 

@@ -108,6 +108,23 @@ def test_what_belongs_to_an_object_goes_with_it() -> None:
     assert "lrm_worker_labs" not in scraped(telemetry)
 
 
+def test_a_fleet_of_any_size_is_told_in_full() -> None:
+    """OpenTelemetry folds what exceeds 2,000 sets of labels into one, unless it is told otherwise."""
+    telemetry, count = Telemetry(), 2500
+
+    def observe(meter: Meter) -> None:
+        labs = meter.create_gauge("lrm_worker_labs")
+        syncs = meter.create_counter("lrm_worker_syncs")
+        for n in range(count):
+            labs.set(n, {"worker": str(n)})
+            syncs.add(n, {"worker": str(n)})
+
+    telemetry.observe(observe)
+    found = scraped(telemetry)
+    for name in ("lrm_worker_labs", "lrm_worker_syncs_total"):
+        assert found[name] == {(("worker", str(n)),): n for n in range(count)}
+
+
 def test_a_scrape_leaves_nothing_behind() -> None:
     telemetry = Telemetry()
     telemetry.observe(lambda meter: meter.create_gauge("lrm_depth").set(1, {"controller": "a"}))
