@@ -96,7 +96,11 @@ class Edit:
 
 def edit_of(request: web.Request, verb: Verb, what: str) -> Edit:
     """Rights, options and the form of the answer, before the body is read."""
-    target = target_of(request)
+    return edit_of_target(request, target_of(request), verb, what)
+
+
+def edit_of_target(request: web.Request, target: Target, verb: Verb, what: str) -> Edit:
+    """The same for a target that another path names: plug-ins' own endpoints."""
     call_of(request).principal.require(verb, target.namespace, f"{what} {target.kind.plural}")
     return Edit(request, negotiate(request, OBJECT_FORMS), target, write_options(request))
 

@@ -1,0 +1,192 @@
+"""`/api/lab-instances/`: lab instances with a flat body and a flat answer, as course tools post them.
+
+A thin face over LabInstanceRequests: the same rights, rules, admission, audit and errors. Fields are in snake_case,
+phases in capitals. What it cannot say (resources, tracks, pools), the resource can.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from aiohttp import web
+
+from controllers.instances.kind import LAB_INSTANCE_REQUEST, LabInstanceRequest
+from lrm.api.call import API, Api, call_of
+from lrm.api.codec import negotiate, read_object, respond
+from lrm.api.edits import Edit, check_admission, edit_of_target, parse, store_new
+from lrm.api.lists import read_list, read_one
+from lrm.api.requests import Target, check_namespace, list_query, write_options
+from lrm.api.status import RequestError, bad_request
+from lrm.errors import Cause, Invalid
+from lrm.fanout import Selector
+from lrm.model import rfc3339
+from lrm.resource import AnyResource
+
+PATH = "/api/lab-instances"
+
+_FIELDS = {
+    "lab_template": "labTemplate",
+    "student_email": "studentEmail",
+    "duration_minutes": "durationMinutes",
+    "scheduled_start_time": "scheduledStartTime",
+    "environment": "environment",
+}
+"""Flat name → name in the spec."""
+_FLAT = {f"spec.{wire}": flat for flat, wire in _FIELDS.items()} | {"metadata.name": "name"}
+_FILTERS = ("phase", "student_email")
+
+
+def add_instance_routes(app: web.Application, _api: Api) -> None:
+    """Everything under `/api/lab-instances`."""
+    for root in (PATH, f"{PATH}/"):
+        app.router.add_post(root, _create)
+        app.router.add_get(root, _list)
+    app.router.add_get(f"{PATH}/{{name}}", _read)
+    app.router.add_delete(f"{PATH}/{{name}}", _delete)
+
+
+async def _create(request: web.Request) -> web.Response:
+    """POST: a new lab instance. 201 with it; 422 with every wrong field under its flat name."""
+    api, call = request.app[API], call_of(request)
+    accepted, options = negotiate(request), write_options(request)
+    body = await read_object(request, api.settings, api.clock)
+    namespace = body.get("namespace", "default")
+    if not isinstance(namespace, str):
+        raise Invalid("lab instance", [Cause("namespace", "FieldValueInvalid", "must be a text")])
+    check_namespace(namespace)
+    kind = LAB_INSTANCE_REQUEST
+    call.principal.require("write", namespace, f"create {kind.plural}")
+    target = Target(kind, namespace, str(body.get("name", ""))[:80])
+    call.about = target.about
+    try:
+        wanted = parse(kind, _document(body, namespace), options, call)
+        check_admission(api, call, wanted, None)
+        created = await store_new(api, kind, wanted, options)
+    except Invalid as error:
+        flat = [Cause(_flat_path(c.field), c.reason, c.message) for c in error.causes]
+        raise Invalid(f'lab instance "{target.name}"', flat) from error
+    Edit(request, accepted, target, options).note("created", created, None, created)
+    return await respond(accepted, flat_of(_own(created)), status=201)
+
+
+async def _list(request: web.Request) -> web.Response:
+    """GET: all of a namespace, or of all; `?phase=RUNNING&student_email=…` narrow it."""
+    api, namespace = request.app[API], request.query.get("namespace", "")
+    if namespace:
+        check_namespace(namespace)
+    target = Target(LAB_INSTANCE_REQUEST, namespace, "")
+    call = call_of(request)
+    call.about = target.about
+    call.principal.require("read", namespace, f"list {target.kind.plural}")
+    accepted = negotiate(request)
+    listing = await read_list(api, target, list_query(request, target.kind))
+    wanted = _filter(request)
+    found = [_own(item.resource) for item in listing.items if item.resource is not None and wanted(item.resource)]
+    for key in listing.left_out:
+        call.warn(f"left out: {key} cannot be decoded")
+    return await respond(accepted, [flat_of(r) for r in found])
+
+
+async def _read(request: web.Request) -> web.Response:
+    """GET of one."""
+    target = _target(request)
+    call_of(request).principal.require("read", target.namespace, f"read {target.kind.plural}")
+    accepted = negotiate(request)
+    item = await read_one(request.app[API], target, "")
+    if item.resource is None:
+        raise RequestError(500, "InternalError", item.error)
+    return await respond(accepted, flat_of(_own(item.resource)))
+
+
+async def _delete(request: web.Request) -> web.Response:
+    """DELETE: 202 while it is being cleaned up, 200 when it is gone at once; the answer is its last state."""
+    target = _target(request)
+    edit = edit_of_target(request, target, "write", "delete")
+    current = await edit.current()
+    left = await edit.client().delete(current)
+    edit.note("deleting" if left else "deleted", current, current, left)
+    return await respond(edit.accepted, flat_of(_own(left or current)), status=202 if left else 200)
+
+
+def flat_of(request: LabInstanceRequest) -> dict[str, Any]:
+    """A lab instance as one flat object; what is not known is null."""
+    meta, spec, status = request.metadata, request.spec, request.status
+    template, need = spec.lab_template, status.need
+    return {
+        "name": meta.name,
+        "namespace": meta.namespace,
+        "uid": meta.uid,
+        "resource_version": meta.resource_version,
+        "created_at": _time(meta.creation_timestamp),
+        "lab_template": template.image or template.topology_file or template.topology_url or "inline",
+        "runtime": spec.runs_in,
+        "student_email": spec.student_email,
+        "duration_minutes": spec.duration_minutes,
+        "scheduled_start_time": _time(spec.scheduled_start_time),
+        "environment": dict(spec.environment),
+        "phase": status.phase.upper(),
+        "worker": status.worker_ref.name if status.worker_ref else None,
+        "container_id": status.container_id,
+        "cml_lab_id": status.cml_lab_id,
+        "access_url": status.access_url,
+        "started_at": _time(status.started_at),
+        "ends_at": _time(request.ends_at),
+        "completed_at": _time(status.completed_at),
+        "error_message": status.error_message,
+        "retry_count": status.retry_count,
+        "resource_allocation": need.wire() if need is not None else None,
+        "conditions": [c.wire() for c in status.conditions],
+    }
+
+
+def _document(body: Mapping[str, Any], namespace: str) -> dict[str, Any]:
+    """The resource that a flat body means. Raises `Invalid` for fields that it does not have."""
+    strangers = sorted(set(body) - set(_FIELDS) - {"name", "namespace"})
+    if strangers:
+        raise Invalid("lab instance", [Cause(f, "FieldValueInvalid", f'unknown field "{f}"') for f in strangers])
+    metadata: dict[str, Any] = {"namespace": namespace}
+    metadata |= {"name": body["name"]} if body.get("name") else {"generateName": "lab-"}
+    spec = {wire: body[flat] for flat, wire in _FIELDS.items() if body.get(flat) is not None}
+    return {"metadata": metadata, "spec": spec}
+
+
+def _flat_path(path: str) -> str:
+    for wire, flat in _FLAT.items():
+        if path == wire or path.startswith((f"{wire}.", f"{wire}[")):
+            return flat + path[len(wire) :]
+    return path
+
+
+def _filter(request: web.Request) -> Selector:
+    unknown = sorted(set(request.query) - {*_FILTERS, "namespace", "labelSelector", "fieldSelector", "resourceVersion"})
+    if unknown:
+        raise bad_request(f"{unknown[0][:40]!r} is no filter; there are namespace, {', '.join(_FILTERS)}")
+    phase = request.query.get("phase", "").lower()
+    student = request.query.get("student_email", "").lower()
+
+    def wanted(resource: AnyResource) -> bool:
+        found = _own(resource)
+        return (not phase or found.status.phase.lower() == phase) and (
+            not student or found.spec.student_email.lower() == student
+        )
+
+    return wanted
+
+
+def _target(request: web.Request) -> Target:
+    namespace = request.query.get("namespace", "default")
+    check_namespace(namespace)
+    target = Target(LAB_INSTANCE_REQUEST, namespace, request.match_info["name"])
+    call_of(request).about = target.about
+    return target
+
+
+def _own(resource: AnyResource) -> LabInstanceRequest:
+    if not isinstance(resource, LabInstanceRequest):
+        raise TypeError(f"{resource.kind} is no lab instance")
+    return resource
+
+
+def _time(value: Any) -> str | None:
+    return rfc3339(value) if value is not None else None

@@ -1,0 +1,154 @@
+"""`/api/lab-instances/`: the flat face of LabInstanceRequests."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import AsyncIterator
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import orjson
+import pytest
+
+from controllers.instances.kind import LAB_INSTANCE_REQUEST, LabInstanceRequest
+from controllers.instances.routes import add_instance_routes
+from equipment.api import Served, served, tokens_file
+from storage.memory import MemoryStorage
+
+PATH = "/api/lab-instances/"
+BODY: dict[str, Any] = {
+    "name": "my-python-lab",
+    "namespace": "default",
+    "lab_template": "python:3.9-alpine",
+    "student_email": "student@university.edu",
+    "duration_minutes": 60,
+    "environment": {"LAB_TYPE": "python-basics"},
+}
+
+
+def entry(name: str, role: str, *namespaces: str) -> dict[str, Any]:
+    digest = hashlib.sha256(f"{name}-token".encode()).hexdigest()
+    return {"name": name, "sha256": digest, "role": role, "namespaces": list(namespaces)}
+
+
+@pytest.fixture
+async def api() -> AsyncIterator[Served]:
+    async with served(MemoryStorage(), routes=(add_instance_routes,), kinds=(LAB_INSTANCE_REQUEST,)) as it:
+        yield it
+
+
+async def ask(api: Served, method: str, path: str, body: Any = None, **headers: str) -> tuple[int, Any]:
+    data = orjson.dumps(body) if body is not None else None
+    sent = {"Content-Type": "application/json", **headers}
+    async with api.session.request(method, api.url + path, data=data, headers=sent) as reply:
+        return reply.status, orjson.loads(await reply.read())
+
+
+async def enter(api: Served, name: str, *phases: str) -> None:
+    """What the instances' controller would write."""
+    client = api.client.bind(owner="instances", fence=None)
+    for phase in phases:
+        request = await client.get(LabInstanceRequest, "default", name)
+        await client.update_status(request, lambda r, phase=phase: r.status.enter(phase, "Test", datetime.now(UTC)))  # type: ignore[misc]
+
+
+async def test_what_is_posted_flat_is_a_resource_and_is_answered_flat(api: Served) -> None:
+    status, created = await ask(api, "POST", PATH, BODY)
+    assert status == 201
+    assert {k: created[k] for k in BODY} == BODY
+    assert (created["phase"], created["access_url"], created["runtime"]) == ("PENDING", None, "Container")
+    stored = await api.client.get(LabInstanceRequest, "default", "my-python-lab")
+    assert stored.spec.lab_template.image == "python:3.9-alpine"
+    assert stored.spec.environment == {"LAB_TYPE": "python-basics"}
+    assert created["uid"] == stored.uid
+    assert await ask(api, "GET", f"{PATH}my-python-lab") == (200, created)
+    assert await ask(api, "GET", PATH) == (200, [created])
+    assert await ask(api, "GET", PATH.rstrip("/")) == (200, [created])
+
+
+async def test_filters_narrow_the_list_whatever_their_case(api: Served) -> None:
+    for name, student in (("a", "ann@x.edu"), ("b", "bob@x.edu"), ("c", "ann@x.edu")):
+        assert (await ask(api, "POST", PATH, {**BODY, "name": name, "student_email": student}))[0] == 201
+    await enter(api, "a", "Scheduling", "Provisioning", "Running")
+
+    async def names(query: str) -> list[str]:
+        status, found = await ask(api, "GET", f"{PATH}?{query}")
+        assert status == 200
+        return [one["name"] for one in found]
+
+    assert await names("phase=RUNNING") == ["a"]
+    assert await names("phase=pending") == ["b", "c"]
+    assert await names("student_email=ANN@x.edu") == ["a", "c"]
+    assert await names("student_email=ann@x.edu&phase=Pending") == ["c"]
+    assert await names("namespace=other") == []
+    status, told = await ask(api, "GET", f"{PATH}?colour=red")
+    assert (status, told["reason"]) == (400, "BadRequest")
+
+
+@pytest.mark.parametrize(
+    ("change", "field"),
+    [
+        pytest.param({"student_email": "nobody"}, "student_email", id="no address"),
+        pytest.param({"student_email": None}, "student_email", id="nobody's"),
+        pytest.param({"duration_minutes": 0}, "duration_minutes", id="no time"),
+        pytest.param({"duration_minutes": 10**6}, "duration_minutes", id="for years"),
+        pytest.param({"lab_template": "NOT AN IMAGE"}, "lab_template.image", id="no image"),
+        pytest.param({"lab_template": None}, "lab_template", id="of nothing"),
+        pytest.param({"environment": {"A": "x\u0007y"}}, "environment", id="control characters"),
+        pytest.param({"environment": {"1A": "x"}}, "environment", id="no variable"),
+        pytest.param({"scheduled_start_time": "tomorrow"}, "scheduled_start_time", id="no time of day"),
+        pytest.param({"scheduled_start_time": "2026-01-01T10:00:00"}, "scheduled_start_time", id="no zone"),
+        pytest.param({"colour": "red"}, "colour", id="an unknown field"),
+        pytest.param({"name": "Not A Name"}, "name", id="no name"),
+        pytest.param({"namespace": 3}, "namespace", id="no namespace"),
+    ],
+)
+async def test_what_is_wrong_is_refused_with_its_flat_name(api: Served, change: dict[str, Any], field: str) -> None:
+    status, told = await ask(api, "POST", PATH, {**BODY, **change})
+    assert status == 422, told
+    assert field in [cause["field"] for cause in told["details"]["causes"]], told
+    assert await ask(api, "GET", PATH) == (200, []), "nothing that was refused has left a trace"
+
+
+async def test_deleting_tells_whether_it_is_gone(api: Served) -> None:
+    await ask(api, "POST", PATH, BODY)
+    stored = await api.client.get(LabInstanceRequest, "default", "my-python-lab")
+    await api.client.add_finalizer(stored, "lab.neuroglia.io/lab-instance")
+    assert (await ask(api, "DELETE", f"{PATH}my-python-lab"))[0] == 202
+    stored = await api.client.get(LabInstanceRequest, "default", "my-python-lab")
+    await api.client.remove_finalizer(stored, "lab.neuroglia.io/lab-instance")
+    assert (await ask(api, "DELETE", f"{PATH}my-python-lab"))[0] == 404
+    await ask(api, "POST", PATH, BODY)
+    assert (await ask(api, "DELETE", f"{PATH}my-python-lab"))[0] == 200
+
+
+async def test_one_of_that_name_is_a_conflict_and_none_a_name_of_its_own(api: Served) -> None:
+    await ask(api, "POST", PATH, BODY)
+    status, told = await ask(api, "POST", PATH, BODY)
+    assert (status, told["reason"]) == (409, "AlreadyExists")
+    status, made = await ask(api, "POST", PATH, {k: v for k, v in BODY.items() if k != "name"})
+    assert status == 201
+    assert made["name"].startswith("lab-")
+
+
+async def test_rights_hold_as_for_the_resource(tmp_path: Path) -> None:
+    tokens = tokens_file(tmp_path, entry("teacher", "manager", "lab"), entry("student", "viewer", "lab"))
+    async with served(
+        MemoryStorage(),
+        routes=(add_instance_routes,),
+        kinds=(LAB_INSTANCE_REQUEST,),
+        tokens_file=tokens,
+        audit_file=tmp_path / "audit.log",
+    ) as api:
+        teacher, student = ({"Authorization": f"Bearer {who}-token"} for who in ("teacher", "student"))
+        inside = {**BODY, "namespace": "lab"}
+        assert (await ask(api, "POST", PATH, inside))[0] == 401
+        assert (await ask(api, "POST", PATH, inside, **student))[0] == 403
+        assert (await ask(api, "POST", PATH, BODY, **teacher))[0] == 403
+        assert (await ask(api, "POST", PATH, inside, **teacher))[0] == 201
+        assert (await ask(api, "GET", f"{PATH}?namespace=lab", **student))[0] == 200
+        assert (await ask(api, "GET", PATH, **student))[0] == 403
+        assert (await ask(api, "DELETE", f"{PATH}my-python-lab?namespace=lab", **student))[0] == 403
+        recorded = [orjson.loads(line) for line in (tmp_path / "audit.log").read_bytes().splitlines()]
+        assert any("my-python-lab" in orjson.dumps(line).decode() for line in recorded)
