@@ -14,6 +14,7 @@ from typing import Any
 
 from controllers.aws.cloudwatch import CloudWatch
 from controllers.aws.ec2 import Ec2
+from controllers.aws.settings import AwsSettings
 from controllers.cml.sessions import CmlSessions
 from controllers.imports.controller import ImportsController
 from controllers.imports.kind import LAB_WORKER_IMPORT
@@ -48,7 +49,9 @@ from lrm.plugin import DevPlan, DevService, Plugin, PluginContext
 from lrm.reconcile import Controller
 
 
-class ControllersSettings(WorkerSettings, LabsSettings, MetricsSettings, PoolSettings, SweepSettings, InstanceSettings):
+class ControllersSettings(
+    WorkerSettings, LabsSettings, MetricsSettings, PoolSettings, SweepSettings, InstanceSettings, AwsSettings
+):
     """Everything that the kinds' controllers can be told."""
 
 
@@ -57,8 +60,8 @@ async def controllers(context: PluginContext) -> AsyncIterator[Sequence[Controll
     """Open the clients of EC2 and CML, give the controllers, close the clients at the end."""
     settings: ControllersSettings = context.settings
     async with (
-        Ec2(context.clock) as ec2,
-        CloudWatch(context.clock) as cloud_watch,
+        Ec2(context.clock, settings.aws_accounts) as ec2,
+        CloudWatch(context.clock, settings.aws_accounts) as cloud_watch,
         CmlSessions(settings, context.secrets, context.clock) as sessions,
         asyncio.TaskGroup() as tasks,
     ):

@@ -4,9 +4,8 @@ Promises: nothing blocks the event loop; every call ends by its `timeout` (secon
 of `controllers.aws.errors`; an answer that AWS did not number is an error, for proxies and portals answer too. Reads
 are tried three times by botocore, ever slower while AWS throttles (its adaptive mode); what creates or changes is
 tried once. After a timeout `AwsUnavailable` means that nothing was sent, and nothing will be; `AwsOutcomeUnknown` that
-it was. Endpoint and credentials are boto3's own business (AWS_ENDPOINT_URL, AWS_PROFILE, …); those that AWS refuses are
-read anew, at most every 30 s, so that a file that somebody has renewed is taken without a restart.
-Called by the services' own modules, `ec2` and `cloudwatch`.
+it was. An account that does not answer holds up no other. Endpoints are boto3's own business (AWS_ENDPOINT_URL, …),
+credentials that of `accounts`. Called by the services' own modules, `ec2` and `cloudwatch`.
 """
 
 from __future__ import annotations
@@ -16,33 +15,23 @@ import gc
 import threading
 from collections.abc import AsyncIterator, Mapping
 from typing import Any
-from xml.etree.ElementTree import ParseError, TreeBuilder, XMLParser
 
-import boto3
-import botocore.loaders
-import botocore.session
 from botocore import xform_name
 from botocore.config import Config
-from botocore.parsers import (
-    EC2QueryParser,
-    QueryParser,
-    ResponseParserError,
-    ResponseParserFactory,
-    RestXMLParser,
-)
 
+from controllers.aws.accounts import Accounts, unknown
 from controllers.aws.errors import (
     AwsAuthError,
     AwsError,
     AwsOutcomeUnknown,
     AwsServerError,
     AwsUnavailable,
-    AwsUnknownAccount,
     Effect,
     from_botocore,
     no_answer,
 )
 from controllers.aws.place import Place
+from controllers.aws.settings import AwsAccount
 from controllers.aws.threads import Abandoned, Threads, Ticket
 from storage.clock import Clock
 
@@ -51,69 +40,53 @@ CREATE_TIMEOUT = 6.0
 READ_TIMEOUT = 20.0
 WRITE_TIMEOUT = 60.0
 IN_FLIGHT = 8
-"""Calls to one service at once."""
+"""Calls to one service of one account at once."""
 
 _MAX_PAGES = 1000
-_CREDENTIALS_KEPT = 30.0
-"""Seconds before credentials are read again, however often AWS refuses them."""
 
 
 class AwsCalls:
     """The calls of one service in all places; used on one event loop, by any number of tasks."""
 
     def __init__(
-        self, service: str, clock: Clock, *, endpoint_url: str | None = None, profile: str | None = None
+        self, service: str, clock: Clock, accounts: Mapping[str, AwsAccount], *, endpoint_url: str | None
     ) -> None:
         self._service = service
         self._clock = clock
-        self._endpoint_url = endpoint_url
-        self._profile = profile
-        self._threads = Threads(IN_FLIGHT, service)
+        self._accounts = Accounts(
+            service, accounts, clock, configs=_CONFIGS, endpoint_url=endpoint_url, prepare=self._prepare
+        )
+        # An account whose calls hang has none of the others' threads.
+        self._threads = {name: Threads(IN_FLIGHT, f"{service} {name}".rstrip()) for name in self._accounts.names}
         self._current = threading.local()
-        self._clients_lock = threading.Lock()
-        self._session: boto3.Session | None = None
-        self._session_since = 0.0
-        self._clients: dict[tuple[Place, Effect], Any] = {}
 
     def close(self) -> None:
         """Take no more calls and close idle connections; calls whose callers have left end by their socket timeout."""
-        self._threads.close()
-        for client in list(self._clients.values()):
-            client.close()
+        for threads in self._threads.values():
+            threads.close()
+        self._accounts.close()
 
     @property
     def busy(self) -> int:
         """Calls in threads now, those whose callers have left included."""
-        return self._threads.busy
+        return sum(threads.busy for threads in self._threads.values())
 
     async def call(
         self, effect: Effect, place: Place, operation: str, request: Mapping[str, Any], timeout: float
     ) -> dict[str, Any]:
         """One call and its whole answer. Raises `AwsError`."""
-        ticket = Ticket()
+        threads, ticket = self._threads.get(place.account), Ticket()
+        if threads is None:
+            raise unknown(place)
 
         def work() -> dict[str, Any]:
-            self._current.ticket = ticket
-            try:
-                method = getattr(self._client(place, effect), xform_name(operation))
-                answer: dict[str, Any] = method(**request)
-            except (Abandoned, AwsError):
-                raise
-            except Exception as error:  # noqa: BLE001 - urllib3's and socket's own get through botocore
-                # Mapped here, in the thread, so that nothing of botocore ever reaches a task.
-                told = from_botocore(error, effect, operation=operation, place=place, sent=ticket.sent)
-                if isinstance(told, AwsAuthError):
-                    self._forget_credentials()
-                raise told from None
-            finally:
-                self._end_parse()
-            return answer
+            return self._carry_out(effect, place, operation, request, ticket)
 
         if timeout <= 0:
             raise AwsUnavailable("DeadlineExceeded", "no time was left to ask", operation=operation, place=place)
         try:
             async with self._clock.timeout(timeout):
-                answer = await self._threads.run(work)
+                answer = await threads.run(work)
         except TimeoutError:
             if ticket.abandon():
                 raise no_answer(
@@ -152,35 +125,32 @@ class AwsCalls:
             seen.add(token)
         raise AwsServerError("EndlessPages", "the pages do not come to an end", operation=operation, place=place)
 
-    def _client(self, place: Place, effect: Effect) -> Any:
-        """The client of a place for calls of this class. Runs in a thread: making the first one takes 0.3 s."""
-        if place.account:
-            raise AwsUnknownAccount("UnknownAccount", f"no account is called {place.account!r}", place=place)
-        with self._clients_lock:
-            client = self._clients.get((place, effect))
-            if client is None:
-                if self._session is None:
-                    core = botocore.session.Session()
-                    core.register_component("data_loader", _LOADER)
-                    core.register_component("response_parser_factory", _Parsers())
-                    self._session = boto3.Session(profile_name=self._profile, botocore_session=core)
-                    self._session_since = self._clock.monotonic()
-                create: Any = self._session.client  # the stubs know one overload for each service, and no name of any
-                client = create(
-                    self._service, region_name=place.region, endpoint_url=self._endpoint_url, config=_CONFIGS[effect]
-                )
-                client.meta.events.register(f"before-send.{self._service}", self._before_send)
-                client.meta.events.register(f"before-parse.{self._service}", self._begin_parse)
-                client.meta.events.register(f"response-received.{self._service}", self._end_parse)
-                self._clients[place, effect] = client
-            return client
+    def _carry_out(
+        self, effect: Effect, place: Place, operation: str, request: Mapping[str, Any], ticket: Ticket
+    ) -> dict[str, Any]:
+        """The call itself, in a thread. Raises `AwsError`: nothing of botocore ever reaches a task; and `Abandoned`."""
+        self._current.ticket = ticket
+        try:
+            method = getattr(self._accounts.client(place, effect), xform_name(operation))
+            answer: dict[str, Any] = method(**request)
+        except Abandoned:
+            raise
+        except Exception as error:  # noqa: BLE001 - urllib3's and socket's own get through botocore
+            told = error
+            if not isinstance(error, AwsError):
+                told = from_botocore(error, effect, operation=operation, place=place, sent=ticket.sent)
+            if isinstance(told, AwsAuthError):
+                self._accounts.refused(place)
+            raise told from None
+        finally:
+            self._end_parse()
+        return answer
 
-    def _forget_credentials(self) -> None:
-        """Have the next call read them anew: boto3 reads a file once. Calls under way end with what they have."""
-        with self._clients_lock:
-            if self._clock.monotonic() - self._session_since >= _CREDENTIALS_KEPT:
-                self._session = None
-                self._clients.clear()
+    def _prepare(self, client: Any) -> None:
+        events = client.meta.events
+        events.register(f"before-send.{self._service}", self._before_send)
+        events.register(f"before-parse.{self._service}", self._begin_parse)
+        events.register(f"response-received.{self._service}", self._end_parse)
 
     def _before_send(self, **_: Any) -> None:
         """Called by botocore before each attempt, in the calling thread; returning None lets it go on."""
@@ -205,30 +175,6 @@ class AwsCalls:
                 gc.enable()
             _PARSING.release()
 
-
-class _Parsers(ResponseParserFactory):
-    """Parsers that read XML in pieces: a page of 1,000 instances in one piece stops every other thread for 0.1 s."""
-
-    def create_parser(self, protocol_name: str) -> Any:
-        parser: Any = super().create_parser(protocol_name)
-        if type(parser) in (QueryParser, EC2QueryParser, RestXMLParser):
-            parser._parse_xml_string_to_dom = _dom  # noqa: SLF001 - botocore has no other door
-        return parser
-
-
-def _dom(document: bytes) -> Any:
-    parser = XMLParser(target=TreeBuilder(), encoding="utf-8")  # noqa: S314 - as botocore itself reads AWS's answers
-    try:
-        for start in range(0, len(document), _PIECE):
-            parser.feed(document[start : start + _PIECE])
-        return parser.close()
-    except ParseError as error:
-        raise ResponseParserError(f"the answer is no XML: {error}") from error
-
-
-_PIECE = 32 * 1024
-_LOADER = botocore.loaders.create_loader()
-"""Reads and keeps botocore's descriptions of the services: 0.2 s and many megabytes each, once per process."""
 
 _PARSING = threading.Lock()
 """Held while an answer of any service is parsed."""

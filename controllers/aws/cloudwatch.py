@@ -17,6 +17,7 @@ from typing import Any, Self
 from controllers.aws.calls import READ_TIMEOUT, AwsCalls
 from controllers.aws.errors import AwsAuthError, AwsServerError
 from controllers.aws.place import Place
+from controllers.aws.settings import AwsAccount
 from storage.clock import Clock
 
 METRICS_MOST = 500
@@ -54,9 +55,12 @@ def memory(instance_id: str) -> Metric:
 class CloudWatch:
     """The client; used on one event loop, by any number of tasks."""
 
-    def __init__(self, clock: Clock, *, endpoint_url: str | None = None, profile: str | None = None) -> None:
+    def __init__(
+        self, clock: Clock, accounts: Mapping[str, AwsAccount] | None = None, *, endpoint_url: str | None = None
+    ) -> None:
+        """`accounts`: by name, beside the one of the daemon's own credentials."""
         self._clock = clock
-        self._calls = AwsCalls("cloudwatch", clock, endpoint_url=endpoint_url, profile=profile)
+        self._calls = AwsCalls("cloudwatch", clock, accounts or {}, endpoint_url=endpoint_url)
 
     async def __aenter__(self) -> Self:
         return self

@@ -25,6 +25,7 @@ from controllers.aws.errors import (
 from controllers.aws.instance import LIVE_STATES, Ec2Instance, InstanceChecks, described, instance_of
 from controllers.aws.launch import LaunchParameters
 from controllers.aws.place import Place
+from controllers.aws.settings import AwsAccount
 from storage.clock import Clock
 
 __all__ = ["LIVE_STATES", "Ec2", "Ec2Instance", "InstanceChecks", "LaunchParameters"]
@@ -37,9 +38,12 @@ _PAGE_SIZE = 1000  # EC2's largest page
 class Ec2:
     """The client; used on one event loop, by any number of tasks."""
 
-    def __init__(self, clock: Clock, *, endpoint_url: str | None = None, profile: str | None = None) -> None:
+    def __init__(
+        self, clock: Clock, accounts: Mapping[str, AwsAccount] | None = None, *, endpoint_url: str | None = None
+    ) -> None:
+        """`accounts`: by name, beside the one of the daemon's own credentials."""
         self._clock = clock
-        self._calls = AwsCalls("ec2", clock, endpoint_url=endpoint_url, profile=profile)
+        self._calls = AwsCalls("ec2", clock, accounts or {}, endpoint_url=endpoint_url)
 
     async def __aenter__(self) -> Self:
         return self

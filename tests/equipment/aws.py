@@ -87,6 +87,15 @@ async def ec2(aws_shim: AwsShim) -> AsyncIterator[Ec2]:
         yield client
 
 
+class LaterClock(SystemClock):
+    """The system's clock, some seconds ahead."""
+
+    ahead = 0.0
+
+    def monotonic(self) -> float:
+        return super().monotonic() + self.ahead
+
+
 Boto = Callable[..., Awaitable[dict[str, Any]]]
 
 

@@ -8,8 +8,7 @@ import pytest
 
 from controllers.aws.ec2 import Ec2
 from controllers.aws.errors import AwsAuthError
-from equipment.aws import HERE, lying_server, reply
-from storage.clock import SystemClock
+from equipment.aws import HERE, LaterClock, lying_server, reply
 
 EXPIRED = reply(
     "<Response><Errors><Error><Code>ExpiredToken</Code><Message>expired</Message></Error></Errors>"
@@ -19,15 +18,6 @@ EXPIRED = reply(
 NOTHING_FOUND = reply(
     "<DescribeInstancesResponse><requestId>r</requestId><reservationSet/></DescribeInstancesResponse>"
 )
-
-
-class LaterClock(SystemClock):
-    """The system's clock, some seconds ahead."""
-
-    ahead = 0.0
-
-    def monotonic(self) -> float:
-        return super().monotonic() + self.ahead
 
 
 def renew(file: Path, key: str) -> None:

@@ -28,13 +28,14 @@ from controllers.aws.errors import (
     AwsServerError,
     AwsThrottled,
     AwsUnavailable,
+    AwsUnknownAccount,
     AwsWrongState,
     Ec2NotFound,
 )
 from controllers.aws.place import Place
 from controllers.aws.simulator import AwsShim
 from equipment import certificates
-from equipment.aws import ABSENT, HERE, boto, launch, lying_server, reply, shim_process
+from equipment.aws import ABSENT, HERE, REGION, boto, launch, lying_server, reply, shim_process
 from equipment.waiting import until
 from lrm.processes import ChildProcess
 from storage.clock import SystemClock
@@ -277,9 +278,9 @@ async def test_without_credentials_or_with_an_impossible_region_or_endpoint_noth
     async with Ec2(SystemClock(), endpoint_url="nonsense") as ec2:
         with pytest.raises(AwsUnavailable, match="Invalid endpoint"):
             await ec2.run_instance(HERE, launch("nonsense"))
-    async with Ec2(SystemClock(), endpoint_url=aws_shim.url, profile="no-such-profile") as ec2:
-        with pytest.raises(AwsAuthError):
-            await ec2.describe_instance(HERE, ABSENT)
+    async with Ec2(SystemClock(), endpoint_url=aws_shim.url) as ec2:
+        with pytest.raises(AwsUnknownAccount, match="'mars'"):
+            await ec2.describe_instance(Place(REGION, "mars"), ABSENT)
     monkeypatch.delenv("AWS_ACCESS_KEY_ID")
     monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
     async with Ec2(SystemClock(), endpoint_url=aws_shim.url) as ec2:

@@ -1,0 +1,242 @@
+"""The AWS accounts that the settings name: their credentials, and boto3's clients of one service in each of them.
+
+Promises: an account's name means what `LRM_AWS_ACCOUNTS` says and nothing else: one that is not there is refused, and
+a profile without credentials of its own never becomes the daemon's own account. A role's credentials are got at the
+first call and renewed before they end, in the thread of the call that needs them. Credentials that AWS refuses are
+read anew, at most every 30 s, so that a file that somebody has renewed is taken without a restart. No account waits
+for another's credentials. Called by `controllers.aws.calls`, in its threads.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import boto3
+import botocore.loaders
+import botocore.session
+from botocore.config import Config
+from botocore.credentials import CredentialProvider, CredentialResolver, DeferredRefreshableCredentials
+from botocore.exceptions import ClientError, ProfileNotFound
+
+from controllers.aws.errors import (
+    AwsAuthError,
+    AwsBadInput,
+    AwsError,
+    AwsNotFound,
+    AwsServerError,
+    AwsUnavailable,
+    AwsUnknownAccount,
+    Effect,
+    from_botocore,
+)
+from controllers.aws.parsing import Parsers
+from controllers.aws.place import Place
+from controllers.aws.settings import AwsAccount
+from storage.clock import Clock
+
+_CREDENTIALS_KEPT = 30.0
+"""Seconds before credentials are read again, however often AWS refuses them."""
+_SESSION_NAME = "lrm"
+"""Under which the account's own log of calls shows who assumed the role."""
+_DAEMONS_OWN = frozenset({"iam-role", "container-role", "env"})
+"""Where botocore looks on when a profile has no credentials: what it finds there is the daemon's own."""
+_STS = Config(connect_timeout=2, read_timeout=3, retries={"mode": "standard", "total_max_attempts": 1})
+"""Together less than a creating call may take: its signature waits for a role's credentials."""
+
+_LOADER = botocore.loaders.create_loader()
+"""Reads and keeps botocore's descriptions of the services: 0.2 s and many megabytes each, once per process."""
+
+
+logging.getLogger("botocore.credentials").setLevel(logging.ERROR)
+# It would tell each failure with its traceback, that is raised to whoever made the call, and told there once.
+
+
+class Accounts:
+    """The clients of one service in all accounts; the methods are for any thread."""
+
+    def __init__(
+        self,
+        service: str,
+        accounts: Mapping[str, AwsAccount],
+        clock: Clock,
+        *,
+        configs: Mapping[Effect, Config],
+        endpoint_url: str | None,
+        prepare: Callable[[Any], None],
+    ) -> None:
+        """`prepare` is called with each new client."""
+        self._accounts = {
+            name: _Account(service, meaning, clock, configs=configs, endpoint_url=endpoint_url, prepare=prepare)
+            for name, meaning in {"": None, **accounts}.items()
+        }
+
+    @property
+    def names(self) -> frozenset[str]:
+        """Of all accounts, the daemon's own, which is empty, included."""
+        return frozenset(self._accounts)
+
+    def client(self, place: Place, effect: Effect) -> Any:
+        """The client for calls of this class in a place; making the first one takes 0.3 s. Raises `AwsError`."""
+        return self._of(place).client(place, effect)
+
+    def refused(self, place: Place) -> None:
+        """Have the next call read the account's credentials anew: boto3 reads a file once."""
+        self._of(place).forget()
+
+    def close(self) -> None:
+        """Close idle connections."""
+        for account in self._accounts.values():
+            account.close()
+
+    def _of(self, place: Place) -> _Account:
+        account = self._accounts.get(place.account)
+        if account is None:
+            raise unknown(place)
+        return account
+
+
+class _Account:
+    """One of them: a session, and a client for each region and class of calls."""
+
+    def __init__(
+        self,
+        service: str,
+        meaning: AwsAccount | None,
+        clock: Clock,
+        *,
+        configs: Mapping[Effect, Config],
+        endpoint_url: str | None,
+        prepare: Callable[[Any], None],
+    ) -> None:
+        self._service = service
+        self._meaning = meaning
+        self._clock = clock
+        self._configs = configs
+        self._endpoint_url = endpoint_url
+        self._prepare = prepare
+        self._lock = threading.Lock()
+        self._session: boto3.Session | None = None
+        self._since = 0.0
+        self._clients: dict[tuple[str, Effect], Any] = {}
+
+    def client(self, place: Place, effect: Effect) -> Any:
+        with self._lock:
+            client = self._clients.get((place.region, effect))
+            if client is None:
+                if self._session is None:
+                    self._session = self._sign_in(place)
+                    self._since = self._clock.monotonic()
+                create: Any = self._session.client  # the stubs know one overload for each service, and no name of any
+                client = create(
+                    self._service,
+                    region_name=place.region,
+                    endpoint_url=self._endpoint_url,
+                    config=self._configs[effect],
+                )
+                self._prepare(client)
+                self._clients[place.region, effect] = client
+            return client
+
+    def forget(self) -> None:
+        """Sign in anew at the next call, unless that was done just now. Calls under way end with what they have."""
+        with self._lock:
+            if self._clock.monotonic() - self._since >= _CREDENTIALS_KEPT:
+                self._session = None
+                self._clients.clear()
+
+    def close(self) -> None:
+        # Without the lock, which a slow sign-in may hold: this is the event loop.
+        for client in list(self._clients.values()):
+            client.close()
+
+    def _sign_in(self, place: Place) -> boto3.Session:
+        meaning = self._meaning
+        if meaning is None:
+            return boto3.Session(botocore_session=_core())
+        core = _core(meaning.profile)
+        if meaning.profile:
+            _check_profile(core, meaning.profile, place)
+        if meaning.role_arn:
+            role = _Role(core, meaning, place, self._endpoint_url)
+            core = _core(meaning.profile)
+            core.register_component("credential_provider", CredentialResolver([role]))
+        return boto3.Session(botocore_session=core)
+
+
+class _Role(CredentialProvider):
+    """The credentials of a role, assumed with those of `source` when they are needed and again before they end."""
+
+    METHOD = "assume-role"
+
+    def __init__(
+        self, source: botocore.session.Session, account: AwsAccount, place: Place, endpoint_url: str | None
+    ) -> None:
+        super().__init__(source)
+        self._source = source
+        self._account = account
+        self._place = place
+        self._endpoint_url = endpoint_url
+
+    def load(self) -> DeferredRefreshableCredentials:
+        return DeferredRefreshableCredentials(self._assume, self.METHOD)
+
+    def _assume(self) -> dict[str, str]:
+        """New credentials, as botocore wants them. Raises `AwsError`; the call that needed them was not sent."""
+        request = {"RoleArn": self._account.role_arn, "RoleSessionName": _SESSION_NAME}
+        if self._account.external_id:
+            request["ExternalId"] = self._account.external_id
+        try:
+            client: Any = self._source.create_client(
+                "sts", region_name=self._place.region, endpoint_url=self._endpoint_url, config=_STS
+            )
+            try:
+                given = client.assume_role(**request)["Credentials"]
+                return {
+                    "access_key": given["AccessKeyId"],
+                    "secret_key": given["SecretAccessKey"],
+                    "token": given["SessionToken"],
+                    "expiry_time": given["Expiration"].isoformat(),
+                }
+            finally:
+                client.close()
+        except Exception as error:  # noqa: BLE001 - urllib3's and socket's own get through botocore
+            raise self._told(error) from None
+
+    def _told(self, error: Exception) -> AwsError:
+        told = from_botocore(error, Effect.READ, operation="AssumeRole", place=self._place)
+        kind = type(told)
+        if isinstance(told, AwsBadInput | AwsNotFound):
+            kind = AwsAuthError
+        elif isinstance(told, AwsServerError):
+            kind = AwsUnavailable  # what was to be signed was not sent
+        message = f"the role {self._account.role_arn} cannot be assumed"
+        if isinstance(told, AwsAuthError) or not isinstance(error, ClientError):
+            message += f": {told.message}"  # else it is AWS's own text, which quotes requests
+        return kind(told.code, message, operation="AssumeRole", place=self._place, request_id=told.request_id)
+
+
+def unknown(place: Place) -> AwsUnknownAccount:
+    """The refusal of an account that the settings do not know."""
+    message = f"the settings know no AWS account {place.account!r} (LRM_AWS_ACCOUNTS)"
+    return AwsUnknownAccount("UnknownAccount", message, place=place)
+
+
+def _core(profile: str = "") -> botocore.session.Session:
+    core = botocore.session.Session(profile=profile or None)
+    core.register_component("data_loader", _LOADER)
+    core.register_component("response_parser_factory", Parsers())
+    return core
+
+
+def _check_profile(core: botocore.session.Session, profile: str, place: Place) -> None:
+    """Raise `AwsAuthError` unless the profile has credentials of its own."""
+    try:
+        found = core.get_credentials()
+    except ProfileNotFound:
+        raise AwsAuthError("ProfileNotFound", f"there is no profile {profile!r}", place=place) from None
+    if found is None or found.method in _DAEMONS_OWN:
+        message = f"the profile {profile!r} has no credentials of its own"
+        raise AwsAuthError("NoCredentialsError", message, place=place)

@@ -1,0 +1,54 @@
+"""Settings of the AWS accounts: what a name that resources carry means.
+
+No secret is here: a profile is one of boto3's own configuration files, a role is assumed with credentials found there.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Self
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from lrm.settings import LrmSettings
+
+_NAME = re.compile(r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?")
+
+
+class AwsAccount(BaseModel):
+    """How to get into an account: a profile's credentials, or a role assumed with them or with the daemon's own."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    profile: str = Field("", max_length=255)
+    """A profile of boto3's configuration files, with credentials of its own."""
+    role_arn: str = Field("", max_length=640, pattern=r"^(arn:[\w-]+:iam::\d{12}:role/[\w+=,.@/-]+)?$")
+    external_id: str = Field("", max_length=1224, pattern=r"^([\w+=,.@:/-]+)?$")
+    """What the role's owner wants to be told by whoever assumes it; not a secret."""
+
+    @model_validator(mode="after")
+    def _sense(self) -> Self:
+        if not (self.profile or self.role_arn):
+            raise ValueError("an account needs a profile or a role_arn")
+        if self.external_id and not self.role_arn:
+            raise ValueError("an external_id says nothing without a role_arn")
+        return self
+
+
+class AwsSettings(LrmSettings):
+    """What the clients of AWS can be told."""
+
+    aws_accounts: dict[str, AwsAccount] = Field(
+        default_factory=dict,
+        description="AWS accounts by the short name that spec.account carries, each with profile, role_arn and "
+        'external_id, as JSON in the environment: {"exams": {"role_arn": "arn:aws:iam::111122223333:role/lrm"}}. '
+        "Without a name it is the account of the daemon's own credentials.",
+    )
+
+    @field_validator("aws_accounts")
+    @classmethod
+    def _names(cls, accounts: dict[str, AwsAccount]) -> dict[str, AwsAccount]:
+        for name in accounts:
+            if not _NAME.fullmatch(name):
+                raise ValueError(f"{name[:70]!r}: an account's name has up to 63 of a-z, 0-9 and -, none at its ends")
+        return accounts

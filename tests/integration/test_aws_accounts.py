@@ -1,0 +1,207 @@
+"""Several AWS accounts side by side: whose credentials a call has, and what happens when they are not to be had."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import AsyncIterator
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import pytest
+
+from controllers.aws.calls import IN_FLIGHT
+from controllers.aws.ec2 import Ec2, Ec2Instance
+from controllers.aws.errors import (
+    AwsAuthError,
+    AwsError,
+    AwsThrottled,
+    AwsUnavailable,
+    Ec2NotFound,
+)
+from controllers.aws.place import Place
+from controllers.aws.settings import AwsAccount
+from controllers.aws.simulator import AwsShim
+from equipment.aws import ABSENT, HERE, REGION, LaterClock, launch, lying_server, reply
+from equipment.waiting import until
+from storage.clock import SystemClock
+
+EXAMS, CLASSES, PARTNER = (Place(REGION, name) for name in ("exams", "classes", "partner"))
+EXAMS_NUMBER, CLASSES_NUMBER, PARTNER_NUMBER = "111111111111", "222222222222", "333333333333"
+ROLE = AwsAccount(role_arn=f"arn:aws:iam::{PARTNER_NUMBER}:role/lrm", external_id="lab-42")
+ACCOUNTS = {"exams": AwsAccount(profile="exams"), "classes": AwsAccount(profile="classes"), "partner": ROLE}
+
+
+@pytest.fixture
+def profiles(aws_credentials: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """Profiles for two accounts; the simulated AWS takes a key of twelve digits for the account's number."""
+    file = tmp_path / "credentials"
+    keys = {"exams": EXAMS_NUMBER, "classes": CLASSES_NUMBER}
+    file.write_text("".join(f"[{n}]\naws_access_key_id = {k}\naws_secret_access_key = s\n" for n, k in keys.items()))
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(file))
+    return file
+
+
+@pytest.fixture
+async def fleet(aws_shim: AwsShim, profiles: Path) -> AsyncIterator[Ec2]:
+    async with Ec2(SystemClock(), ACCOUNTS, endpoint_url=aws_shim.url) as client:
+        yield client
+
+
+async def test_instances_of_one_account_are_invisible_from_the_others(fleet: Ec2, aws_shim: AwsShim) -> None:
+    places = (HERE, EXAMS, CLASSES, PARTNER)
+    made = {place: await fleet.run_instance(place, launch(f"in-{place}", tags={"fleet": "1"})) for place in places}
+    for place in places:
+        assert [i.id for i in await fleet.find_by_tags(place, {"fleet": "1"})] == [made[place].id]
+    with pytest.raises(Ec2NotFound):
+        await fleet.terminate(CLASSES, made[EXAMS].id)
+    numbers = {world.account for world, _ in aws_shim.worlds.everywhere()}
+    assert numbers == {EXAMS_NUMBER, CLASSES_NUMBER, PARTNER_NUMBER, "123456789012"}
+    assert aws_shim.calls["AssumeRole"] == 1, "a role is assumed once for all its calls"
+
+
+async def test_credentials_of_one_account_that_are_refused_concern_no_other(fleet: Ec2, aws_shim: AwsShim) -> None:
+    aws_shim.faults.add({"action": "*", "fault": "auth", "times": 0, "account": EXAMS_NUMBER})
+    for _ in range(2):
+        with pytest.raises(AwsAuthError, match=f"in exams/{REGION}"):
+            await fleet.find_by_tags(EXAMS, {"a": "b"})
+        assert await fleet.find_by_tags(CLASSES, {"a": "b"}) == []
+    aws_shim.faults.clear()
+    assert await fleet.find_by_tags(EXAMS, {"a": "b"}) == []
+
+
+async def test_an_account_whose_calls_hang_holds_up_no_other(fleet: Ec2, aws_shim: AwsShim) -> None:
+    fault = {"action": "DescribeInstances", "fault": "dropped", "seconds": 60, "times": 0, "account": EXAMS_NUMBER}
+    aws_shim.faults.add(fault)
+    hanging = [asyncio.create_task(fleet.describe_instance(EXAMS, ABSENT)) for _ in range(IN_FLIGHT + 1)]
+    try:
+        await until(lambda: aws_shim.calls["DescribeInstances"] == IN_FLIGHT, "all threads of the account")
+        assert await fleet.find_by_tags(CLASSES, {"a": "b"}) == []
+        assert not any(task.done() for task in hanging)
+    finally:
+        for task in hanging:
+            task.cancel()
+        await asyncio.gather(*hanging, return_exceptions=True)
+
+
+async def test_a_role_is_assumed_anew_when_its_credentials_are_refused(aws_shim: AwsShim, profiles: Path) -> None:
+    clock = LaterClock()
+    async with Ec2(clock, ACCOUNTS, endpoint_url=aws_shim.url) as ec2:
+        one = await ec2.run_instance(PARTNER, launch("role"))
+        aws_shim.worlds.forget_roles()
+        with pytest.raises(AwsAuthError):
+            await ec2.describe_instance(PARTNER, one.id)
+        clock.ahead = 31
+        with pytest.raises(AwsAuthError):
+            await ec2.describe_instance(PARTNER, one.id)
+        assert (await ec2.describe_instance(PARTNER, one.id)).id == one.id
+    assert aws_shim.calls["AssumeRole"] == 2
+
+
+def given(key: str, lasts: timedelta) -> bytes:
+    """STS's answer to AssumeRole."""
+    until_then = (datetime.now(UTC) + lasts).strftime("%Y-%m-%dT%H:%M:%SZ")
+    keys = f"<AccessKeyId>{key}</AccessKeyId><SecretAccessKey>s</SecretAccessKey><SessionToken>t</SessionToken>"
+    result = f"<Credentials>{keys}<Expiration>{until_then}</Expiration></Credentials>"
+    inner = (
+        f"<AssumeRoleResult>{result}</AssumeRoleResult><ResponseMetadata><RequestId>r</RequestId></ResponseMetadata>"
+    )
+    return reply(f"<AssumeRoleResponse>{inner}</AssumeRoleResponse>")
+
+
+NOTHING_FOUND = reply(
+    "<DescribeInstancesResponse><requestId>r</requestId><reservationSet/></DescribeInstancesResponse>"
+)
+
+
+async def test_a_roles_credentials_are_renewed_before_they_end(aws_credentials: None) -> None:
+    soon, later = timedelta(minutes=5), timedelta(hours=1)
+    answers = (given("ASIAFIRST", soon), NOTHING_FOUND, given("ASIASECOND", later), NOTHING_FOUND)
+    async with lying_server(*answers) as (url, seen), Ec2(SystemClock(), ACCOUNTS, endpoint_url=url) as ec2:
+        for _ in range(3):
+            assert await ec2.find_by_tags(PARTNER, {"a": "b"}) == []
+    keys = [re.findall(rb"Credential=(\w+)/", request) for request in seen]
+    assert keys == [[b"testing"], [b"ASIAFIRST"], [b"testing"], [b"ASIASECOND"], [b"ASIASECOND"]]
+
+
+async def test_a_role_is_assumed_with_its_external_id_and_by_whom_the_profile_says(
+    aws_credentials: None, profiles: Path
+) -> None:
+    accounts = {"partner": ROLE.model_copy(update={"profile": "exams"})}
+    answers = (given("ASIATHEIRS", timedelta(hours=1)), NOTHING_FOUND)
+    async with lying_server(*answers) as (url, seen), Ec2(SystemClock(), accounts, endpoint_url=url) as ec2:
+        for _ in range(2):
+            assert await ec2.find_by_tags(PARTNER, {"a": "b"}) == []
+    assert len(seen) == 3
+    assert f"Credential={EXAMS_NUMBER}/".encode() in seen[0]
+    assert b"ExternalId=lab-42" in seen[0]
+    assert all(b"Credential=ASIATHEIRS/" in request for request in seen[1:])
+
+
+def refusal(code: str, status: int) -> bytes:
+    error = f"<Error><Type>Sender</Type><Code>{code}</Code><Message>AKIASECRET is not allowed</Message></Error>"
+    return reply(f"<ErrorResponse>{error}<RequestId>r</RequestId></ErrorResponse>", status=status)
+
+
+@pytest.mark.parametrize(
+    ("answer", "kind", "why"),
+    [
+        (refusal("AccessDenied", 403), AwsAuthError, "the role does not trust us"),
+        (refusal("ExpiredToken", 400), AwsAuthError, "our own credentials have expired"),
+        (refusal("ValidationError", 400), AwsAuthError, "nobody but who wrote the settings can help"),
+        (refusal("RegionDisabledException", 403), AwsAuthError, "as above"),
+        (refusal("Throttling", 400), AwsThrottled, "a storm of our own"),
+        (refusal("InternalFailure", 500), AwsUnavailable, "nothing was launched, whatever STS did"),
+        (b"HTTP/1.1 200 OK\r\nContent-Length: 99\r\n\r\nbroken", AwsUnavailable, "as above"),
+        (reply("<html>a portal</html>"), AwsUnavailable, "as above"),
+    ],
+)
+async def test_what_sts_refuses_was_certainly_not_launched(
+    aws_credentials: None, answer: bytes, kind: type[AwsError], why: str
+) -> None:
+    async with lying_server(answer) as (url, seen), Ec2(SystemClock(), ACCOUNTS, endpoint_url=url) as ec2:
+        with pytest.raises(kind, match="role/lrm cannot be assumed") as raised:
+            await ec2.run_instance(PARTNER, launch("never"))
+    assert raised.value.definite_refusal, why
+    assert raised.value.retryable, why
+    assert "AKIASECRET" not in str(raised.value)
+    assert all(b"Action=AssumeRole" in request for request in seen), why
+
+
+@pytest.mark.parametrize(
+    ("account", "told"),
+    [
+        (AwsAccount(profile="exams"), "'exams' has no credentials of its own"),
+        (AwsAccount(profile="mars"), "there is no profile 'mars'"),
+        (AwsAccount(profile="exams", role_arn=ROLE.role_arn), "'exams' has no credentials of its own"),
+    ],
+)
+async def test_a_profile_without_credentials_never_becomes_the_daemons_own_account(
+    aws_shim: AwsShim, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, account: AwsAccount, told: str
+) -> None:
+    config = tmp_path / "config"
+    config.write_text("[profile exams]\nregion = us-east-1\n")
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(config))
+    answer = b'{"AccessKeyId": "k", "SecretAccessKey": "s", "Token": "t", "Expiration": "2099-01-01T00:00:00Z"}'
+    container = b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\nConnection: close\r\n\r\n%s" % (len(answer), answer)
+    async with lying_server(container) as (url, _):
+        monkeypatch.setenv("AWS_CONTAINER_CREDENTIALS_FULL_URI", url)
+        async with Ec2(SystemClock(), {"exams": account}, endpoint_url=aws_shim.url) as ec2:
+            with pytest.raises(AwsAuthError, match=told):
+                await ec2.run_instance(EXAMS, launch("stray"))
+            assert not aws_shim.calls
+            await ec2.run_instance(HERE, launch("own"))
+
+
+async def test_a_profile_that_is_written_later_is_taken_without_a_restart(
+    fleet: Ec2, aws_shim: AwsShim, profiles: Path
+) -> None:
+    whole = profiles.read_text()
+    profiles.write_text("")
+    with pytest.raises(AwsAuthError, match="there is no profile 'exams'"):
+        await fleet.run_instance(EXAMS, launch("early"))
+    profiles.write_text(whole)
+    launched: Ec2Instance = await fleet.run_instance(EXAMS, launch("early"))
+    found = aws_shim.worlds.find(launched.id)
+    assert found is not None
+    assert found[0].account == EXAMS_NUMBER
