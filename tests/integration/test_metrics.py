@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 from collections.abc import AsyncIterator
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from controllers.metrics.controller import FleetMetrics
 from controllers.workers.kind import METRICS, LabWorker
 from equipment.fleet_world import FleetWorld, LoopLag, fleet_world, servers
 from equipment.waiting import until
-from equipment.workers_world import workers_world
+from equipment.workers_world import SetClock, workers_world
 from lrm.pauses import shortened
 
 EUROPE = "eu-west-1"
@@ -199,18 +200,33 @@ async def test_expired_credentials_are_told_and_forgotten_when_they_return(world
     assert (status.metrics.ec2.error, status.metrics.cloud_watch.error) == (None, None)
 
 
-async def test_a_throttled_fleet_asks_slower_not_more(world: FleetWorld, shim: AwsShim) -> None:
-    await world.add(10)
-    shim.faults.add({"action": "*", "fault": "throttle", "times": 0})
-    world.calls()
-    await world.refresh()
-    calls = world.calls()
-    assert set(calls) == {"DescribeInstances", "GetMetricData"}
-    assert max(calls.values()) <= 3
-    status = await world.status()
-    assert status.metrics is not None
-    assert status.metrics.ec2.error is not None
-    assert status.metrics.ec2.error.reason == "Throttled"
+async def test_a_fleet_that_is_throttled_for_long_asks_slower_not_more_and_recovers_by_one_refresh(
+    shim: AwsShim,
+) -> None:
+    clock = SetClock()
+    async with fleet_world(shim, clock=clock, metrics_refresh_interval=300) as world:
+        await world.add(10)
+        await world.refresh()
+        usual, before = world.calls(), await world.status()
+        throttled = shim.faults.add({"action": "*", "fault": "throttle", "times": 0})
+        for minutes, kept in ((0, True), (20, False)):
+            clock.offset = timedelta(minutes=minutes)
+            await world.refresh()
+            calls, status = world.calls(), await world.status()
+            assert set(calls) == {"DescribeInstances", "GetMetricData"}
+            assert max(calls.values()) <= 3
+            assert status.utilization == (before.utilization if kept else None), "after three intervals it is unknown"
+            assert status.metrics is not None
+            assert status.metrics.ec2.error is not None
+            assert status.metrics.ec2.error.reason == "Throttled"
+        shim.faults.remove(throttled.id)
+        await world.refresh()
+        assert world.calls() == usual, "nothing is made up for"
+        for worker in world.cache.all(LabWorker):
+            metrics = worker.status.metrics
+            assert metrics is not None
+            assert (metrics.ec2.error, metrics.cloud_watch.error) == (None, None)
+            assert worker.status.utilization == before.utilization
 
 
 async def test_an_instance_without_our_tag_and_one_that_has_vanished_are_asked_for_by_id(
