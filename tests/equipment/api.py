@@ -17,6 +17,7 @@ import aiohttp
 import orjson
 from pydantic import Field
 
+from lrm.admission import Admission
 from lrm.api.app import Api, serve
 from lrm.api.settings import ApiSettings
 from lrm.cache import Cache
@@ -25,6 +26,7 @@ from lrm.errors import Cause
 from lrm.fanout import Fanout, RingLimits
 from lrm.kind import Column, Kind
 from lrm.model import Model
+from lrm.offers import Offers
 from lrm.registry import Registry
 from lrm.resource import AnyResource, Resource, Status
 from storage.base import Storage
@@ -306,6 +308,8 @@ async def served(
     routes: Sequence[Callable[..., None]] = (),
     kinds: Sequence[Kind[Any]] = (TELESCOPE, SIGHTING),
     wait_synced: bool = True,
+    admission: Admission | None = None,
+    offers: Offers | None = None,
     **settings: Any,
 ) -> AsyncIterator[Served]:
     """The API of the test kinds on a free port."""
@@ -325,6 +329,8 @@ async def served(
         settings=ApiSettings(port=0, **settings),
         status=status,
         routes=tuple(routes),
+        admission=admission or {},
+        offers=offers or Offers(),
     )
     caching = asyncio.create_task(cache.run())
     try:

@@ -13,6 +13,7 @@ from equipment.widget import Note, Phase, Widget, registry, widget
 from lrm.cache import Cache
 from lrm.client import Client
 from lrm.clock import WallJumps
+from lrm.controller import Hints
 from lrm.election import StaticElection
 from lrm.errors import ResourceNotFound, TerminalError
 from lrm.reconcile import Context, Result, Runner
@@ -415,3 +416,25 @@ async def test_after_the_store_was_away_work_goes_on_by_itself() -> None:
         storage.away = False
         before = runs
         await it.until(lambda: runs >= before + 3)
+
+
+async def test_a_hint_from_outside_the_store_has_an_object_looked_at_while_somebody_leads() -> None:
+    runs, hints = 0, Hints()
+
+    async def step(_w: Widget, _ctx: Context) -> Result:
+        nonlocal runs
+        runs += 1
+        return Result.done()
+
+    controller = WidgetController(step)
+    controller.hints = hints
+    async with world(controller, widget()) as it:
+        await it.until(lambda: runs == 1)
+        await it.quiet()
+        hints.tell(("default", "w1"))
+        await it.until(lambda: runs == 2)
+        hints.tell(("default", "nobody"))
+        await it.quiet()
+        assert runs == 2
+    hints.tell(("default", "w1"))
+    assert runs == 2, "nobody listens any more"
