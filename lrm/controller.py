@@ -126,7 +126,9 @@ class Controller(ABC, Generic[R]):
     """One kind's reconcile logic; subclasses set the attributes and write `reconcile`."""
 
     name: str
-    """Unique; the owner of its status fields."""
+    """Unique."""
+    owner: str = ""
+    """As whom it writes status fields; empty: its name."""
     lock_name: str
     """Controllers that share a lock are led together."""
     model: type[R]

@@ -295,7 +295,7 @@ class Runner(Generic[R]):
     async def _one(self, key: Key, term: Term) -> _Outcome:
         name, queue = self.controller.name, self.queue
         bound = log.bind(controller=name, namespace=key[0], name=key[1], reconcile=uuid.uuid4().hex[:8])
-        client = self._client.bind(owner=name, fence=term)
+        client = self._client.bind(owner=self.controller.owner or name, fence=term)
         started, line, attempted = self._clock.monotonic(), self._resets, True
         try:
             await self._own_writes_visible(key)

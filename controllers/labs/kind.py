@@ -173,6 +173,11 @@ def printable(title: str) -> str:
     return title if title.isprintable() else ascii(title)
 
 
+def runs(record: LabRecord) -> bool:
+    """Whether the lab runs, for all that the last sync knows."""
+    return record.status.state == "STARTED" and record.status.missing_since is None
+
+
 def forgets(record: LabRecord) -> bool:
     """Whether deleting this record leaves the lab alone."""
     return record.metadata.annotations.get(FORGET_ANNOTATION, "false") != "false"
@@ -245,6 +250,7 @@ LAB_RECORD = Kind(
     indexes={
         "worker": lambda r: (f"{r.namespace}/{r.spec.worker_ref}",),
         "lab": lambda r: (f"{r.namespace}/{r.spec.worker_ref}/{r.spec.lab_id}",),
+        "running": lambda r: (f"{r.namespace}/{r.spec.worker_ref}",) if runs(r) else (),
     },
     fields={
         "spec.workerRef": lambda r: r.spec.worker_ref,

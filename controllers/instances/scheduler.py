@@ -1,0 +1,386 @@
+"""Which lab instance gets which place: the rules, as one pure function of what is known.
+
+Those that wait are taken in the order of their scheduled time (else creation), creation, uid; each gets the best place
+that has room for it, and what it takes is gone for those after it. One that does not fit holds up nobody. Quotas are
+counted in the same order. The same input gives the same answer. `places` makes the input of objects, `placing` asks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Literal, Protocol
+
+from controllers.instances.kind import Need, WorkerRef
+from controllers.instances.phases import Reasons
+from controllers.instances.scheduling import Waits
+
+Policy = Literal["BestFit", "LeastUsed", "RoundRobin"]
+
+_CPU_SLACK = 1e-6
+"""Cores by which a sum of fractions may miss what it stands for."""
+_GIB = 1024**3
+
+
+class Measured(Protocol):
+    """Whatever says how much of a place something takes: a need, a reservation, an amount."""
+
+    @property
+    def cpu(self) -> float: ...
+    @property
+    def memory(self) -> int: ...
+    @property
+    def slots(self) -> int: ...
+    @property
+    def nodes(self) -> int: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Amount:
+    """So much of everything that a place is measured in: cores, bytes, labs, CML nodes."""
+
+    cpu: float = 0.0
+    memory: int = 0
+    slots: int = 0
+    nodes: int = 0
+
+    def __add__(self, other: Measured) -> Amount:
+        return Amount(
+            self.cpu + other.cpu, self.memory + other.memory, self.slots + other.slots, self.nodes + other.nodes
+        )
+
+    def __sub__(self, other: Measured) -> Amount:
+        return Amount(
+            self.cpu - other.cpu, self.memory - other.memory, self.slots - other.slots, self.nodes - other.nodes
+        )
+
+    def holds(self, need: Need) -> bool:
+        """Whether a need fits in; what is not needed may be overdrawn or unknown."""
+        return (
+            need.slots <= self.slots
+            and (need.cpu <= self.cpu + _CPU_SLACK or need.cpu == 0)
+            and (need.memory <= self.memory or need.memory == 0)
+            and (need.nodes <= self.nodes or need.nodes == 0)
+        )
+
+
+UNBOUNDED_NODES = 10**9
+"""Nodes of a place where they do not count."""
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where labs may run: a LabWorker, or the engine."""
+
+    ref: WorkerRef
+    closed: str
+    """Why no lab is placed there now, in a word; empty where labs are taken."""
+    total: Amount
+    """Where cpu or memory is 0 it is not known, and what needs some of it waits until it is."""
+    used: Amount
+    licensed_nodes: int = UNBOUNDED_NODES
+    """Nodes that it could take in all with a licence; `total.nodes` says what it may take as it is."""
+    shared: bool = False
+    """For requests of every namespace."""
+    track: str = ""
+    pools: frozenset[str] = frozenset()
+
+    @property
+    def free(self) -> Amount:
+        return self.total - self.used
+
+    @property
+    def order(self) -> tuple[str, str]:
+        """By which equals are told apart."""
+        return self.ref.namespace, self.ref.name
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """A request that has no place."""
+
+    uid: str
+    namespace: str
+    student: str
+    runtime: str
+    since: tuple[datetime, datetime, str]
+    """Its rank: scheduled or else created at, created at, uid."""
+    need: Need | None
+    ready: bool
+    """Whether it would take a place now; if not, it still counts for quotas."""
+    track: str = ""
+    pool: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """What is reserved for a request already."""
+
+    ref: WorkerRef
+    amount: Amount
+
+
+@dataclass(frozen=True, slots=True)
+class Quota:
+    """Most lab instances that wait or run, 0 for no limit; and how many have a place, which always count first."""
+
+    per_student: int = 0
+    per_namespace: int = 0
+    students: Mapping[tuple[str, str], int] = field(default_factory=dict)
+    """By namespace and student."""
+    namespaces: Mapping[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Rules:
+    """What settings and earlier decisions say."""
+
+    policy: Policy = "BestFit"
+    quota: Quota = field(default_factory=Quota)
+    last: tuple[str, str] = ("", "")
+    """For RoundRobin: the place that was chosen last."""
+    held: Mapping[str, Held] = field(default_factory=dict)
+    """By uid."""
+
+
+def plan(
+    waiting: Iterable[Wanted], places: Sequence[Place], rules: Rules, asked: Collection[str]
+) -> Iterator[tuple[str, WorkerRef | Waits]]:
+    """Decide in order for those that wait, up to the last that is asked for: who has which place.
+
+    Those that are asked for and have none are told why; of the others only their places are told.
+    """
+    left = set(asked)
+    planning, count = _Planning(places, rules), _QuotaCount(rules.quota)
+    for wanted in sorted(waiting, key=lambda w: w.since):
+        if not left:
+            return
+        told = wanted.uid in left
+        left.discard(wanted.uid)
+        exceeded = count.exceeded_by(wanted)
+        if exceeded is not None:
+            if told:
+                yield wanted.uid, exceeded
+            continue
+        need = wanted.need
+        if not wanted.ready or need is None:
+            continue
+        chosen = planning.place(wanted, need)
+        if chosen is not None:
+            yield wanted.uid, chosen
+        elif told:
+            yield wanted.uid, planning.why_not(wanted, need)
+
+
+def anyone_fits(waiting: Iterable[Wanted], places: Sequence[Place], rules: Rules) -> bool:
+    """Whether a plan for all that wait would give a place to at least one."""
+    planning, count = _Planning(places, rules), _QuotaCount(rules.quota)
+    return any(
+        wanted.ready and wanted.need is not None and planning.place(wanted, wanted.need) is not None
+        for wanted in sorted(waiting, key=lambda w: w.since)
+        if count.exceeded_by(wanted) is None
+    )
+
+
+class _QuotaCount:
+    """Counts requests in their order against the limits."""
+
+    def __init__(self, quota: Quota) -> None:
+        self._quota = quota
+        self._students = dict(quota.students)
+        self._namespaces = dict(quota.namespaces)
+
+    def exceeded_by(self, wanted: Wanted) -> Waits | None:
+        """Why it is one too many; else it counts from now on."""
+        student, namespace, quota = (wanted.namespace, wanted.student), wanted.namespace, self._quota
+        of_student, of_namespace = self._students.get(student, 0), self._namespaces.get(namespace, 0)
+        if quota.per_student and of_student >= quota.per_student:
+            who = f"{wanted.student} has {of_student} lab instances before it in {namespace}, and {quota.per_student}"
+            return Waits(Reasons.QUOTA_EXCEEDED, f"{who} are allowed to a student")
+        if quota.per_namespace and of_namespace >= quota.per_namespace:
+            who = f"{of_namespace} lab instances come before it in {namespace}, and {quota.per_namespace}"
+            return Waits(Reasons.QUOTA_EXCEEDED, f"{who} are allowed in a namespace")
+        self._students[student] = of_student + 1
+        self._namespaces[namespace] = of_namespace + 1
+        return None
+
+
+_Group = tuple[str, str, str, str | None]
+
+
+class _Planning:
+    """The places while a plan fills them."""
+
+    def __init__(self, places: Sequence[Place], rules: Rules) -> None:
+        self._places = places
+        self._free = [place.free for place in places]
+        self._rules = rules
+        self._last = rules.last
+        self._groups: dict[_Group, list[int]] = {}
+        self._refused: dict[_Group, list[Need]] = {}
+        """Needs for which there was no room: within a plan room only shrinks."""
+
+    def place(self, wanted: Wanted, need: Need) -> WorkerRef | None:
+        """Where it goes; its room is taken."""
+        position = self._kept(wanted, need)
+        if position is None:
+            group = _group(wanted)
+            refused = self._refused.setdefault(group, [])
+            if any(_at_least(need, other) for other in refused):
+                return None
+            position = self._best(self._members(group), need)
+            if position is None:
+                refused.append(need)
+                return None
+            self._free[position] -= need
+        place = self._places[position]
+        self._last = place.order
+        return place.ref
+
+    def _kept(self, wanted: Wanted, need: Need) -> int | None:
+        """The place that is reserved for it, while it can be there."""
+        held = self._rules.held.get(wanted.uid)
+        if held is None:
+            return None
+        for position in self._members(_group(wanted)):
+            place = self._places[position]
+            if place.ref == held.ref and not place.closed:
+                free = self._free[position] + held.amount
+                if free.holds(need):
+                    self._free[position] = free - need
+                    return position
+        return None
+
+    def _members(self, group: _Group) -> list[int]:
+        """The places that may take its requests, whether they do now or not."""
+        if group not in self._groups:
+            self._groups[group] = [i for i, place in enumerate(self._places) if _suits(place, group)]
+        return self._groups[group]
+
+    def _best(self, members: Iterable[int], need: Need) -> int | None:
+        places, free = self._places, self._free
+        fitting = [i for i in members if free[i].holds(need) and not places[i].closed]
+        if not fitting:
+            return None
+        match self._rules.policy:
+            case "RoundRobin":
+                return min(fitting, key=lambda i: (places[i].order <= self._last, places[i].order))
+            case "LeastUsed":
+                return min(fitting, key=lambda i: (_share(places[i].total, free[i], need), places[i].order))
+            case "BestFit":
+                return min(fitting, key=lambda i: self._emptiness(i, need))
+
+    def _emptiness(self, position: int, need: Need) -> tuple[bool, float, tuple[str, str]]:
+        """The less, the better the fit: places in use before empty ones, which may be stopped, then the fullest."""
+        place, free = self._places[position], self._free[position]
+        return free.slots >= place.total.slots, -_share(place.total, free, need), place.order
+
+    def why_not(self, wanted: Wanted, need: Need) -> Waits:
+        """Why it has no place: the reason that tells best what would help."""
+        if wanted.runtime == "Container":
+            return self._why_no_engine(need)
+        visible = self._members(("CML", wanted.namespace, "", None))
+        if not visible:
+            return Waits(Reasons.NO_WORKERS_AVAILABLE, f"no worker serves the namespace {wanted.namespace}")
+        pooled = self._members(("CML", wanted.namespace, "", wanted.pool))
+        if not pooled:
+            return Waits(Reasons.NO_MATCHING_POOL, f"no worker belongs to the pool {wanted.pool}")
+        members = [self._places[i] for i in self._members(_group(wanted))]
+        what = f" of the track {wanted.track}" if wanted.track else ""
+        if not members:
+            return Waits(Reasons.NO_MATCHING_TRACK, f"no worker has the track {wanted.track}")
+        serving = [place for place in members if not place.closed]
+        if not serving:
+            return Waits(Reasons.NO_WORKERS_AVAILABLE, f"no worker{what} serves: {_counted(p.closed for p in members)}")
+        return _why_not_among(serving, need, what)
+
+    def _why_no_engine(self, need: Need) -> Waits:
+        engines = [place for place in self._places if place.ref.kind == "Engine" and not place.closed]
+        if not engines:
+            return Waits(Reasons.ENGINE_UNAVAILABLE, "no engine for containers is configured, or it does not answer")
+        if not any(place.total.holds(need) for place in engines):
+            return Waits(Reasons.TOO_LARGE, f"the engine could not take {_told(need)} even when empty")
+        return Waits(Reasons.NO_CAPACITY_AVAILABLE, f"the engine has no room for {_told(need)}")
+
+
+def _why_not_among(serving: Sequence[Place], need: Need, what: str) -> Waits:
+    able = [place for place in serving if place.total.holds(need)]
+    if able:
+        told = f"{len(able)} of {len(serving)} workers{what} could take {_told(need)}, and have no room"
+        return Waits(Reasons.NO_CAPACITY_AVAILABLE, told)
+    silent = [place for place in serving if _unknown_is_needed(place, need)]
+    if silent:
+        told = f"{silent[0].ref.name} has not told its cpu and memory yet"
+        return Waits(Reasons.NO_CAPACITY_AVAILABLE, told)
+    unlicensed = [place for place in serving if _with_license(place).holds(need)]
+    if unlicensed:
+        most = max(place.total.nodes for place in unlicensed)
+        told = f"it has {need.nodes} nodes, and {unlicensed[0].ref.name} takes {most} without a licence"
+        return Waits(Reasons.WORKER_NOT_LICENSED, told)
+    return Waits(Reasons.TOO_LARGE, f"no worker{what} that serves could take {_told(need)} even when empty")
+
+
+def _group(wanted: Wanted) -> _Group:
+    return wanted.runtime, wanted.namespace, wanted.track, wanted.pool
+
+
+def _suits(place: Place, group: _Group) -> bool:
+    runtime, namespace, track, pool = group
+    if place.ref.kind == "Engine":
+        return runtime == "Container"
+    return (
+        runtime == "CML"
+        and (place.shared or place.ref.namespace == namespace)
+        and (not track or place.track == track)
+        and (pool is None or pool in place.pools)
+    )
+
+
+def _at_least(need: Need, other: Need) -> bool:
+    """Whether a need is met nowhere where the other is not."""
+    return (
+        need.cpu >= other.cpu
+        and need.memory >= other.memory
+        and need.slots >= other.slots
+        and need.nodes >= other.nodes
+    )
+
+
+def _share(total: Amount, free: Amount, need: Need) -> float:
+    """How full the place would be with it, 0 to 1: by what is scarcest there."""
+    share = (total.slots - free.slots + need.slots) / max(1, total.slots)
+    if total.cpu:
+        share = max(share, (total.cpu - free.cpu + need.cpu) / total.cpu)
+    if total.memory:
+        share = max(share, (total.memory - free.memory + need.memory) / total.memory)
+    if total.nodes:
+        share = max(share, (total.nodes - free.nodes + need.nodes) / total.nodes)
+    return share
+
+
+def _unknown_is_needed(place: Place, need: Need) -> bool:
+    total = place.total
+    return (need.cpu > 0 and not total.cpu) or (need.memory > 0 and not total.memory)
+
+
+def _with_license(place: Place) -> Amount:
+    total = place.total
+    return Amount(total.cpu, total.memory, total.slots, max(total.nodes, place.licensed_nodes))
+
+
+def _counted(words: Iterable[str]) -> str:
+    """As in "2 Starting, 1 Stopped"."""
+    counts: dict[str, int] = {}
+    for word in words:
+        counts[word] = counts.get(word, 0) + 1
+    return ", ".join(f"{count} {word}" for word, count in sorted(counts.items()))
+
+
+def _told(need: Need) -> str:
+    parts: list[tuple[bool, Callable[[], str]]] = [
+        (need.cpu > 0, lambda: f"{need.cpu:g} cores"),
+        (need.memory > 0, lambda: f"{need.memory / _GIB:.2g} GiB"),
+        (need.nodes > 0, lambda: f"{need.nodes} nodes"),
+    ]
+    return ", ".join(tell() for is_asked, tell in parts if is_asked) or "another lab"
