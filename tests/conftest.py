@@ -1,4 +1,9 @@
-"""Fixtures that many tests share, and two rules of the suite: in CI a skip is a failure, and the time is told."""
+"""Fixtures that many tests share, and what holds for all of them.
+
+In CI a skip is a failure, and the time is told. No example of Hypothesis has a time limit, and in CI the examples are
+the same in every run. Logs are written as the daemon writes them: structlog's own default renders every local variable
+of a traceback, which holds up the event loop for seconds.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +14,9 @@ from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
+import structlog
 
 from equipment import fetch_kubectl
 from equipment.debian import NotHere
@@ -20,6 +27,23 @@ pytest_plugins = ["equipment.aws", "equipment.engine"]
 
 BUDGET_SECONDS = 20 * 60
 _began = pytest.StashKey[float]()
+
+hypothesis.settings.register_profile(
+    "here",
+    deadline=None,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow],
+    derandomize=bool(os.environ.get("CI")),
+    print_blob=True,
+)
+hypothesis.settings.load_profile("here")
+structlog.configure(
+    processors=[
+        structlog.contextvars.merge_contextvars,
+        structlog.processors.add_log_level,
+        structlog.processors.TimeStamper(fmt="iso", utc=True),
+        structlog.dev.ConsoleRenderer(colors=False, exception_formatter=structlog.dev.plain_traceback),
+    ]
+)
 
 
 @pytest.fixture
