@@ -70,7 +70,7 @@ class Allocations:
 
     def holders(self, uid: str) -> list[LabWorker]:
         """The workers on which something is reserved under a uid, as far as the cache knows."""
-        return [worker for worker in self._cache.all(LabWorker) if uid in worker.status.allocations]
+        return self._cache.by_index(LabWorker, "allocation", uid)
 
     async def _remove(
         self, worker: LabWorker, chosen: Callable[[dict[str, Allocation]], Sequence[str]], ctx: Context

@@ -245,7 +245,6 @@ class Placing:
         for promise in self._promises.values():
             promised.setdefault(promise.place.uid, []).append(promise)
         places: list[Place] = []
-        held: dict[str, Held] = {}
         seen: dict[tuple[str, str], tuple[LabWorker, Amount, Place]] = {}
         for worker in self._cache.all(LabWorker):
             key, entries = (worker.namespace, worker.name), worker.status.allocations
@@ -257,15 +256,17 @@ class Placing:
             else:
                 place = place_of(worker, foreign)
                 seen[key] = (worker, foreign, place)
-            for uid in entries.keys() & asks.keys():
-                held[uid] = Held(place.ref, Amount() + entries[uid])
             places.append(_with(place, (p for p in promised.get(worker.uid, ()) if p.request.uid not in entries)))
         self._seen = seen
         engine = engine_place(self._engine(), self._settings, self._used_on_engine())
         if engine is not None:
             places.append(_with(engine, promised.get(ENGINE.uid, ())))
-        settings = self._settings
-        return places, Rules(settings.instances_placement, self._quota(waiting), self._last, held)
+        held = {
+            uid: Held(self._seen[worker.namespace, worker.name][2].ref, Amount() + worker.status.allocations[uid])
+            for uid in asks
+            for worker in self._allocations.holders(uid)
+        }
+        return places, Rules(self._settings.instances_placement, self._quota(waiting), self._last, held)
 
     def _used_on_engine(self) -> Amount:
         used = Amount()

@@ -151,6 +151,7 @@ LAB_WORKER: Kind[LabWorker] = Kind(
         "track": lambda w: (w.spec.lab_track,),
         "phase": lambda w: (w.status.phase,),
         "region": lambda w: (w.spec.region,),
+        "allocation": lambda w: w.status.allocations,
     },
     fields={
         "status.phase": lambda w: w.status.phase,
