@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import sys
 from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any
 
 from controllers.aws.cloudwatch import CloudWatch
@@ -27,6 +27,7 @@ from controllers.labs.kind import LAB_RECORD
 from controllers.labs.measures import LabMeasures
 from controllers.labs.push import LabsPush
 from controllers.labs.records import LabRecordsController
+from controllers.labs.routes import add_labs_routes
 from controllers.labs.settings import LabsSettings
 from controllers.metrics.controller import FleetMetrics
 from controllers.metrics.settings import MetricsSettings
@@ -64,7 +65,9 @@ async def controllers(context: PluginContext) -> AsyncIterator[Sequence[Controll
         CloudWatch(context.clock, settings.aws_accounts) as cloud_watch,
         CmlSessions(settings, context.secrets, context.clock) as sessions,
         asyncio.TaskGroup() as tasks,
+        AsyncExitStack() as offered,
     ):
+        offered.enter_context(context.offers.offering(sessions))
         closing = tasks.create_task(sessions.run(), name="close CML clients")
         unsubscribe = context.cache.subscribe(sessions.on_update)
         metrics = FleetMetrics(
@@ -210,5 +213,6 @@ plugin = Plugin(
     kinds=(LAB_WORKER, LAB_RECORD, LAB_IMPORT, LAB_WORKER_POOL, LAB_WORKER_IMPORT, LAB_INSTANCE_REQUEST),
     controllers=controllers,
     settings=ControllersSettings,
+    routes=(add_labs_routes,),
     dev_services=DEV_SERVICES,
 )

@@ -30,6 +30,7 @@ from controllers.labs.telling import Telling
 from controllers.labs.writing import Failures, write_each
 from controllers.workers.kind import INSTANCE_FINALIZER, RECORDS_FINALIZER, LabWorker
 from controllers.workers.phases import Phase
+from controllers.workers.status import LabsSync
 from lrm.cache import Cache, Change
 from lrm.crashpoints import crash_point
 from lrm.errors import RetryLater
@@ -242,6 +243,9 @@ class LabsController(Controller[LabWorker]):
             w.status.labs_synced_at = mirror.at
             w.status.labs_sync_error = None
             w.status.labs_asked = asked_for(worker)
+            w.status.labs_last_sync = LabsSync(
+                synced=len(inventory.ids), created=mirror.created, updated=mirror.updated, removed=mirror.removed
+            )
             w.status.set_condition(
                 LABS_SYNCED, status=True, reason="Synced", message="every lab has its record", now=ctx.clock.now()
             )

@@ -40,6 +40,8 @@ class Home:
     worker: LabWorker
 
 
+AWAY_REASONS = frozenset({"WorkerUnreadable", "WorkerNotServing", "CMLNotIdentified", "ObserveOnly"})
+"""Every reason of an `Away`."""
 OBSERVING = Away("ObserveOnly", "nothing is changed on a CML that is only observed")
 
 

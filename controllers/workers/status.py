@@ -209,6 +209,17 @@ class IdleStatus(Model):
     """Why it is not known whether the worker is used."""
 
 
+class LabsSync(Model):
+    """What one sync of the worker's labs came to."""
+
+    synced: int = 0
+    """Labs that CML listed."""
+    created: int = 0
+    updated: int = 0
+    removed: int = 0
+    """Records that were written."""
+
+
 class LabWorkerStatus(Status):
     """What is observed."""
 
@@ -223,6 +234,7 @@ class LabWorkerStatus(Status):
     labs_sync_error: str | None = None
     labs_asked: str | None = None
     """The value of the reconcile-now annotation that the last sync honoured."""
+    labs_last_sync: LabsSync | None = None
     timestamps: Timestamps = Field(default_factory=Timestamps)
     idle: IdleStatus | None = None
     failure: Failure | None = None

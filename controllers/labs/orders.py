@@ -1,0 +1,159 @@
+"""Orders about labs: intents that the endpoints write down, and what the leader makes of them, seen in the cache.
+
+Promises: nothing but resources is written here; an order that was written is carried out whether or not anybody waits.
+An outcome is told only from a cache that holds the order. Called by the labs' endpoints.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from controllers.labs.due import asked_for
+from controllers.labs.homes import AWAY_REASONS
+from controllers.labs.imports_kind import FAILED as IMPORT_FAILED
+from controllers.labs.imports_kind import IMPORTED, LabImport, LabImportSpec
+from controllers.labs.imports_kind import READY as IMPORT_READY
+from controllers.labs.kind import (
+    ENDED,
+    FAILED,
+    LAB_DELETED,
+    SUCCEEDED,
+    WAITING,
+    LabRecord,
+    Operation,
+    Verb,
+    forgets,
+)
+from controllers.labs.wishes import outcome_of
+from controllers.workers.kind import LabWorker
+from lrm.api.call import Api
+from lrm.errors import ResourceNotFound
+from lrm.resource import RECONCILE_ANNOTATION, AnyResource, ObjectMeta
+
+_GATHER = 0.02
+"""Seconds between two looks: many labs change at once."""
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """How an order ended, or what it waits for."""
+
+    result: str
+    """Succeeded, Failed, Superseded or Waiting."""
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """An intent that was written: `resource` tells what becomes of it."""
+
+    resource: AnyResource
+    before: AnyResource | None
+    look: Callable[[], Outcome | None]
+    """What the cache shows of it; None while nothing is to be told."""
+
+
+class Orders:
+    """See the module."""
+
+    def __init__(self, api: Api) -> None:
+        self._api = api
+        self._client = api.client.bind(owner="", fence=None)
+
+    async def refresh(self, worker: LabWorker, order_id: str) -> Order:
+        """Ask for a sync. An order that another one replaces ends with that one's sync, which is later."""
+        asked = {RECONCILE_ANNOTATION: order_id}
+        written = await self._client.update(worker, lambda w: w.metadata.annotations.update(asked))
+        if written is None:
+            raise ResourceNotFound("labworkers", worker.name)
+
+        def look() -> Outcome | None:
+            now = self._api.cache.get(LabWorker, worker.namespace, worker.name)
+            if now is None or now.uid != worker.uid:
+                return Outcome(FAILED, f"the worker {worker.name} is gone")
+            return Outcome(SUCCEEDED, "") if now.status.labs_asked == asked_for(now) else None
+
+        return Order(written, worker, self._since(written.revision, look))
+
+    async def operate(self, record: LabRecord, verb: Verb, order_id: str) -> Order:
+        """Have a lab started, stopped or wiped. Raises `Forbidden` when it is being deleted."""
+        operation = Operation(id=order_id, verb=verb)
+        written = await self._client.update(record, lambda r: setattr(r.spec, "operation", operation))
+        if written is None:
+            raise ResourceNotFound("labrecords", record.name)
+
+        def look() -> Outcome | None:
+            now = self._api.cache.get(LabRecord, record.namespace, record.name)
+            if now is None or now.uid != record.uid or now.deleting:
+                return Outcome(FAILED, "the lab is gone, or on its way")
+            told = outcome_of(now, order_id)
+            if told is None or told.result not in ENDED | {WAITING}:
+                return None
+            return Outcome(told.result, told.message)
+
+        return Order(written, record, self._since(written.revision, look))
+
+    async def delete(self, record: LabRecord) -> Order:
+        """Have a lab deleted, or its record forgotten where its annotation says so. Raises `Forbidden`."""
+        written = await self._client.delete(record)
+        done = "Lab record forgotten; the lab stays" if forgets(record) else "Lab deleted successfully"
+        if written is None:
+            return Order(record, record, lambda: Outcome(SUCCEEDED, done))
+
+        def look() -> Outcome | None:
+            now = self._api.cache.get(LabRecord, record.namespace, record.name)
+            if now is None or now.uid != record.uid:
+                return Outcome(SUCCEEDED, done)
+            told = now.status.condition(LAB_DELETED)
+            return Outcome(WAITING, told.message) if told is not None and told.reason in AWAY_REASONS else None
+
+        return Order(written, record, self._since(written.revision, look))
+
+    async def import_lab(self, worker: LabWorker, title: str, topology: str) -> Order:
+        """Have a lab made. Raises `Invalid`, `TooLarge`."""
+        made = await self._client.create(
+            LabImport(
+                metadata=ObjectMeta(generate_name=f"{worker.name}-import-", namespace=worker.namespace),
+                spec=LabImportSpec(worker_ref=worker.name, title=title, topology=topology),
+            )
+        )
+
+        def look() -> Outcome | None:
+            now = self._api.cache.get(LabImport, made.namespace, made.name)
+            if now is None:
+                return Outcome(FAILED, "it was withdrawn")
+            told = now.status.condition(IMPORT_READY)
+            message = told.message if told is not None else ""
+            if now.status.phase in (IMPORTED, IMPORT_FAILED):
+                return Outcome(SUCCEEDED if now.status.phase == IMPORTED else FAILED, message)
+            return Outcome(WAITING, message) if told is not None and told.reason in AWAY_REASONS else None
+
+        return Order(made, None, self._since(made.revision, look))
+
+    async def seen(self, plural: str, look: Callable[[], T | None], seconds: float) -> T | None:
+        """What `look` finds in the cache as soon as it finds something, None after so long."""
+        api = self._api
+        try:
+            async with api.clock.timeout(seconds):
+                while True:
+                    news = api.fanout.news(plural)
+                    found = look()
+                    if found is not None or api.fanout.stopped:
+                        return found
+                    await news.wait()
+                    await api.clock.sleep(_GATHER)
+        except TimeoutError:
+            return look()
+
+    def _since(self, revision: int, look: Callable[[], Outcome | None]) -> Callable[[], Outcome | None]:
+        return lambda: look() if self._api.cache.revision >= revision else None
+
+
+def path_of(api: Api, resource: Any) -> str:
+    """Where the resource is served."""
+    kind = api.registry.of_object(resource)
+    return f"/apis/{kind.api_version}/namespaces/{resource.namespace}/{kind.plural}/{resource.name}"

@@ -1,0 +1,387 @@
+"""The endpoints about the labs of one worker, below /api/v1/workers/region/{region}/workers/{worker}:
+
+    GET labs               as they were at the last sync, whether CML answers or not
+    POST labs/refresh      sync them now
+    POST labs/import       make a lab of the topology in the body; ?title= wins over its own
+    POST labs/bulk         {action: start|stop|wipe|delete, labs: [id, …]}
+    POST labs/{lab}/start|stop|wipe, DELETE labs/{lab}, GET labs/{lab}/download (from CML itself)
+
+The worker is a name or an EC2 instance id, in `?namespace=` (default). What changes something is an order that the
+leader carries out (`orders`), waited for `?wait=` seconds (20); then 202 names the resource that tells.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from typing import Any
+
+from aiohttp import web
+
+from controllers.cml.errors import (
+    CmlCircuitOpen,
+    CmlError,
+    CmlForbidden,
+    CmlNotFound,
+    CmlTimeout,
+    CmlUnavailable,
+)
+from controllers.cml.models import is_lab_id
+from controllers.cml.sessions import CmlSessions
+from controllers.instances.topology import TopologyError, check
+from controllers.labs.homes import Away, Gone, home_of
+from controllers.labs.imports_kind import TITLE_MOST, TOPOLOGY_BYTES, LabImport
+from controllers.labs.kind import (
+    LAB_RECORD,
+    SUCCEEDED,
+    WAITING,
+    LabRecord,
+    record_name,
+    record_of_lab,
+    records_of_worker,
+)
+from controllers.labs.kind import Verb as LabVerb
+from controllers.labs.orders import Order, Orders, Outcome, path_of
+from controllers.workers.kind import LAB_WORKER, LabWorker
+from lrm.api.audit import Touched
+from lrm.api.auth import Verb
+from lrm.api.call import API, Api, call_of
+from lrm.api.codec import negotiate, read_body, read_object, respond
+from lrm.api.present import Presenter
+from lrm.api.requests import check_namespace
+from lrm.api.status import About, RequestError, answer_of, bad_request
+from lrm.errors import CacheBehind, Cause, LrmError, ResourceNotFound
+from lrm.model import rfc3339
+from lrm.resource import AnyResource
+from storage.errors import StorageError
+
+LONGEST_WAIT = 20.0
+"""Seconds; proxies give up after thirty."""
+BULK_MOST = 200
+"""Labs in one bulk order."""
+_AT_ONCE = 8
+_ACCEPTED = "Accepted"
+_VERBS: Mapping[str, LabVerb] = {"start": "Start", "stop": "Stop", "wipe": "Wipe"}
+_CODES = {SUCCEEDED: 200, WAITING: 202, _ACCEPTED: 202}
+_SECONDS = re.compile(r"[0-9]{1,2}(\.[0-9]{1,3})?")
+
+
+def add_labs_routes(app: web.Application, api: Api) -> None:
+    """See the module."""
+    del api
+    labs = "/api/v1/workers/region/{region}/workers/{worker}/labs"
+    app.add_routes(
+        [
+            web.get(labs, list_labs),
+            web.post(f"{labs}/refresh", refresh),
+            web.post(f"{labs}/import", import_lab),
+            web.post(f"{labs}/bulk", bulk),
+            web.post(f"{labs}/{{lab}}/{{action:start|stop|wipe}}", operate),
+            web.delete(f"{labs}/{{lab}}", delete),
+            web.get(f"{labs}/{{lab}}/download", download),
+        ]
+    )
+
+
+async def list_labs(request: web.Request) -> web.Response:
+    """GET of all labs, from the cache; `Age` is the seconds since CML was asked."""
+    worker = await _worker(request, "read", "list the labs of")
+    accepted, api, call = negotiate(request), request.app[API], call_of(request)
+    presenter, synced = Presenter(api.cache), worker.status.labs_synced_at
+    records = records_of_worker(api.cache, worker.namespace, worker.name)
+    labs = [_lab_document(presenter.shown(LAB_RECORD, record)) for record in records]
+    headers = {}
+    if synced is not None:
+        headers["Age"] = str(max(0, round((api.clock.now() - synced).total_seconds())))
+    else:
+        call.warn("the labs of this worker were never synced")
+    if worker.status.labs_sync_error:
+        call.warn(f"the last sync failed: {worker.status.labs_sync_error}")
+    return await respond(accepted, labs, headers=headers)
+
+
+async def refresh(request: web.Request) -> web.Response:
+    """POST: sync the worker's labs now; the counts of the sync that came of it."""
+    worker = await _worker(request, "write", "refresh the labs of")
+    accepted, seconds, api = negotiate(request), _wait(request), request.app[API]
+    orders = Orders(api)
+    order = await orders.refresh(worker, call_of(request).request_id)
+    _note(request, order, "refresh")
+    outcome = await orders.seen(LAB_WORKER.plural, order.look, seconds)
+    now = api.cache.get(LabWorker, worker.namespace, worker.name)
+    document: dict[str, Any] = {"worker": worker.name, **_told(outcome)}
+    if outcome is not None and outcome.result == SUCCEEDED and now is not None:
+        counts = now.status.labs_last_sync
+        synced = now.status.labs_synced_at
+        document |= counts.wire() if counts is not None else {}
+        document["last_synced"] = rfc3339(synced) if synced is not None else None
+    elif now is not None and now.status.labs_sync_error:
+        document["message"] = f"not synced yet; the last try failed: {now.status.labs_sync_error}"
+    return await _answer(request, accepted, order, outcome, document)
+
+
+async def operate(request: web.Request) -> web.Response:
+    """POST: start, stop or wipe a lab."""
+    action = request.match_info["action"]
+    worker = await _worker(request, "write", f"{action} labs of")
+    accepted, seconds, orders = negotiate(request), _wait(request), Orders(request.app[API])
+    record = _record(request, worker, request.match_info["lab"])
+    order = await orders.operate(record, _VERBS[action], call_of(request).request_id)
+    _note(request, order, action)
+    outcome = await orders.seen(LAB_RECORD.plural, order.look, seconds)
+    document = {"lab_id": record.spec.lab_id, "action": action, **_told(outcome)}
+    return await _answer(request, accepted, order, outcome, document)
+
+
+async def delete(request: web.Request) -> web.Response:
+    """DELETE: stop, wipe and delete a lab; its record goes with it."""
+    worker = await _worker(request, "write", "delete labs of")
+    accepted, seconds, orders = negotiate(request), _wait(request), Orders(request.app[API])
+    record = _record(request, worker, request.match_info["lab"])
+    order = await orders.delete(record)
+    _note(request, order, "delete")
+    outcome = await orders.seen(LAB_RECORD.plural, order.look, seconds)
+    document = {"lab_id": record.spec.lab_id, "action": "delete", **_told(outcome)}
+    return await _answer(request, accepted, order, outcome, document)
+
+
+async def bulk(request: web.Request) -> web.Response:
+    """POST: one action on many labs, with a result for each: 200 all done, 202 some under way, 207 some failed."""
+    worker = await _worker(request, "write", "change labs of")
+    accepted, seconds, api = negotiate(request), _wait(request), request.app[API]
+    action, ids = _bulk_body(await read_object(request, api.settings, api.clock))
+    orders, order_id = Orders(api), call_of(request).request_id
+    given: dict[str, Order | Exception] = {}
+
+    async def give(lab_id: str) -> None:
+        try:
+            record = _record(request, worker, lab_id)
+            if action == "delete":
+                order = await orders.delete(record)
+            else:
+                order = await orders.operate(record, _VERBS[action], order_id)
+        except (LrmError, StorageError) as error:
+            given[lab_id] = error
+        else:
+            given[lab_id] = order
+            _note(request, order, action)
+
+    await _each(ids, give)
+    waiting = [order for order in given.values() if isinstance(order, Order)]
+    await orders.seen(LAB_RECORD.plural, lambda: all(o.look() is not None for o in waiting) or None, seconds)
+    results = [_bulk_result(lab_id, given[lab_id], order_id) for lab_id in ids]
+    codes = {result.pop("code") for result in results}
+    status = 207 if codes - {200, 202} else max(codes)
+    return await respond(accepted, {"action": action, "results": results}, status=status)
+
+
+async def import_lab(request: web.Request) -> web.Response:
+    """POST: make a lab of a topology, YAML or JSON, at most 512 KiB."""
+    worker = await _worker(request, "write", "import labs to")
+    accepted, seconds, api = negotiate(request), _wait(request), request.app[API]
+    limit = min(TOPOLOGY_BYTES, api.settings.max_body_bytes)
+    body = await read_body(request, api.settings.model_copy(update={"max_body_bytes": limit}), api.clock)
+    try:
+        text = body.decode()
+        own_title = (await asyncio.to_thread(check, text)).title
+    except (TopologyError, UnicodeDecodeError) as error:
+        raise _unprocessable("topology", f"it is no topology: {error}") from error
+    title = request.query.get("title") or own_title
+    if not 1 <= len(title) <= TITLE_MOST:
+        raise _unprocessable("title", f"a lab needs a title of 1 to {TITLE_MOST} characters: ?title= or lab.title")
+    orders = Orders(api)
+    order = await orders.import_lab(worker, title, text)
+    _note(request, order, "import")
+    outcome = await orders.seen("labimports", order.look, seconds)
+    made = api.cache.get(LabImport, order.resource.namespace, order.resource.name)
+    document = {
+        "lab_id": made.status.lab_id if made is not None else None,
+        "title": title,
+        "warnings": made.status.warnings if made is not None else [],
+        "import": order.resource.name,
+        **_told(outcome),
+    }
+    return await _answer(request, accepted, order, outcome, document, done=201)
+
+
+async def download(request: web.Request) -> web.Response:
+    """GET of a lab's topology, read from CML here and now."""
+    worker = await _worker(request, "read", "download labs of")
+    record = _record(request, worker, request.match_info["lab"])
+    home = home_of(record, request.app[API].cache)
+    if isinstance(home, Gone):
+        raise RequestError(404, "NotFound", f"the lab's CML is gone: {home.message}")
+    if isinstance(home, Away):
+        raise RequestError(503, "ServiceUnavailable", f"CML cannot be asked: {home.message}", retry_after=30)
+    try:
+        text = await request.app[API].offers.get(CmlSessions).client_for(home.worker).download(record.spec.lab_id)
+    except CmlError as error:
+        raise _from_cml(error) from error
+    headers = {"Content-Disposition": f'attachment; filename="{record.spec.lab_id}.yaml"'}
+    return web.Response(body=text.encode(), headers=headers, content_type="application/yaml", charset="utf-8")
+
+
+async def _worker(request: web.Request, verb: Verb, what: str) -> LabWorker:
+    """The worker of the path, once its caller may do that and the cache holds all that was written before.
+
+    Raises 400, 403, `ResourceNotFound`, `CacheBehind`; with resourceVersion=0 the cache is taken as it is.
+    """
+    if "dryRun" in request.query:
+        raise bad_request("dryRun is not for these endpoints: change the resources themselves to rehearse")
+    api, call, info = request.app[API], call_of(request), request.match_info
+    namespace, name = request.query.get("namespace") or "default", info["worker"]
+    check_namespace(namespace)
+    call.about = About(LAB_WORKER.group, LAB_WORKER.plural, name[:80], namespace)
+    call.principal.require(verb, namespace, f"{what} labworkers")
+    if verb != "read" or request.query.get("resourceVersion") != "0":
+        await api.cache.barrier(api.settings.barrier_seconds)
+    elif not api.cache.synced:
+        raise CacheBehind(f"the cache is not filled yet: {api.cache.error}")
+    worker = api.cache.get(LabWorker, namespace, name)
+    if worker is None:
+        found = (w for w in api.cache.all(LabWorker, namespace) if w.status.ec2.instance_id == name)
+        worker = next(found, None)
+    if worker is None or worker.spec.region != info["region"]:
+        raise ResourceNotFound(LAB_WORKER.plural, name[:80])
+    return worker
+
+
+def _record(request: web.Request, worker: LabWorker, lab_id: str) -> LabRecord:
+    """The record of a lab. Raises `ResourceNotFound`."""
+    record = None
+    if is_lab_id(lab_id):
+        name = record_name(worker.name, lab_id)
+        if "lab" in request.match_info:
+            call_of(request).about = About(LAB_RECORD.group, LAB_RECORD.plural, name, worker.namespace)
+        record = record_of_lab(request.app[API].cache, worker.namespace, worker.name, lab_id)
+    if record is None:
+        raise ResourceNotFound(LAB_RECORD.plural, f"{worker.name}-{lab_id[:80]}")
+    return record
+
+
+def _lab_document(record: AnyResource) -> dict[str, Any]:
+    """One lab under the keys that clients of the list know."""
+    if not isinstance(record, LabRecord):
+        raise TypeError(f"a {record.kind} among the LabRecords")
+    status = record.status
+    times = {
+        "created": status.cml_created_at,
+        "modified": status.modified_at,
+        "last_synced": status.last_synced_at,
+    }
+    return {
+        "id": record.spec.lab_id,
+        "title": status.title,
+        "description": status.description,
+        "notes": status.notes,
+        "state": status.state,
+        "owner": status.owner_fullname,
+        "owner_username": status.owner_username,
+        "node_count": status.node_count,
+        "link_count": status.link_count,
+        "groups": status.groups,
+        **{name: rfc3339(time) if time is not None else None for name, time in times.items()},
+    }
+
+
+def _wait(request: web.Request) -> float:
+    """Seconds to wait for an outcome. Raises 400."""
+    text = request.query.get("wait", "")
+    if not text:
+        return LONGEST_WAIT
+    if not _SECONDS.fullmatch(text) or float(text) > LONGEST_WAIT:
+        raise bad_request(f"wait must be seconds from 0 to {LONGEST_WAIT:g}, not {text[:40]!r}")
+    return float(text)
+
+
+def _bulk_body(body: dict[str, Any]) -> tuple[str, Sequence[str]]:
+    """The action and the labs, each once. Raises 422."""
+    strangers = sorted(set(body) - {"action", "labs"})
+    if strangers:
+        raise _unprocessable(strangers[0], "is not known: there are action and labs")
+    action, labs = body.get("action"), body.get("labs")
+    if not isinstance(action, str) or action not in {*_VERBS, "delete"}:
+        raise _unprocessable("action", "must be start, stop, wipe or delete")
+    if not isinstance(labs, list) or not labs or not all(isinstance(lab, str) for lab in labs):
+        raise _unprocessable("labs", "must be a list of the labs' ids")
+    ids = list(dict.fromkeys(labs))
+    if len(ids) > BULK_MOST:
+        raise _unprocessable("labs", f"at most {BULK_MOST} at once, not {len(ids)}")
+    return action, ids
+
+
+def _bulk_result(lab_id: str, given: Order | Exception, request_id: str) -> dict[str, Any]:
+    if isinstance(given, Order):
+        outcome = given.look()
+        return {"lab_id": lab_id, **_told(outcome), "code": _code(outcome)}
+    answer = answer_of(given, request_id, writing=True)
+    return {"lab_id": lab_id, "result": "Failed", "message": answer.message, "code": answer.code}
+
+
+async def _each(items: Sequence[str], do: Callable[[str], Awaitable[None]]) -> None:
+    left = iter(items)
+
+    async def some() -> None:
+        for item in left:
+            await do(item)
+
+    async with asyncio.TaskGroup() as tasks:
+        for _ in range(min(_AT_ONCE, len(items))):
+            tasks.create_task(some())
+
+
+def _told(outcome: Outcome | None) -> dict[str, str]:
+    if outcome is None:
+        return {"result": _ACCEPTED, "message": "it is under way"}
+    return {"result": outcome.result, "message": outcome.message}
+
+
+def _code(outcome: Outcome | None) -> int:
+    return _CODES.get(outcome.result, 409) if outcome is not None else 202
+
+
+async def _answer(
+    request: web.Request,
+    accepted: Any,
+    order: Order,
+    outcome: Outcome | None,
+    document: dict[str, Any],
+    *,
+    done: int = 200,
+) -> web.Response:
+    """The outcome; what failed is a Status, what is under way names the resource that tells."""
+    code = _code(outcome)
+    if code == 409 and outcome is not None:
+        raise RequestError(409, "Conflict", outcome.message)
+    if code == 200:
+        return await respond(accepted, document, status=done)
+    place = path_of(request.app[API], order.resource)
+    return await respond(accepted, {**document, "resource": place}, status=code, headers={"Location": place})
+
+
+def _note(request: web.Request, order: Order, note: str) -> None:
+    """For the record."""
+    resource, before = order.resource, order.before
+    plural = request.app[API].registry.of_object(resource).plural
+    result = "created" if before is None else "deleting" if note == "delete" else "configured"
+    versions = (before.metadata.resource_version if before is not None else "", resource.metadata.resource_version)
+    call_of(request).touched.append(Touched(plural, resource.namespace, resource.name, result, *versions, note))
+
+
+def _unprocessable(field: str, message: str) -> RequestError:
+    return RequestError(422, "Invalid", f"{field}: {message}", causes=[Cause(field, "FieldValueInvalid", message)])
+
+
+def _from_cml(error: CmlError) -> RequestError:
+    """CML's failure as an answer to a read."""
+    if isinstance(error, CmlNotFound):
+        return RequestError(404, "NotFound", str(error))
+    if isinstance(error, CmlForbidden):
+        return RequestError(403, "Forbidden", str(error))
+    if isinstance(error, CmlTimeout):
+        return RequestError(504, "Timeout", str(error))
+    if isinstance(error, CmlUnavailable):
+        wait = error.retry_after if isinstance(error, CmlCircuitOpen) else 5
+        return RequestError(503, "ServiceUnavailable", str(error), retry_after=max(1, round(wait)))
+    return RequestError(502, "BadGateway", str(error))

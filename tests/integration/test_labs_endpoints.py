@@ -1,0 +1,359 @@
+"""The endpoints about a worker's labs: what they answer, whom they serve, and that they only write resources."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import orjson
+import pytest
+
+from controllers.cml.simulator.labs import Lab
+from controllers.labs.imports_kind import LabImport
+from controllers.workers.kind import LabWorker
+from equipment.api import Answer, Served, tokens_file
+from equipment.labs_api import labs_api, labs_path
+from equipment.labs_world import LabsWorld, instance_of, labs_world
+from equipment.waiting import until
+from lrm.resource import PROTECT_ANNOTATION
+
+KEYS = {
+    *("id", "title", "description", "notes", "state", "owner", "owner_username"),
+    *("node_count", "link_count", "created", "modified", "groups", "last_synced"),
+}
+TOPOLOGY = "lab: {title: inside, version: 0.2.0}\nnodes: []\nlinks: []\n"
+YAML = {"Content-Type": "application/yaml"}
+NO_LAB = "00000000-0000-4000-8000-000000000000"
+
+
+@pytest.fixture
+async def world(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[LabsWorld]:
+    async with labs_world(monkeypatch, labs_import_settle=0.3) as world:
+        yield world
+
+
+@pytest.fixture
+async def api(world: LabsWorld) -> AsyncIterator[Served]:
+    async with labs_api(world) as api:
+        yield api
+
+
+async def labs_of(world: LabsWorld, *titles: str, running: bool = False) -> list[Lab]:
+    """A worker and its labs, mirrored."""
+    await world.worker()
+    labs = [world.machine().add_lab(title, nodes=2, running=running) for title in titles]
+    await world.sync()
+    return labs
+
+
+async def enter(world: LabsWorld, phase: str) -> None:
+    def step(w: LabWorker) -> None:
+        w.status.enter(phase, "Test", world.clock.now())
+
+    await world.change_worker(step)
+
+
+async def listed(api: Served) -> dict[str, Any]:
+    answer = await api.get(labs_path())
+    assert answer.status == 200, answer.raw
+    return {lab["id"]: lab for lab in answer.body}
+
+
+async def post(api: Served, rest: str, body: Any = None, **options: Any) -> Answer:
+    return await api.call("POST", labs_path(rest), body, **options)
+
+
+# The list
+
+
+async def test_the_list_has_the_known_keys_and_its_age_and_needs_no_cml(world: LabsWorld, api: Served) -> None:
+    (lab,) = await labs_of(world, "Ärger \x07 😀", running=True)
+    world.fault("drop", path="*")
+    answer = await api.get(labs_path())
+    (shown,) = answer.body
+    assert set(shown) == KEYS
+    assert (shown["id"], shown["title"], shown["state"], shown["node_count"]) == (lab.id, lab.title, "STARTED", 2)
+    record = await world.record(lab.id)
+    assert shown["owner"] == record.status.owner_fullname
+    assert shown["last_synced"] is not None
+    assert int(answer.headers["Age"]) >= 0
+    assert not answer.warnings
+    await world.failing_sync()
+    stale = await api.get(labs_path("?resourceVersion=0"))
+    assert (stale.status, len(stale.body)) == (200, 1)
+    assert "the last sync failed" in stale.warnings[0]
+
+
+async def test_a_worker_is_found_by_name_or_instance_in_its_region_and_namespace_only(
+    world: LabsWorld, api: Served
+) -> None:
+    await labs_of(world, "one")
+    for path, status in {
+        labs_path(): 200,
+        labs_path(worker=instance_of("w1")): 200,
+        labs_path("?namespace=default"): 200,
+        labs_path("?namespace=other"): 404,
+        labs_path("?namespace=No_Label"): 400,
+        labs_path(worker="w2"): 404,
+        labs_path(region="eu-west-1"): 404,
+        labs_path("?dryRun=All"): 400,
+    }.items():
+        answer = await api.get(path)
+        assert (answer.status, path) == (status, path)
+        if status == 404:
+            assert answer.body["reason"] == "NotFound"
+    assert (await api.call("PUT", labs_path())).status == 405
+
+
+async def test_roles_hold_and_what_was_refused_leaves_no_trace(world: LabsWorld, tmp_path: Path) -> None:
+    (lab,) = await labs_of(world, "one")
+    tokens = [
+        {"name": role, "sha256": hashlib.sha256(role.encode()).hexdigest(), "role": role, "namespaces": namespaces}
+        for role, namespaces in (("viewer", None), ("manager", ["default"]), ("controller", ["other"]))
+    ]
+    files = {"tokens_file": tokens_file(tmp_path, *tokens), "audit_file": tmp_path / "audit.log"}
+    writes = [
+        ("POST", "/refresh", None),
+        ("POST", "/import", TOPOLOGY),
+        ("POST", "/bulk", {"action": "stop", "labs": [lab.id]}),
+        ("POST", f"/{lab.id}/start", None),
+        ("DELETE", f"/{lab.id}", None),
+    ]
+    async with labs_api(world, **files) as api:
+
+        async def ask(who: str, method: str, rest: str, body: Any = None) -> int:
+            headers = {"Authorization": f"Bearer {who}"} if who else {}
+            return (await api.call(method, labs_path(rest), body, headers=headers)).status
+
+        async with world.counting() as seen:
+            for method, rest, body in writes:
+                for who, status in (("", 401), ("viewer", 403), ("controller", 403)):
+                    assert (await ask(who, method, rest, body), who, rest) == (status, who, rest)
+        assert not seen
+        assert await ask("viewer", "GET", "") == 200
+        assert await ask("controller", "GET", "") == 403
+        assert await ask("viewer", "GET", f"/{lab.id}/download") == 200
+        assert await ask("manager", "POST", f"/{lab.id}/start") == 200
+        assert await ask("manager", "DELETE", f"/{lab.id}") == 200
+    lines = [orjson.loads(line) for line in (tmp_path / "audit.log").read_bytes().splitlines()]
+    done = [(e["who"], o["name"], o["note"]) for e in lines if e["code"] == 200 for o in e["objects"]]
+    assert done == [("manager", f"w1-{lab.id}", "start"), ("manager", f"w1-{lab.id}", "delete")]
+    assert sum(e["code"] == 403 for e in lines) == 2 * len(writes) + 1
+
+
+# Refresh
+
+
+async def test_a_refresh_tells_what_its_sync_came_to(world: LabsWorld, api: Served) -> None:
+    kept, changed, gone = await labs_of(world, "kept", "changed", "gone")
+    world.machine().add_lab("new")
+    world.edit(changed, title="changed a bit")
+    world.machine().remove(gone)
+    answer = await post(api, "/refresh")
+    assert answer.status == 200
+    counts = {name: answer.body[name] for name in ("synced", "created", "updated", "removed")}
+    assert counts == {"synced": 3, "created": 1, "updated": 1, "removed": 1}
+    assert {lab["title"] for lab in (await listed(api)).values()} == {kept.title, "changed a bit", "new"}
+
+
+async def test_a_refresh_that_takes_longer_says_where_to_look_and_why(world: LabsWorld, api: Served) -> None:
+    await labs_of(world, "one")
+    world.fault("status", path="*/labs", status=500)
+    await world.failing_sync()
+    answer = await post(api, "/refresh?wait=0.1")
+    assert (answer.status, answer.body["result"]) == (202, "Accepted")
+    assert "500" in answer.body["message"]
+    assert answer.headers["Location"] == answer.body["resource"]
+    assert (await api.get(answer.body["resource"])).body["metadata"]["name"] == "w1"
+
+
+async def test_two_refreshes_at_once_both_end(world: LabsWorld, api: Served) -> None:
+    await labs_of(world, "one")
+    answers = await asyncio.gather(*(post(api, "/refresh") for _ in range(4)))
+    assert [a.status for a in answers] == [200] * 4
+
+
+# One lab
+
+
+async def test_a_lab_is_started_stopped_wiped_and_deleted(world: LabsWorld, api: Served) -> None:
+    lab, other = await labs_of(world, "one", "other")
+    for action, state in (("start", "STARTED"), ("start", "STARTED"), ("stop", "STOPPED"), ("wipe", "DEFINED_ON_CORE")):
+        answer = await post(api, f"/{lab.id}/{action}")
+        assert (answer.status, answer.body["lab_id"], answer.body["result"]) == (200, lab.id, "Succeeded"), answer.raw
+        assert lab.state == state
+    gone = await api.call("DELETE", labs_path(f"/{lab.id}"))
+    assert gone.status == 200
+    assert (gone.body["lab_id"], gone.body["message"]) == (lab.id, "Lab deleted successfully")
+    assert set(await listed(api)) == {other.id} == set(world.machine().labs)
+    for method, rest in (("DELETE", f"/{lab.id}"), ("POST", f"/{lab.id}/start"), ("POST", f"/{NO_LAB}/stop")):
+        assert (await api.call(method, labs_path(rest))).status == 404
+    assert (await post(api, "/no-lab/start")).status == 404
+    assert (await post(api, f"/{other.id}/explode")).status == 404
+
+
+async def test_cmls_no_is_told_as_a_conflict(world: LabsWorld, api: Served) -> None:
+    (lab,) = await labs_of(world, "one")
+    world.fault("status", method="PUT", path=f"/labs/{lab.id}/start", status=400, description="no licence left")
+    answer = await post(api, f"/{lab.id}/start")
+    assert (answer.status, answer.body["reason"]) == (409, "Conflict")
+    assert "no licence left" in answer.body["message"]
+
+
+async def test_what_has_to_wait_for_the_worker_is_taken_at_once_and_done_later(world: LabsWorld, api: Served) -> None:
+    lab, doomed = await labs_of(world, "one", "doomed")
+    await enter(world, "Stopped")
+    for method, rest in (("POST", f"/{lab.id}/start"), ("DELETE", f"/{doomed.id}")):
+        answer = await api.call(method, labs_path(rest))
+        assert (answer.status, answer.body["result"]) == (202, "Waiting"), answer.raw
+        assert "Stopped" in answer.body["message"]
+        assert (await api.get(answer.headers["Location"])).status == 200
+    for phase in ("Starting", "ReadyUnlicensed"):
+        await enter(world, phase)
+    await until(lambda: lab.state == "STARTED" and doomed.id not in world.machine().labs)
+
+
+async def test_an_order_is_carried_out_though_nobody_waits_for_it(world: LabsWorld, api: Served) -> None:
+    lab, other = await labs_of(world, "one", "other")
+    asked = asyncio.create_task(post(api, f"/{lab.id}/start"))
+
+    async def ordered() -> bool:
+        return (await world.record(lab.id)).spec.operation is not None
+
+    await until(ordered)
+    asked.cancel()
+    answer = await post(api, f"/{other.id}/start?wait=0")
+    assert answer.status == 202
+    await until(lambda: lab.state == other.state == "STARTED")
+    for wait in ("21", "x", "-1"):
+        assert (await post(api, f"/{lab.id}/stop?wait={wait}")).status == 400
+    assert lab.state == "STARTED"
+
+
+async def test_a_protected_record_and_one_on_its_way_are_refused(world: LabsWorld, api: Served) -> None:
+    lab, leaving = await labs_of(world, "one", "leaving")
+    await world.client.update(
+        await world.record(lab.id), lambda r: r.metadata.annotations.update({PROTECT_ANNOTATION: "true"})
+    )
+    assert (await api.call("DELETE", labs_path(f"/{lab.id}"))).status == 403
+    await enter(world, "Stopped")
+    assert (await api.call("DELETE", labs_path(f"/{leaving.id}"))).status == 202
+    assert (await post(api, f"/{leaving.id}/start")).status == 403
+    assert set(world.machine().labs) == {lab.id, leaving.id}
+
+
+# Many labs
+
+
+async def test_a_bulk_order_has_a_result_for_each(world: LabsWorld, api: Served) -> None:
+    labs = await labs_of(world, *(f"Lab {n}" for n in range(6)))
+    ids = [lab.id for lab in labs]
+    started = await post(api, "/bulk", {"action": "start", "labs": [*ids, ids[0]]})
+    assert started.status == 200, started.raw
+    assert [(r["lab_id"], r["result"]) for r in started.body["results"]] == [(i, "Succeeded") for i in ids]
+    assert {lab.state for lab in labs} == {"STARTED"}
+    world.fault("status", method="PUT", path=f"/labs/{ids[0]}/wipe", status=403, description="not this one")
+    mixed = await post(api, "/bulk", {"action": "wipe", "labs": [ids[0], NO_LAB, ids[1]]})
+    assert mixed.status == 207
+    assert [r["result"] for r in mixed.body["results"]] == ["Failed", "Failed", "Succeeded"]
+    assert "not this one" in mixed.body["results"][0]["message"]
+    gone = await post(api, "/bulk", {"action": "delete", "labs": ids[1:]})
+    assert (gone.status, set(world.machine().labs)) == (200, {ids[0]}), gone.raw
+    assert set(await listed(api)) == {ids[0]}
+    await enter(world, "Stopped")
+    later = await post(api, "/bulk", {"action": "delete", "labs": ids[:1]})
+    assert (later.status, later.body["results"][0]["result"]) == (202, "Waiting")
+
+
+@pytest.mark.parametrize(
+    ("body", "field"),
+    [
+        ({"action": "explode", "labs": [NO_LAB]}, "action"),
+        ({"action": ["stop"], "labs": [NO_LAB]}, "action"),
+        ({"action": "stop", "labs": []}, "labs"),
+        ({"action": "stop", "labs": "all"}, "labs"),
+        ({"action": "stop", "labs": [NO_LAB, 7]}, "labs"),
+        ({"action": "stop", "labs": [str(n) for n in range(201)]}, "labs"),
+        ({"action": "stop", "labs": [NO_LAB], "force": True}, "force"),
+    ],
+)
+async def test_a_bulk_order_that_makes_no_sense_is_refused(
+    world: LabsWorld, api: Served, body: dict[str, Any], field: str
+) -> None:
+    await world.worker()
+    answer = await post(api, "/bulk", body)
+    assert (answer.status, set(answer.causes)) == (422, {field})
+
+
+# Import and download
+
+
+async def test_a_topology_is_imported_and_comes_back_by_download(world: LabsWorld, api: Served) -> None:
+    (lab,) = await labs_of(world, "BGP")
+    sent = await api.get(labs_path(f"/{lab.id}/download"))
+    assert (sent.status, sent.headers["Content-Type"]) == (200, "application/yaml; charset=utf-8")
+    made = await post(api, "/import", sent.raw, headers=YAML)
+    assert made.status == 201, made.raw
+    again = world.machine().labs[made.body["lab_id"]]
+    assert (again.title, len(again.nodes), made.body["title"]) == ("BGP", 2, "BGP")
+    named = await post(api, "/import?title=Mine", TOPOLOGY, headers=YAML)
+    assert world.machine().labs[named.body["lab_id"]].title == "Mine"
+    await until(lambda: len(world.known()) == 3, "the records, without a refresh")
+
+
+async def test_an_import_whose_answer_is_lost_makes_one_lab(world: LabsWorld, api: Served) -> None:
+    await world.worker()
+    world.fault("drop-answer", method="POST", path="/import", times=1)
+    made = await post(api, "/import", TOPOLOGY)
+    assert (made.status, list(world.machine().labs)) == (201, [made.body["lab_id"]])
+
+
+async def test_what_is_no_topology_or_too_large_is_refused_and_not_kept(world: LabsWorld, api: Served) -> None:
+    await world.worker()
+    for body, status in (
+        ("not: [yaml", 422),
+        ("just text", 422),
+        (b"\xff\xfe", 422),
+        (TOPOLOGY + "#" * 512 * 1024, 413),
+        (TOPOLOGY.replace("inside", "x" * 65), 422),
+        (TOPOLOGY.replace("title: inside, ", ""), 422),
+    ):
+        answer = await post(api, "/import", body, headers=YAML)
+        assert (answer.status, body[:20]) == (status, body[:20])
+    assert not await world.client.list(LabImport)
+    refused = await post(api, "/import", "lab: {title: x, version: '9'}\nnodes: []\nlinks: []", headers=YAML)
+    assert (refused.status, refused.body["reason"]) == (409, "Conflict")
+    assert not world.machine().labs
+
+
+@pytest.mark.parametrize(
+    ("kind", "how", "status"),
+    [
+        ("drop", {}, 503),
+        ("html", {"status": 502}, 503),
+        ("status", {"status": 404, "description": "Lab not found"}, 404),
+        ("status", {"status": 403}, 403),
+        ("status", {"status": 500}, 502),
+        ("html", {"status": 200}, 502),
+    ],
+    ids=["away", "booting", "gone", "forbidden", "stumbles", "a page"],
+)
+async def test_a_download_tells_what_cml_did_not_give(
+    world: LabsWorld, api: Served, kind: str, how: dict[str, Any], status: int
+) -> None:
+    (lab,) = await labs_of(world, "one")
+    world.fault(kind, path="*/download", **how)
+    answer = await api.get(labs_path(f"/{lab.id}/download"))
+    assert (answer.status, answer.body["kind"]) == (status, "Status")
+
+
+async def test_a_download_from_a_worker_that_does_not_serve_is_not_tried(world: LabsWorld, api: Served) -> None:
+    (lab,) = await labs_of(world, "one")
+    await enter(world, "Stopped")
+    world.machine().log.clear()
+    answer = await api.get(labs_path(f"/{lab.id}/download"))
+    assert (answer.status, "Stopped" in answer.body["message"]) == (503, True)
+    assert not world.machine().log
