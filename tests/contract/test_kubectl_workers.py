@@ -62,7 +62,7 @@ async def test_a_workers_whole_life(kubectl: Kubectl, scene: Scene) -> None:
     await kubectl("apply", "-f", "-", given=manifest("ami-00000000000000bad"))
     await becomes("Failed")
     await kubectl("annotate", "lw", "w1", f"{RETRY_ANNOTATION}=please")
-    await until(retried, "another try", 20)
+    await until(retried, "another try")
     await becomes("Failed")
     await kubectl("apply", "-f", "-", given=manifest(DEMO_AMI))
     await kubectl("wait", "--for=condition=Ready", "lw/w1", "--timeout=30s")

@@ -27,6 +27,7 @@ REGION = "us-east-1"
 HERE = Place(REGION)
 ABSENT = "i-0123456789abcdef0"
 """An instance id that is well formed and belongs to nothing."""
+_MOTOS_OWN_AMI = "ami-12c6146b"
 
 
 class SharedMoto:
@@ -39,6 +40,10 @@ class SharedMoto:
     async def url(self) -> str:
         if self._running is None:
             self._running = await start_moto(self._folder / "moto.log", SystemClock())
+            # Its first answers take seconds, in which it loads what AWS knows: no test's deadline is to strike then.
+            async with boto(self._running[1]) as call:
+                await call("describe_images", ImageIds=[_MOTOS_OWN_AMI])
+                await call("describe_instance_types", InstanceTypes=["t3.micro"])
         return self._running[1]
 
     def end(self) -> None:
@@ -129,7 +134,7 @@ async def shim_process(folder: Path, moto_url: str, *arguments: str) -> AsyncIte
             lines = [line for line in child.log_tail() if line.startswith("ready ")]
             return lines[-1].split()[1] if lines else ""
 
-        yield child, await until(announced, "ready", timeout=30)
+        yield child, await until(announced, "ready", timeout=60)
     finally:
         child.kill()
 

@@ -67,10 +67,10 @@ FAST: dict[str, Any] = {
     "worker_poll_interval": 0.05,
     "worker_rest_interval": 0.2,
     "worker_examine_interval": 0.5,
-    "worker_ec2_deadline": 20,
-    "worker_boot_deadline": 20,
-    "worker_license_deadline": 10,
-    "worker_trace_timeout": 2,
+    "worker_ec2_deadline": 60,
+    "worker_boot_deadline": 60,
+    "worker_license_deadline": 60,
+    "worker_trace_timeout": 60,
     "worker_gone_after": 1,
     "labs_refresh_interval": 3600,
     "labs_step_interval": 0.05,
@@ -102,6 +102,7 @@ class WorkersWorld:
     telemetry: Telemetry
     others: list[Led]
     """What is run beside the controllers."""
+    settings: ControllersSettings
 
     @property
     def client(self) -> Client:
@@ -140,7 +141,7 @@ class WorkersWorld:
         await self.client.delete(await self.get(name))
 
     async def until(
-        self, condition: Callable[[LabWorker], Any], what: str, name: str = "w1", timeout: float = 15
+        self, condition: Callable[[LabWorker], Any], what: str, name: str = "w1", timeout: float = 45
     ) -> LabWorker:
         """The worker, once the condition holds of it."""
         seen: list[LabWorker] = []
@@ -156,7 +157,7 @@ class WorkersWorld:
             raise AssertionError(f"{name}: {error}; its status: {status}") from None
         return seen[0]
 
-    async def phase(self, *phases: str, name: str = "w1", timeout: float = 15) -> LabWorker:
+    async def phase(self, *phases: str, name: str = "w1", timeout: float = 45) -> LabWorker:
         """The worker, once it is in one of the phases."""
         return await self.until(lambda w: w.status.phase in phases, f"phase {' or '.join(phases)}", name, timeout)
 
@@ -165,7 +166,7 @@ class WorkersWorld:
         await self.create(name, **spec)
         return await self.phase("Ready", "ReadyUnlicensed", name=name)
 
-    async def gone(self, name: str = "w1", timeout: float = 15) -> None:
+    async def gone(self, name: str = "w1", timeout: float = 45) -> None:
         async def absent() -> bool:
             try:
                 await self.get(name)
@@ -178,11 +179,53 @@ class WorkersWorld:
         except AssertionError as error:
             raise AssertionError(f"{error}; its status: {(await self.status(name)).wire()}") from None
 
+    async def registering(self, status: str, name: str = "w1") -> Machine:
+        """The worker's CML, once it tells this of a registration that was sent to it."""
+        worker = await self.until(lambda w: w.status.cml.registration is not None, "the registration", name)
+        machine = self.machine(worker)
+        await until(lambda: machine.licensing.status == status, f"the registration {status}")
+        return machine
+
     async def looked_again(self, times: int = 2) -> None:
         """Until the workers' controller has begun and ended some more reconciles."""
         stats = self.runners[0].stats
         wanted = stats.reconciles + times + 1
         await until(lambda: stats.reconciles >= wanted, "more reconciles")
+
+    async def listed(self, name: str = "w1") -> None:
+        """Until its labs were listed, which those do who share its status, and what that changes has been seen.
+
+        After that nobody writes to a worker at rest.
+        """
+        await self.until(lambda w: w.status.labs_synced_at is not None, "the labs listed", name)
+        await self.quiet()
+
+    async def at_rest(self) -> None:
+        """Until the cache holds everything written, and no reconcile that it led to is left."""
+        for _ in range(2):
+            await self.cache.barrier(30)
+            await until(lambda: not any(len(r.queue) or r.queue.processing for r in self.runners), "nothing in hand")
+        await self.cache.barrier(30)
+
+    async def quiet(self) -> None:
+        """The same, and the workers' controller has looked once more."""
+        await self.at_rest()
+        await self.looked_again(1)
+        await self.at_rest()
+
+    def shorten(self, **settings: float) -> None:
+        """Let deadlines be so short from now on: what came before had the time that a busy machine takes."""
+        vars(self.settings).update(settings)
+
+    def show_instances(self) -> None:
+        """Let EC2 describe at once what `describe_lag` hides."""
+        self.shim.instances.describe_lag = 0.0
+        self.shim.instances._save([replace(i, visible=0.0) for i in self.instances()])
+
+    def let_run(self) -> None:
+        """Let every passing state of EC2's be over, and those to come be short, however long `delay` was."""
+        self.shim.instances.delay = 0.05
+        self.shim.instances._save([replace(i, due=0.0) for i in self.instances()])
 
     # The world outside
 
@@ -252,7 +295,7 @@ async def unreadable(world: WorkersWorld, name: str) -> AsyncIterator[None]:
     key = world.registry.key_of(await world.get(name))
     value = (await world.storage.get(key)).value
     await world.storage.set(key, orjson.dumps({**orjson.loads(value), "spec": "of a later version"}))
-    await world.cache.barrier()
+    await world.cache.barrier(30)
     yield
     await world.storage.set(key, value)
 
@@ -268,6 +311,7 @@ async def workers_world(
     cml_options: Options = FAST_CML,
     observe_only: bool = False,
     plain_moto: bool = False,
+    address: str = "instance_id",
     led: Collection[str] = (),
     renew_deadline: float = 10.0,
     jump_hold: float = HOLD_SECONDS,
@@ -277,6 +321,7 @@ async def workers_world(
 
     Of what the plug-in does under a lock beside reconciling, `led` names what is run too.
     With `plain_moto` the workers' EC2 is moto itself, which ignores client tokens, and every CML is alive.
+    `address` is the part of a worker's status by which its CML is reached.
     """
     for name, value in ((PASSWORD_ENV, cml_options.password), (TOKEN_ENV, TOKEN), (BAD_TOKEN_ENV, "INVALID00")):
         monkeypatch.setenv(name, value)
@@ -290,10 +335,11 @@ async def workers_world(
         if not plain_moto:
             cml_options = replace(cml_options, ec2_state_url=f"{shim.url}/_shim/instances")
         async with Simulator.run(cml_options) as cml:
-            template = f"{cml.url}/{{instance_id}}"
+            template = f"{cml.url}/{{{address}}}"
             values = {**FAST, "cml_url_template": template, **settings}
+            known = ControllersSettings(**values)
             context = PluginContext(
-                settings=ControllersSettings(**values),
+                settings=known,
                 storage=store,
                 registry=registry,
                 cache=cache,
@@ -333,7 +379,9 @@ async def workers_world(
                     ]
                     await cache.wait_synced()
                     try:
-                        yield WorkersWorld(store, registry, cache, shim, cml, runners, term, clock, telemetry, others)
+                        yield WorkersWorld(
+                            store, registry, cache, shim, cml, runners, term, clock, telemetry, others, known
+                        )
                     finally:
                         for task in running:
                             task.cancel()

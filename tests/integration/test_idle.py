@@ -60,7 +60,7 @@ def telemetry_calls(world: WorkersWorld, worker: LabWorker) -> int:
 async def test_a_worker_that_nobody_uses_is_stopped_and_starts_again_at_a_word(world: WorkersWorld) -> None:
     before = await used(world)
     await world.looked_again()
-    await world.cache.barrier()
+    await world.cache.barrier(30)
     async with world.counting() as writes:
         await looked(world, before)
     assert not writes, "to look costs no write"
@@ -76,7 +76,7 @@ async def test_a_worker_that_nobody_uses_is_stopped_and_starts_again_at_a_word(w
     await world.change(lambda w: setattr(w.spec, "max_concurrent_labs", 3))
     await world.until(lambda w: w.status.observed_generation == w.metadata.generation, "the new spec seen")
     await world.looked_again()
-    await world.cache.barrier()
+    await world.cache.barrier(30)
     async with world.counting() as writes:
         await world.looked_again(3)
     assert not writes

@@ -49,7 +49,7 @@ async def ended(world: WorkersWorld, name: str = "old", wish: str | None = None)
         seen[:] = [await world.client.get(LabWorkerImport, "default", name)]
         return seen[0].status.phase in ("Done", "Failed") and seen[0].status.asked == wish
 
-    await until(over, f"the end of import {name}", 15)
+    await until(over, f"the end of import {name}")
     return seen[0]
 
 

@@ -63,7 +63,7 @@ async def serves(world: WorkersWorld, many: int) -> list[LabWorker]:
         told = (status.phase, status.replicas, status.ready_replicas) == ("Ready", many, many)
         return workers if told and len(workers) == many and all(map(serving, workers)) else []
 
-    return await until(there, f"{many} serving workers", 25)
+    return await until(there, f"{many} serving workers")
 
 
 async def gone(world: WorkersWorld) -> bool:
@@ -81,7 +81,7 @@ async def test_a_pools_whole_life(world: WorkersWorld) -> None:
     assert {w.spec.lab_track for w in workers} == {"ccna"}
     measured = (await pool(world)).status.seconds_to_ready
     assert measured is not None
-    assert 0 <= measured < 25
+    assert 0 <= measured < 60
 
     failing, busy, _ = workers
     lab = world.machine(busy).add_lab("exam", nodes=1, running=True)
@@ -98,18 +98,18 @@ async def test_a_pools_whole_life(world: WorkersWorld) -> None:
     async def listed() -> bool:
         return all(w.status.labs_synced_at is not None for w in await world.client.list(LabWorker))
 
-    await until(listed, "the labs of all workers", 20)
+    await until(listed, "the labs of all workers")
     await scale(world, 1)
     [left] = await serves(world, 1)
     assert (left.name, left.status.phase) == (busy.name, "Active"), "the one with a lab stays"
-    await until(lambda: len(world.live()) == 1, "one instance", 20)
+    await until(lambda: len(world.live()) == 1, "one instance")
 
     await world.client.delete(await pool(world))
     await world.phase("Draining", name=busy.name)
     assert not await gone(world)
     assert [world.state(i) for i in world.instances("running")] == ["running"]
     world.machine(busy).force(lab, "STOPPED")
-    await until(lambda: gone(world), "the end of the pool", 20)
+    await until(lambda: gone(world), "the end of the pool")
     assert await world.client.list(LabWorker) == []
     assert world.live() == []
     assert world.shim.calls["RunInstances"] == 4, "three and one in place of the failed one"
@@ -152,7 +152,7 @@ async def test_removed_workers_drain_also_when_the_pool_is_deleted_in_the_foregr
         await world.looked_again(3)
         assert [world.state(i) for i in world.instances("running")] == ["running"]
         world.machine(busy).force(lab, "STOPPED")
-        await until(lambda: gone(world), "the end of the pool", 20)
+        await until(lambda: gone(world), "the end of the pool")
     assert world.live() == []
 
 
@@ -164,7 +164,7 @@ async def test_the_brake_on_instances_holds_pools_too(monkeypatch: pytest.Monkey
             errors = [w.status.ec2.last_error for w in await world.client.list(LabWorker)]
             return [e.reason for e in errors if e is not None] == ["MaxInstancesReached"]
 
-        await until(held, "the brake", 20)
+        await until(held, "the brake")
         await until(lambda: len(world.live()) == 2, "two instances")
         await scale(world, 2)
         await serves(world, 2)

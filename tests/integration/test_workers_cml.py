@@ -88,6 +88,7 @@ async def test_one_failed_check_is_no_outage_and_three_in_a_row_are(
 ) -> None:
     async with workers_world(monkeypatch, moto_url) as world:
         await world.serving()
+        await world.listed()
         struck = world.cml_fault("html", status=502, path="/system_information", times=3)
         await world.until(lambda w: w.status.cml.failed_checks == 1, "one failure")
         worker = await world.until(lambda w: w.status.cml.failed_checks == 0, "its end")
@@ -103,6 +104,7 @@ async def test_one_failed_check_is_no_outage_and_three_in_a_row_are(
         assert condition(sick, "CMLReady")[0] == "False"
         assert condition(sick, "AcceptingLabs")[0] == "False"
         assert sick.status.phase == "ReadyUnlicensed"
+        await world.quiet()
         async with world.counting() as writes:
             await world.looked_again(3)
         assert not writes, "an outage that goes on costs no writes"
@@ -176,9 +178,11 @@ async def test_a_refused_licence_falls_back_to_unlicensed_and_a_retry_tries_agai
 async def test_a_registration_that_never_completes_ends_by_its_deadline(
     monkeypatch: pytest.MonkeyPatch, moto_url: str
 ) -> None:
-    async with workers_world(monkeypatch, moto_url, worker_license_deadline=0.5) as world:
+    async with workers_world(monkeypatch, moto_url) as world:
         fault = world.cml_fault("registration-stuck")
         await world.create(cml=LICENSED)
+        await world.registering("IN_PROGRESS")
+        world.shorten(worker_license_deadline=0.5)
         worker = await world.phase("ReadyUnlicensed")
         assert condition(worker, "Licensed") == ("False", "LicenseTimeout")
         assert "IN_PROGRESS" in (worker.status.condition("Licensed") or worker.status.conditions[0]).message
@@ -221,8 +225,9 @@ async def test_the_seat_is_given_back_before_the_instance_ends(world: WorkersWor
 async def test_a_seat_that_cannot_be_given_back_is_reported_and_holds_nothing_up(
     monkeypatch: pytest.MonkeyPatch, moto_url: str
 ) -> None:
-    async with workers_world(monkeypatch, moto_url, worker_license_deadline=0.5) as world:
+    async with workers_world(monkeypatch, moto_url) as world:
         await world.serving(cml=LICENSED)
+        world.shorten(worker_license_deadline=0.5)
         world.cml_fault("html", status=502)
         await world.wish("Terminated")
         worker = await world.phase("Terminated")

@@ -158,7 +158,7 @@ async def test_of_two_workers_that_claim_one_instance_one_wins_and_the_other_say
     async def decided() -> bool:
         return {(await world.status(n)).phase for n in ("w1", "w2")} == {"ReadyUnlicensed", "Failed"}
 
-    await until(decided, "a winner and a loser", 15)
+    await until(decided, "a winner and a loser")
     workers = {n: await world.get(n) for n in ("w1", "w2")}
     winner, loser = sorted(workers, key=lambda n: workers[n].status.phase == "Failed")
     failure = workers[loser].status.failure
@@ -257,7 +257,7 @@ async def test_an_instance_that_is_not_there_cannot_be_adopted(world: WorkersWor
 async def test_a_deletion_waits_for_a_launch_in_doubt_and_ends_what_comes_of_it(
     monkeypatch: pytest.MonkeyPatch, moto_url: str
 ) -> None:
-    options = ShimOptions(moto_url=moto_url, delay=0.05, describe_lag=0.8)
+    options = ShimOptions(moto_url=moto_url, delay=0.05, describe_lag=3600)
     async with workers_world(monkeypatch, moto_url, shim_options=options) as world:
         world.aws_fault("RunInstances", "lost-reply", times=0)
         await world.create()
@@ -265,6 +265,8 @@ async def test_a_deletion_waits_for_a_launch_in_doubt_and_ends_what_comes_of_it(
         await world.delete()
         worker = await world.phase("TerminatingEC2")
         assert worker.status.ec2.instance_id is None
+        world.show_instances()
+        world.shorten(worker_trace_timeout=1)
         await world.gone()
         assert world.live() == []
 

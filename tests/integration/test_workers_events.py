@@ -61,6 +61,7 @@ async def test_a_failure_is_a_warning_that_says_where_and_why(world: WorkersWorl
 async def test_a_refused_licence_and_failing_health_checks_are_warnings_told_once(world: WorkersWorld) -> None:
     await world.create(cml={"licenseTokenFrom": {"env": BAD_TOKEN_ENV}})
     await world.phase("ReadyUnlicensed")
+    await world.listed()
     world.cml_fault("html", status=502)
     await world.until(lambda w: w.status.cml.failed_checks == 3, "the failed health checks")
     await world.looked_again(3)

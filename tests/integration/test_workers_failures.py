@@ -46,7 +46,7 @@ def expired(world: WorkersWorld) -> Any:
 async def test_credentials_that_expire_on_the_way_hold_the_worker_where_it_is_until_they_return(
     world: WorkersWorld,
 ) -> None:
-    world.shim.instances.delay = 0.6
+    world.shim.instances.delay = 3600  # it is pending until it is let run
     await world.create()
     launched = await world.until(lambda w: w.status.ec2.instance_id, "the launch")
     assert launched.status.phase == "ProvisioningEC2"
@@ -54,6 +54,7 @@ async def test_credentials_that_expire_on_the_way_hold_the_worker_where_it_is_un
     told = await world.until(lambda w: condition(w, "EC2Provisioned") == ("False", "AWSAuthFailed"), "the reason")
     assert told.status.phase == "ProvisioningEC2"
     world.shim.faults.remove(fault.id)
+    world.let_run()
     worker = await world.phase("ReadyUnlicensed")
     assert "Failed" not in history(worker)
 
@@ -81,7 +82,7 @@ async def test_a_launch_that_is_throttled_for_long_is_sent_ever_more_rarely(
         failed = await world.phase("Failed")
         assert failed.status.failure is not None
         assert failed.status.failure.reason == "Throttled"
-        assert 5 < struck.hits <= 25, "at every look it would be 80"
+        assert 1 < struck.hits <= 25, "at every look it would be 80"
         assert world.shim.calls["DescribeInstances"] <= 3 * struck.hits + 5
         await world.looked_again(5)
         assert world.shim.calls["RunInstances"] == struck.hits
@@ -89,8 +90,10 @@ async def test_a_launch_that_is_throttled_for_long_is_sent_ever_more_rarely(
 
 async def test_looks_that_are_throttled_for_long_are_no_storm_and_cost_no_writes(world: WorkersWorld) -> None:
     await world.serving()
+    await world.listed()
     struck = world.aws_fault("DescribeInstances", "throttle", times=0)
     await world.until(lambda w: w.status.ec2.last_error is not None, "the error told")
+    await world.cache.barrier(30)
     hits, stats = struck.hits, world.runners[0].stats
     looks = stats.reconciles
     async with world.counting() as writes:
@@ -178,7 +181,7 @@ class Addresses:
 
 
 async def test_after_a_restart_the_old_address_is_anothers_and_nothing_is_removed_because_of_it(
-    monkeypatch: pytest.MonkeyPatch, moto_url: str, unused_tcp_port: int
+    monkeypatch: pytest.MonkeyPatch, moto_url: str
 ) -> None:
     addresses, app = Addresses(), web.Application()
     app.router.add_get("/{address}", addresses.answer)
@@ -187,12 +190,8 @@ async def test_after_a_restart_the_old_address_is_anothers_and_nothing_is_remove
     site = web.TCPSite(runner, "127.0.0.1", 0)
     await site.start()
     url = f"http://127.0.0.1:{runner.addresses[0][1]}"
-    template = f"http://127.0.0.1:{unused_tcp_port}/{{public_ip}}"
-    options = replace(FAST_CML, port=unused_tcp_port)
     try:
-        async with workers_world(
-            monkeypatch, moto_url, cml_options=options, cml_url_template=template, labs_refresh_interval=0.2
-        ) as world:
+        async with workers_world(monkeypatch, moto_url, address="public_ip", labs_refresh_interval=0.2) as world:
             with addresses.of(world, url):
                 await _moves(world, addresses)
     finally:
@@ -224,6 +223,7 @@ async def _moves(world: WorkersWorld, addresses: Addresses) -> None:
     assert well.status.ec2.public_ip not in (None, old)
     assert condition(well, "CMLIdentityMismatch")[0] == "False"
     assert well.status.cml.identity == worker.status.cml.identity
+    await world.quiet()  # who had read the old address before the new one was written has asked by now
     before = other.counts.total()
     await world.looked_again(4)
     assert other.counts.total() == before, "the old address is asked no more"

@@ -59,7 +59,7 @@ async def test_a_worker_without_a_licence_serves_unlicensed(world: WorkersWorld)
 
 async def test_a_worker_at_rest_is_looked_at_and_not_written(world: WorkersWorld) -> None:
     await world.serving()
-    await world.looked_again(2)
+    await world.listed()
     asked, looks = world.shim.calls["DescribeInstances"], world.runners[0].stats.reconciles
     async with world.counting() as writes:
         await world.looked_again(5)
@@ -103,6 +103,7 @@ async def test_stop_clears_addresses_and_gives_the_seat_back_and_start_brings_it
     assert condition(stopped, "Ready")[0] == "False"
     assert condition(stopped, "EC2Provisioned") == ("True", "InstanceStopped")
     assert condition(stopped, "HealthCheckPassed")[0] == "Unknown"
+    await world.quiet()
     async with world.counting() as writes:
         await world.looked_again(3)
     assert not writes
@@ -242,9 +243,9 @@ async def test_the_limit_of_instances_holds_launches_back_until_there_is_room(
             held[:] = [w for w in workers if condition(w, "EC2Provisioned")[1] == "MaxInstancesReached"]
             return sum(w.status.phase == "ReadyUnlicensed" for w in workers) == 2 and len(held) == 2
 
-        await until(two_serve, "two workers serve and two are held", 20)
+        await until(two_serve, "two workers serve and two are held")
         assert world.shim.calls["RunInstances"] == 2
-        serving = next(w for w in world.cache.all(LabWorker) if w.status.phase == "ReadyUnlicensed")
+        serving = next(w for w in await world.client.list(LabWorker) if w.status.phase == "ReadyUnlicensed")
         await world.delete(serving.name)
         await world.gone(serving.name)
 
@@ -252,7 +253,7 @@ async def test_the_limit_of_instances_holds_launches_back_until_there_is_room(
             phases = [(await world.get(w.name)).status.phase for w in held]
             return "ReadyUnlicensed" in phases
 
-        await until(next_serves, "one of the held serves", 20)
+        await until(next_serves, "one of the held serves")
         assert len(world.live()) == 2
 
 

@@ -57,13 +57,15 @@ async def allocate(world: WorkersWorld) -> None:
 async def test_retain_waits_for_a_launch_in_doubt_and_takes_its_marks_off(
     monkeypatch: pytest.MonkeyPatch, moto_url: str
 ) -> None:
-    options = ShimOptions(moto_url=moto_url, delay=0.05, describe_lag=1.0)
-    async with workers_world(monkeypatch, moto_url, shim_options=options, worker_trace_timeout=30) as world:
+    options = ShimOptions(moto_url=moto_url, delay=0.05, describe_lag=3600)
+    async with workers_world(monkeypatch, moto_url, shim_options=options) as world:
         world.aws_fault("RunInstances", "lost-reply", times=0)
         await world.create(deletionPolicy="Retain")
         await until(world.instances, "an instance of which only EC2 knows")
         assert (await world.status()).ec2.instance_id is None
         await world.delete()
+        await world.looked_again(2)
+        world.show_instances()
         await world.gone()
         [instance] = world.instances()
         assert world.state(instance) == "running"
@@ -135,7 +137,7 @@ async def test_a_licence_token_corrected_while_the_wrong_one_is_sent_is_tried(
 async def test_a_lost_launch_is_not_repeated_once_nobody_wants_the_worker_ready(
     monkeypatch: pytest.MonkeyPatch, moto_url: str, wish: str
 ) -> None:
-    slow = {"worker_poll_interval": 0.5, "worker_trace_timeout": 1, "worker_ec2_deadline": 3}
+    slow = {"worker_poll_interval": 1.0, "worker_trace_timeout": 2, "worker_ec2_deadline": 5}
     async with workers_world(monkeypatch, moto_url, **slow) as world:
         world.aws_fault("RunInstances", "dropped")
         await world.create()
@@ -144,13 +146,13 @@ async def test_a_lost_launch_is_not_repeated_once_nobody_wants_the_worker_ready(
         at_rest = await world.until(lambda w: w.status.ec2.sent_at is None, "the doubt over")
         assert at_rest.status.phase == "ProvisioningEC2"
         assert at_rest.status.ec2.launch is None
-        await world.cache.barrier()  # what was written until now is not counted
+        await world.quiet()
         async with world.counting() as writes:
             await world.looked_again(3)
         assert not writes
         assert world.instances() == []
         assert world.shim.calls["RunInstances"] == 1
-        await until(lambda: world.clock.now() > at_rest.status.phase_history[-1].at + timedelta(seconds=3), "3 s")
+        await until(lambda: world.clock.now() > at_rest.status.phase_history[-1].at + timedelta(seconds=5), "5 s")
         await world.wish("Ready")
         worker = await world.phase("ReadyUnlicensed")
         assert "Failed" not in history(worker), "the time at rest counts to no deadline"
@@ -171,15 +173,15 @@ async def test_a_deletion_that_drains_sees_that_the_instance_ended(world: Worker
     assert world.live() == []
 
 
-HOLD = 4.0
-
-
 @pytest.fixture
-async def set_clock_world(monkeypatch: pytest.MonkeyPatch, moto_url: str) -> AsyncIterator[WorkersWorld]:
-    """A world whose wall clock `leap` sets, and where such a step is remembered for `HOLD` seconds."""
+async def set_clock_world(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, moto_url: str
+) -> AsyncIterator[WorkersWorld]:
+    """A world whose wall clock is set, and where such a step is remembered to the test's end, or so many seconds."""
     options = ShimOptions(moto_url=moto_url, delay=0.05, describe_lag=0.5)
     settings = {"worker_trace_timeout": 600, "worker_gone_after": 300, "worker_boot_deadline": 600}
-    async with workers_world(monkeypatch, moto_url, shim_options=options, jump_hold=HOLD, **settings) as made:
+    settings["jump_hold"] = getattr(request, "param", 600.0)
+    async with workers_world(monkeypatch, moto_url, shim_options=options, **settings) as made:
         yield made
 
 
@@ -221,6 +223,7 @@ async def test_a_step_of_the_wall_clock_makes_no_second_attempt(set_clock_world:
     assert len(world.instances()) == 1
 
 
+@pytest.mark.parametrize("set_clock_world", [8.0], indirect=True)
 async def test_a_step_of_the_wall_clock_ends_no_drain_and_is_told_until_it_is_over(
     set_clock_world: WorkersWorld,
 ) -> None:

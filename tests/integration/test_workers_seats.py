@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 
-from equipment.waiting import until
 from equipment.workers_world import REGION, TOKEN, TOKEN_ENV, WorkersWorld, condition, history, workers_world
 from lrm.resource import RETRY_ANNOTATION
 
@@ -49,11 +48,7 @@ async def test_a_registration_under_way_is_waited_for_and_given_back(
     async with workers_world(monkeypatch, moto_url) as world:
         stuck = world.cml_fault("registration-stuck")
         await world.create(cml=LICENSED)
-        worker = await world.until(
-            lambda w: w.status.cml.registration is not None and w.status.cml.registration.sent_at, "it sent"
-        )
-        machine = world.machine(worker)
-        await until(lambda: machine.licensing.status == "IN_PROGRESS", "it under way")
+        machine = await world.registering("IN_PROGRESS")
         await world.wish("Terminated")
         await world.phase("Unlicensing")
         await world.looked_again(2)
@@ -67,9 +62,11 @@ async def test_a_registration_under_way_is_waited_for_and_given_back(
 async def test_a_registration_that_may_yet_come_through_is_told_of_when_cml_cannot_be_asked(
     monkeypatch: pytest.MonkeyPatch, moto_url: str
 ) -> None:
-    async with workers_world(monkeypatch, moto_url, worker_license_deadline=0.5) as world:
+    async with workers_world(monkeypatch, moto_url) as world:
         world.cml_fault("registration-stuck")
         await world.create(cml=LICENSED)
+        await world.registering("IN_PROGRESS")
+        world.shorten(worker_license_deadline=0.5)
         worker = await world.phase("ReadyUnlicensed")
         assert condition(worker, "Licensed") == ("False", "LicenseTimeout")
         world.cml_fault("html", status=502)
@@ -96,7 +93,7 @@ async def test_the_seat_of_an_instance_that_ended_after_its_worker_had_failed_is
     monkeypatch: pytest.MonkeyPatch, moto_url: str
 ) -> None:
     """A licence that somebody registered by hand, on a machine that was stopped and does not come up again."""
-    async with workers_world(monkeypatch, moto_url, worker_boot_deadline=0.5) as world:
+    async with workers_world(monkeypatch, moto_url) as world:
         worker = await world.serving()
         machine = world.machine(worker)
         machine.licensing.register(TOKEN, world.clock.monotonic(), world.clock.now(), again=False)
@@ -104,6 +101,7 @@ async def test_the_seat_of_an_instance_that_ended_after_its_worker_had_failed_is
         await world.wish("Stopped")
         stopped = await world.phase("Stopped")
         assert stopped.status.cml.licensed, "what lrm has not registered a stop does not give back"
+        world.shorten(worker_boot_deadline=0.5)
         world.cml_fault("html", status=502)
         await world.wish("Ready")
         failed = await world.phase("Failed")
@@ -115,9 +113,11 @@ async def test_the_seat_of_an_instance_that_ended_after_its_worker_had_failed_is
 async def test_while_the_licence_server_cannot_be_reached_the_worker_serves_and_takes_the_licence_when_it_comes(
     monkeypatch: pytest.MonkeyPatch, moto_url: str
 ) -> None:
-    async with workers_world(monkeypatch, moto_url, worker_license_deadline=0.5) as world:
+    async with workers_world(monkeypatch, moto_url) as world:
         away = world.cml_fault("ssms-unreachable")
         await world.create(cml=LICENSED)
+        await world.registering("RETRY")
+        world.shorten(worker_license_deadline=0.5)
         worker = await world.phase("ReadyUnlicensed")
         assert condition(worker, "Licensed") == ("False", "LicenseTimeout")
         told = worker.status.condition("Licensed")

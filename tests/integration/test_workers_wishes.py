@@ -96,6 +96,7 @@ async def test_a_failed_worker_with_an_instance_can_be_stopped_and_started(
         assert history(stopped)[-3:] == ["Failed", "Stopping", "Stopped"]
         assert stopped.status.failure is None
         world.cml.faults.clear(fault)
+        world.shorten(worker_boot_deadline=60)
         await world.wish("Ready")
         again = await world.phase("ReadyUnlicensed")
         assert again.status.ec2.instance_id == failed.status.ec2.instance_id
@@ -104,8 +105,9 @@ async def test_a_failed_worker_with_an_instance_can_be_stopped_and_started(
 async def test_a_stop_that_ec2_does_not_carry_out_fails_by_its_deadline_and_a_retry_goes_on(
     monkeypatch: pytest.MonkeyPatch, moto_url: str
 ) -> None:
-    async with workers_world(monkeypatch, moto_url, worker_ec2_deadline=1) as world:
+    async with workers_world(monkeypatch, moto_url) as world:
         await world.serving()
+        world.shorten(worker_ec2_deadline=1)
         world.aws_fault("StopInstances", "server-error", times=0)
         await world.wish("Stopped")
         failed = await world.phase("Failed")
