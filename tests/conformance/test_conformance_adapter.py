@@ -66,7 +66,7 @@ async def test_a_watch_calls_back_in_order(adapter: EtcdStorageBackend, store: S
     seen: asyncio.Queue[Change] = asyncio.Queue()
     watching = asyncio.create_task(adapter.watch(seen.put, "w/"))
     changes = []
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(30):
         while seen.empty():  # The watch opens at some moment: write until it is heard.
             await adapter.set("w/a", {"n": 0})
             await asyncio.sleep(0.02)

@@ -41,7 +41,7 @@ def events(batches: list[Batch]) -> list[Event]:
 async def take(watch: Watch, count: int) -> list[Event]:
     """The next events, at least so many."""
     taken = []
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(30):
         while len(taken) < count:
             taken += (await anext(watch)).events
     return taken

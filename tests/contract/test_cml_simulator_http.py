@@ -39,7 +39,7 @@ async def session(
     simulator: Simulator, name: str = "root", who: dict[str, str] = ADMIN
 ) -> AsyncIterator[httpx.AsyncClient]:
     """A client that is logged in, its paths relative to `/api/v0/`."""
-    async with httpx.AsyncClient(base_url=f"{simulator.url_of(name)}/api/v0/", timeout=10) as http:
+    async with httpx.AsyncClient(base_url=f"{simulator.url_of(name)}/api/v0/", timeout=30) as http:
         token = (await http.post("authenticate", json=who)).json()
         http.headers["Authorization"] = f"Bearer {token}"
         yield http
@@ -520,7 +520,7 @@ async def test_the_command_serves_until_it_is_told_to_stop() -> None:
         assert second.returncode == 1
         assert complaint.decode().startswith("error: cannot serve on 127.0.0.1:")
         process.send_signal(signal.SIGTERM)
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(30):
             assert await process.wait() == 0
     finally:
         if process.returncode is None:

@@ -144,7 +144,7 @@ async def test_events_are_listed_described_and_watched(kubectl: Kubectl, api: Se
     assert "nothing to see" not in told
     watching = await kubectl.start("get", "events", "-w", "--output-watch-events")
     assert watching.stdout is not None
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(30):
         present = [await watching.stdout.readline() for _ in range(4)]
         assert present[0].split()[0] == b"EVENT"
         dome.record(about[1], "Normal", "Moved", "to the west")
@@ -232,7 +232,7 @@ async def test_wait_sees_conditions_and_fields_as_they_come(kubectl: Kubectl, ap
     ready = await kubectl.start("wait", "--for=condition=Ready", "tel/a", "--timeout=30s")
     azimuth = await kubectl.start("wait", "--for=jsonpath={.status.azimuth}=42", "tel/a", "--timeout=30s")
 
-    await until(lambda: api.fanout.readers >= 2, "two watches", timeout=20)
+    await until(lambda: api.fanout.readers >= 2, "two watches")
     condition = {"type": "Ready", "status": "True", "reason": "Aimed", "lastTransitionTime": "2026-01-01T00:00:00Z"}
     status = {"status": {"observedGeneration": 1, "azimuth": 42, "conditions": [condition]}}
     answer = await api.merge(path_of("a", sub="status"), status, params={"fieldManager": "telescopes"})
@@ -256,7 +256,7 @@ async def test_get_w_prints_what_happens(kubectl: Kubectl, api: Served) -> None:
     await api.make("a")
     watching = await kubectl.start("get", "tel", "-w", "--output-watch-events")
     assert watching.stdout is not None
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(30):
         assert (await watching.stdout.readline()).split()[:2] == [b"EVENT", b"NAME"]
         assert (await watching.stdout.readline()).split()[:2] == [b"ADDED", b"a"]
         await api.make("b")

@@ -266,7 +266,7 @@ class WatchReader:
         self.reply = reply
         self._rest = b""
 
-    async def next(self, timeout: float = 10.0) -> dict[str, Any]:
+    async def next(self, timeout: float = 30.0) -> dict[str, Any]:
         """The next event; fails when the stream ends or nothing comes."""
         async with asyncio.timeout(timeout):
             while b"\n" not in self._rest:
@@ -281,7 +281,7 @@ class WatchReader:
         """The next events, each as its type and name."""
         return [told(await self.next()) for _ in range(count)]
 
-    async def ended(self, timeout: float = 10.0) -> bytes:
+    async def ended(self, timeout: float = 30.0) -> bytes:
         """What is left until the server ends the stream."""
         async with asyncio.timeout(timeout):
             return self._rest + await self.reply.content.read()
@@ -335,7 +335,7 @@ async def served(
     caching = asyncio.create_task(cache.run())
     try:
         if wait_synced:
-            async with asyncio.timeout(10):
+            async with asyncio.timeout(30):
                 await cache.wait_synced()
         async with serve(api) as site, aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
             yield Served(site.url, api, storage, registry, cache, client, fanout, session, status)

@@ -81,7 +81,7 @@ class EtcdCluster:
         for link in self._links.values():
             link.heal()
 
-    async def leader(self, timeout: float = 20.0) -> str:
+    async def leader(self, timeout: float = 60.0) -> str:
         """The name of the member that leads, by the word of one that runs and knows a leader that runs."""
         async with asyncio.timeout(timeout):
             while True:

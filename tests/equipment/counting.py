@@ -26,10 +26,10 @@ async def counting(cache: Cache, label: Callable[[Change], str] = by_kind) -> As
     def count(update: CacheUpdate) -> None:
         seen.update(label(change) for change in update.changes)
 
-    await cache.barrier()
+    await cache.barrier(30)
     end = cache.subscribe(count)
     try:
         yield seen
-        await cache.barrier()
+        await cache.barrier(30)
     finally:
         end()

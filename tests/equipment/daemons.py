@@ -52,14 +52,14 @@ class DaemonProcess:
         self.child = ChildProcess.start([sys.executable, "-m", "lrm", "serve"], name="lrm", log_path=self._log, env=env)
         return self.child
 
-    async def start_ready(self, seconds: float = 20, **extra: str) -> None:
+    async def start_ready(self, seconds: float = 60, **extra: str) -> None:
         self.start(**extra)
         await self.process.wait_ready(self.is_ready, seconds)
 
     async def is_ready(self) -> bool:
         return (await self.request("GET", "/readyz"))[0] == 200
 
-    async def exit_code(self, seconds: float = 20) -> int:
+    async def exit_code(self, seconds: float = 60) -> int:
         async with SystemClock().timeout(seconds):
             return await self.process.wait()
 

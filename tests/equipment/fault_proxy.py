@@ -80,7 +80,7 @@ class Rule:
             self.hits += 1
             self._struck.notify_all()
 
-    async def hit(self, count: int = 1, timeout: float = 20.0) -> None:
+    async def hit(self, count: int = 1, timeout: float = 40.0) -> None:
         """Wait until the fault has struck `count` times."""
         async with asyncio.timeout(timeout), self._struck:
             await self._struck.wait_for(lambda: self.hits >= count)

@@ -92,7 +92,7 @@ class FleetWorld:
             worker = self._worker(f"{prefix}{number}", instance_id, region, cml=cml)
             worker.spec.observe_only = observe_only
             await self.storage.create(self.registry.key_of(worker), LAB_WORKER.encode(worker))
-        await self.cache.barrier()
+        await self.cache.barrier(30)
         return [await self.get(f"{prefix}{number}") for number in range(count)]
 
     async def launch(self, count: int, *, region: str = REGION, tags: dict[str, str]) -> list[str]:
@@ -147,9 +147,9 @@ class FleetWorld:
 
     async def refresh(self, workers: Sequence[LabWorker] = ()) -> None:
         """One cycle over all workers, or over these."""
-        await self.cache.barrier()
+        await self.cache.barrier(30)
         await self.metrics._refresher.refresh(workers or self.cache.all(LabWorker), self.term)
-        await self.cache.barrier()
+        await self.cache.barrier(30)
 
     @asynccontextmanager
     async def leading(self) -> AsyncIterator[None]:

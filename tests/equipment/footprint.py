@@ -25,7 +25,7 @@ class Footprint:
         tasks = (task for task in asyncio.all_tasks() if not task.get_name().startswith(_EQUIPMENT))
         return cls(frozenset(tasks), frozenset(_sockets()))
 
-    async def is_all_that_is_left(self, timeout: float = 2.0) -> None:
+    async def is_all_that_is_left(self, timeout: float = 15.0) -> None:
         """Closing takes a few turns of the loop; what is there after `timeout` seconds has leaked."""
 
         def gone() -> bool:

@@ -142,7 +142,7 @@ class LabsWorld:
         )
         return value
 
-    async def sync(self, name: str = "w1", timeout: float = 20.0) -> LabWorker:
+    async def sync(self, name: str = "w1", timeout: float = 60.0) -> LabWorker:
         """One sync that succeeds, and the worker as it was left."""
         value = await self.ask(name)
 
@@ -151,7 +151,7 @@ class LabsWorld:
             return worker if worker.status.labs_asked == value else None
 
         synced = cast("LabWorker", await until(honoured, f"a sync of {name}", timeout))
-        await self.cache.barrier()
+        await self.cache.barrier(30)
         return synced
 
     async def later_sync(self, name: str = "w1") -> LabWorker:
@@ -170,7 +170,7 @@ class LabsWorld:
             return worker if error is not None and part in error else None
 
         failed = cast("LabWorker", await until(told, f"a failed sync of {name} that tells of {part!r}"))
-        await self.cache.barrier()
+        await self.cache.barrier(30)
         return failed
 
     async def records(self, name: str = "w1") -> dict[str, LabRecord]:
@@ -181,7 +181,7 @@ class LabsWorld:
     async def record(self, lab_id: str, name: str = "w1") -> LabRecord:
         return (await self.records(name))[lab_id]
 
-    async def gone(self, record: LabRecord, timeout: float = 20.0) -> None:
+    async def gone(self, record: LabRecord, timeout: float = 60.0) -> None:
         """Return when the record is."""
 
         async def absent() -> bool:
@@ -197,7 +197,7 @@ class LabsWorld:
         """Until the cache holds everything written and both queues have nothing ready and nothing in hand."""
         runners = (self.labs, self.records_runner, self.imports)
         for _ in range(2):
-            await self.cache.barrier()
+            await self.cache.barrier(30)
             await until(lambda: not any(len(r.queue) or r.queue.processing for r in runners))
 
     def known(self, name: str = "w1") -> list[LabRecord]:

@@ -47,7 +47,7 @@ class Listener:
         except Exception as error:  # noqa: BLE001 - the test looks at it
             self.error = error
 
-    async def reach(self, revision: int, timeout: float = 20.0) -> None:
+    async def reach(self, revision: int, timeout: float = 40.0) -> None:
         """Wait until everything up to a revision has come; an error of the watch is raised."""
 
         def there() -> bool:
@@ -57,7 +57,7 @@ class Listener:
 
         await until(there, f"revision {revision}, the last that came is {self.revision}", timeout)
 
-    async def fails(self, timeout: float = 20.0) -> Exception:
+    async def fails(self, timeout: float = 40.0) -> Exception:
         """Wait for the error that ends the watch."""
         return await until(lambda: self.error, "the watch ends with an error", timeout)
 

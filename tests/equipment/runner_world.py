@@ -57,16 +57,16 @@ class World:
     term: StaticTerm
     running: asyncio.Task[None]
 
-    async def until(self, condition: Callable[[], bool], seconds: float = 5) -> None:
+    async def until(self, condition: Callable[[], bool], seconds: float = 30) -> None:
         async with asyncio.timeout(seconds):
             while not condition():
                 await asyncio.sleep(0.005)
 
     async def quiet(self) -> None:
         """Until the cache holds everything written and the queue has nothing in it and nothing in hand."""
-        await self.cache.barrier()
+        await self.cache.barrier(30)
         await self.until(lambda: len(self.runner.queue) == 0 and self.runner.queue.processing == 0)
-        await self.cache.barrier()
+        await self.cache.barrier(30)
 
 
 @asynccontextmanager

@@ -9,9 +9,10 @@ from dataclasses import dataclass
 
 from equipment.etcd import Change, Gateway
 from equipment.fault_proxy import FaultProxy, Request
+from equipment.waiting import until
 from lrm.devservers import EtcdServer
 from storage.base import Guard
-from storage.errors import StorageError
+from storage.errors import StorageError, Unavailable
 from storage.etcd import EtcdStorage
 
 OLD, OWN, OTHER = b"old", b"own", b"other"
@@ -38,7 +39,19 @@ class Scene:
         self.guard = Guard(f"{self.root}/r/guard", created)
         if exists:
             self.expected = await self.direct.put(self.key, OLD)
-            await self.storage.get(self.key)
+            await self.answered()
+
+    async def answered(self) -> None:
+        """Let the storage see the present, over a connection that it keeps, however short its patience is."""
+
+        async def once() -> bool:
+            try:
+                await self.storage.exists(self.key)
+            except Unavailable:
+                return False
+            return True
+
+        await until(once, "an answer within the patience of the storage")
 
     async def written(self) -> list[Change]:
         """What has happened to the key since it was prepared."""
@@ -102,7 +115,7 @@ async def scene_at(etcd: EtcdServer, root: str, *, request_timeout: float = 5.0)
 
 async def outcome_of(call: Awaitable[int]) -> int | StorageError:
     try:
-        async with asyncio.timeout(15):
+        async with asyncio.timeout(30):
             return await call
     except StorageError as error:
         return error

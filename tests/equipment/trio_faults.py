@@ -60,7 +60,7 @@ async def leader_daemon_paused_past_its_lease(s: Scene) -> None:
     """It wakes up as a leader of the past in the middle of a write, which it would like to try once more."""
     node, term = await _leader(s)
     async with _held_writes(s, node) as rules:
-        await until(lambda: sum(rule.hits for rule in rules) >= 1, "a write of the controller", 20)
+        await until(lambda: sum(rule.hits for rule in rules) >= 1, "a write of the controller")
         node.pause()
         await s.trio.later_term(term)
         await s.progress()
@@ -272,7 +272,7 @@ async def writes_to_etcd_late(s: Scene) -> None:
     node, term = await _leader(s)
     async with AsyncExitStack() as stack:
         async with _held_writes(s, node) as rules:
-            await until(lambda: sum(rule.hits for rule in rules) >= 3, "writes of the controller", 20)
+            await until(lambda: sum(rule.hits for rule in rules) >= 3, "writes of the controller")
             for other in s.trio.nodes.values():
                 if other is not node:
                     await stack.enter_async_context(_held_writes(s, other, avoid=False))
@@ -289,7 +289,7 @@ async def writes_to_etcd_overtaken(s: Scene) -> None:
     """A daemon's writes wait, others change the same objects, and they are lost: nobody takes those for its own."""
     for node in s.trio.nodes.values():
         async with _held_writes(s, node, How.RESET, avoid=False) as rules:
-            await until(lambda: sum(rule.hits for rule in rules) >= 4, "writes on the way", 20)
+            await until(lambda: sum(rule.hits for rule in rules) >= 4, "writes on the way")
             s.load.avoided.add(node.name)
             await s.progress(20, 0)
         await s.progress()
@@ -360,7 +360,7 @@ async def leader_daemon_cut_off_from_ec2(s: Scene) -> None:
     node, _ = await _leader(s, "workers")
     node.aws.freeze()
     worker = await s.post_worker()
-    await until(lambda: node.aws.serving() > 0, "a call that waits", 20)
+    await until(lambda: node.aws.serving() > 0, "a call that waits")
     await s.progress(25, 12)
     node.aws.thaw()
     await s.worker_ready(worker)
@@ -388,7 +388,7 @@ async def redis_killed(s: Scene) -> None:
     await s.progress(15, 8)
     await s.trio.redis.start()
     era = s.trio.redis_era
-    await until(lambda: any(mark.era == era for mark in s.history.marks), "bookmarks again", 20)
+    await until(lambda: any(mark.era == era for mark in s.history.marks), "bookmarks again")
 
 
 @store_fault
@@ -409,7 +409,7 @@ async def redis_full(s: Scene) -> None:
         await s.progress(15, 8)
         await client.config_set("maxmemory", "0")
         head = await s.reference.mark()
-        await until(lambda: any(mark.revision >= head for mark in s.history.marks), "a bookmark past the fault", 20)
+        await until(lambda: any(mark.revision >= head for mark in s.history.marks), "a bookmark past the fault")
     finally:
         await client.config_set("maxmemory", "0")
         await client.aclose()

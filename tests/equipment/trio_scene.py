@@ -134,8 +134,8 @@ class Scene:
         await self.reference.mark()
         theirs = [c.revision for c in self.reference.changes if c.key.startswith(self.prefix)]
         last = theirs[-1] if theirs else self.reference.base
-        await until(lambda: all(p >= last for p in self.load.positions().values()), f"every watcher at {last}", 20)
-        await until(lambda: any(d.revision >= last for d in self.deliveries()), f"the event consumer at {last}", 20)
+        await until(lambda: all(p >= last for p in self.load.positions().values()), f"every watcher at {last}")
+        await until(lambda: any(d.revision >= last for d in self.deliveries()), f"the event consumer at {last}")
 
     async def _until_nothing(self, left: Any, what: str) -> None:
         seen = [""]

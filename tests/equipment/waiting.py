@@ -10,10 +10,11 @@ from typing import TypeVar
 T = TypeVar("T")
 
 
-async def until(condition: Callable[[], Awaitable[T] | T], what: str = "", timeout: float = 10.0) -> T:
+async def until(condition: Callable[[], Awaitable[T] | T], what: str = "", timeout: float = 30.0) -> T:
     """Ask until the answer is truthy, and return it; fails with `what` and the last answer after `timeout` seconds.
 
     For what cannot be awaited: another process, a server, a count. An exception of the condition is the test's.
+    The limit is for a machine that others keep busy: it says that something never comes, not how soon it should.
     """
     answer: T | None = None
     try:

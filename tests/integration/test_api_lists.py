@@ -240,29 +240,29 @@ async def test_what_is_spliced_is_what_would_be_written_out(api: Served) -> None
 
 
 async def test_five_thousand_objects_are_listed_faster_than_they_can_be_written_out(api: Served) -> None:
-    """A ratio, not a time: serialising each object anew would take longer than the whole request."""
+    """A ratio, not a time: serialising each object anew would compute for longer than the whole request does."""
     await fill(api, 5000)
     resources = [item.resource for item in api.cache.items(TELESCOPE)]
     written_out = _fastest(lambda: [orjson.dumps(TELESCOPE.document(r)) for r in resources])
 
     async def listed() -> float:
-        began = time.perf_counter()
+        began = time.process_time()
         answer = await api.get(path_of())
-        took = time.perf_counter() - began
+        took = time.process_time() - began
         assert len(answer.body["items"]) == 5000
         return took
 
     took = min([await listed() for _ in range(3)])
-    print(f"list of 5,000: {took * 1000:.0f} ms over HTTP; {written_out * 1000:.0f} ms only to serialise them")
+    print(f"list of 5,000: {took * 1000:.0f} ms of CPU over HTTP; {written_out * 1000:.0f} ms only to serialise them")
     assert took < written_out
 
 
 def _fastest(work: Callable[[], object]) -> float:
     times = []
     for _ in range(2):
-        began = time.perf_counter()
+        began = time.process_time()
         work()
-        times.append(time.perf_counter() - began)
+        times.append(time.process_time() - began)
     return min(times)
 
 
@@ -273,4 +273,4 @@ async def fill(api: Served, count: int, kind: Kind[Telescope] = TELESCOPE) -> No
         name = f"t{i:05}"
         await api.storage.create(api.registry.key(kind, "default", name), template.replace(b"NAME", name.encode()))
     async with asyncio.timeout(30):
-        await api.cache.barrier()
+        await api.cache.barrier(30)

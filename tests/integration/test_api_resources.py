@@ -561,7 +561,7 @@ async def test_a_body_that_does_not_come_is_given_up() -> None:
         reader, writer = await asyncio.open_connection("127.0.0.1", int(api.url.rpartition(":")[2]))
         headers = ("Host: 127.0.0.1", "Content-Type: application/json", "Content-Length: 50")
         writer.write("\r\n".join([f"POST {path_of()} HTTP/1.1", *headers, "", "{"]).encode())
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(30):
             assert b" 408 " in await reader.readline()
         writer.close()
         assert await stored(api) == {}

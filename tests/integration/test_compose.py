@@ -274,7 +274,7 @@ async def test_what_one_daemon_is_told_all_of_them_show_and_one_acts_on(stack: S
             assert status == 200
             return bool(widget["status"].get("phase") == "Ready")
 
-        await until(shown, f"{daemon} shows the widget as reconciled", timeout=20)
+        await until(shown, f"{daemon} shows the widget as reconciled")
     assert len(await stack.leaders("widgets")) == 1
 
 
@@ -288,4 +288,4 @@ async def test_a_stopped_daemon_ends_in_order_and_the_others_go_on(stack: Stack)
     async def reconciled() -> bool:
         return bool((await stack.ask(left[1], "GET", f"{WIDGETS}/w2"))[1]["status"].get("phase") == "Ready")
 
-    await until(reconciled, "another daemon leads and has reconciled", timeout=20)
+    await until(reconciled, "another daemon leads and has reconciled")

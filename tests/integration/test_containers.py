@@ -89,7 +89,7 @@ async def test_the_promises_of_writes_and_watches_hold_through_a_published_port(
             )
         assert [entry.value for entry in (await store.list(prefix)).entries] == [b"2"]
         await store.delete(f"{prefix}a", expected_revision=second.revision)
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(30):
             assert (await anext(watch)).events == (Event("put", second, first),)
             (gone,) = (await anext(watch)).events
             assert (gone.kind, gone.previous) == ("delete", second)

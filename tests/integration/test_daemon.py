@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import errno
 import os
 import signal
@@ -16,6 +15,7 @@ import pytest
 import yaml
 
 from equipment.daemons import WIDGETS, DaemonProcess, widget_document
+from equipment.waiting import until
 from lrm.devservers import EtcdServer
 
 
@@ -32,13 +32,8 @@ async def daemon(server_dir: Path, own_etcd: EtcdServer) -> AsyncIterator[Daemon
     await process.end()
 
 
-async def eventually(condition: Callable[[], Awaitable[Any]], seconds: float = 15) -> Any:
-    async with asyncio.timeout(seconds):
-        while True:
-            value = await condition()
-            if value:
-                return value
-            await asyncio.sleep(0.05)
+async def eventually(condition: Callable[[], Awaitable[Any]]) -> Any:
+    return await until(condition, timeout=60)
 
 
 async def phase(daemon: DaemonProcess, name: str = "w1") -> str | None:
@@ -57,9 +52,13 @@ async def test_it_serves_reconciles_and_cleans_up(daemon: DaemonProcess) -> None
     _, stored = await daemon.request("GET", f"{WIDGETS}/w1")
     assert stored["status"]["seen"] == 7
     assert stored["metadata"]["finalizers"] == ["test.neuroglia.io/follow"]
-    _, leader = await daemon.request("GET", "/api/status/leader")
-    assert leader["is_leader"] is True
-    assert [lock["lock_name"] for lock in leader["locks"] if lock["is_leader"]] == ["compactor", "gc", "widgets"]
+
+    async def leads_all() -> bool:
+        _, leader = await daemon.request("GET", "/api/status/leader")
+        held = [lock["lock_name"] for lock in leader["locks"] if lock["is_leader"]]
+        return leader["is_leader"] is True and held == ["compactor", "gc", "widgets"]
+
+    await eventually(leads_all)
     _, finalizers = await daemon.request("GET", "/api/status/finalizers")
     assert (finalizers["pending"], finalizers["processing"], finalizers["completed"]) == (0, 0, 0)
     assert finalizers["controllers"][0]["finalizer"] == "test.neuroglia.io/follow"
@@ -79,8 +78,12 @@ async def test_it_serves_reconciles_and_cleans_up(daemon: DaemonProcess) -> None
         return await phase(daemon) is None
 
     await eventually(gone)
-    _, finalizers = await daemon.request("GET", "/api/status/finalizers")
-    assert finalizers["completed"] == 1
+
+    async def completed() -> bool:
+        # Counted when the write that took the object away is answered.
+        return bool((await daemon.request("GET", "/api/status/finalizers"))[1]["completed"] == 1)
+
+    await eventually(completed)
 
 
 async def test_it_waits_for_etcd_says_so_and_becomes_ready_when_it_comes(
@@ -175,7 +178,7 @@ async def test_the_second_signal_ends_it_at_once(daemon: DaemonProcess, own_etcd
 
         await eventually(stopping)
         daemon.process.signal(signal.SIGINT)
-        assert await daemon.exit_code(3) == 130
+        assert await daemon.exit_code(20) == 130, "it does not wait for the store"
     finally:
         own_etcd.resume()
 

@@ -154,4 +154,4 @@ async def test_an_isolated_member_is_alone_and_joins_again(server_dir: Path) -> 
                 return False
             return found is not None and found[0] == b"2"
 
-        await until(caught_up, "the follower has caught up", timeout=20)
+        await until(caught_up, "the follower has caught up")

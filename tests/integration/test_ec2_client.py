@@ -238,10 +238,8 @@ async def test_a_launch_carried_out_after_its_deadline_is_found_by_token_and_tag
     """The caller has left long ago; the same token still means the same instance."""
     await ec2.find_by_tags(HERE, {"lrm/uid": "late"})
     aws_shim.faults.add({"action": "RunInstances", "fault": "delay", "seconds": 5.0})
-    began = time.monotonic()
     with pytest.raises(AwsOutcomeUnknown, match="no answer within"):
         await ec2.run_instance(HERE, launch("late"), timeout=2.5)  # a first client takes a busy machine a second
-    assert time.monotonic() - began < 4
     assert await ec2.find_by_tags(HERE, {"lrm/uid": "late"}) == []
     [late] = await until(lambda: ec2.find_by_tags(HERE, {"lrm/uid": "late"}))
     assert (await ec2.run_instance(HERE, launch("late"))).id == late.id
@@ -251,11 +249,9 @@ async def test_a_launch_carried_out_after_its_deadline_is_found_by_token_and_tag
 async def test_a_call_without_an_answer_ends_by_its_own_deadline(ec2: Ec2, aws_shim: AwsShim, call: str) -> None:
     one = await ec2.run_instance(HERE, launch("slow"))
     await ready(ec2, one.id)
-    aws_shim.faults.add({"action": "*", "fault": "slow-reply", "seconds": 4, "times": 1})
-    began = time.monotonic()
-    with pytest.raises(AwsUnavailable if call == "describe_instance" else AwsOutcomeUnknown):
-        await getattr(ec2, call)(HERE, one.id, timeout=1)
-    assert time.monotonic() - began < 3
+    aws_shim.faults.add({"action": "*", "fault": "slow-reply", "seconds": 60, "times": 1})
+    with pytest.raises(AwsUnavailable if call == "describe_instance" else AwsOutcomeUnknown, match="no answer within"):
+        await getattr(ec2, call)(HERE, one.id, timeout=2)
 
 
 async def test_nobody_there_is_certainly_not_carried_out(aws_credentials: None) -> None:
@@ -332,11 +328,10 @@ async def test_cancelled_callers_leave_at_once_and_their_calls_are_not_repeated(
     ec2: Ec2, aws_shim: AwsShim, stuck: list[asyncio.Task[Ec2Instance]]
 ) -> None:
     """The read client would try three times; nobody wants to know any more."""
-    began = time.monotonic()
     for task in stuck:
         task.cancel()
     await asyncio.gather(*stuck, return_exceptions=True)
-    assert time.monotonic() - began < 0.5
+    assert ec2._calls.busy == len(stuck), "they left before their calls had ended"
     assert all(task.cancelled() for task in stuck)
     await until(lambda: ec2._calls.busy == 0, "the threads are free again")
     assert aws_shim.calls["DescribeInstances"] == len(stuck)
@@ -393,11 +388,9 @@ async def test_an_empty_answer_about_one_instance_is_no_proof_that_it_is_gone(aw
 
 async def test_a_peer_that_trickles_bytes_holds_nobody_beyond_the_deadline(aws_credentials: None) -> None:
     """No socket timeout ever strikes: only our own deadline does."""
-    async with lying_server(reply(WHOLE), pause=0.05) as (url, _), Ec2(SystemClock(), endpoint_url=url) as ec2:
-        began = time.monotonic()
+    async with lying_server(reply(WHOLE), pause=1.0) as (url, _), Ec2(SystemClock(), endpoint_url=url) as ec2:
         with pytest.raises(AwsUnavailable, match="no answer within"):
             await ec2.find_by_tags(HERE, {"a": "b"}, timeout=3)
-        assert time.monotonic() - began < 5
 
 
 async def test_calls_and_their_large_answers_do_not_hold_up_the_event_loop(
@@ -411,21 +404,20 @@ async def test_calls_and_their_large_answers_do_not_hold_up_the_event_loop(
         await ec2.run_instance(HERE, launch("loop"))
         async with boto(url) as call:
             await call("run_instances", ImageId=launch("x").ami_id, MinCount=300, MaxCount=300, TagSpecifications=FLEET)
-        idle = await lags(asyncio.create_task(asyncio.sleep(0.5)))
         calls = asyncio.gather(*(ec2.find_by_tags(HERE, {"fleet": "1"}) for _ in range(8)))
-        busy = await lags(calls)
+        turns = await turns_during(calls)
         assert [len(found) for found in await calls] == [300] * 8
-    assert len(busy) > 20
-    assert busy[int(len(busy) * 0.9)] < 0.05 + idle[int(len(idle) * 0.9)], "beside what the machine adds by itself"
+    assert len(turns) > 20, "calls that blocked would leave one turn for each"
+    assert turns[int(len(turns) * 0.9)] < 0.05, "and answers parsed by the loop itself one long turn for each"
 
 
-async def lags(work: asyncio.Future[Any]) -> list[float]:
-    """By how much the event loop was late while it waited for some work, shortest first."""
+async def turns_during(work: asyncio.Future[Any]) -> list[float]:
+    """What the event loop computed in each of its turns while it waited for some work: CPU seconds, least first."""
     found = []
     while not work.done():
-        before = time.monotonic()
+        before = time.thread_time()
         await asyncio.sleep(0.005)
-        found.append(time.monotonic() - before - 0.005)
+        found.append(time.thread_time() - before)
     return sorted(found)
 
 
@@ -490,13 +482,13 @@ asyncio.run(ask())
 
 
 async def test_a_hanging_peer_does_not_hold_up_the_end_of_the_process(aws_credentials: None, tmp_path: Path) -> None:
-    """The thread would wait 15 s for its answer; an executor's threads are waited for at the end of Python."""
+    """The thread would wait 40 s for its answer; an executor's threads are waited for at the end of Python."""
     async with lying_server(b" " * 400, pause=0.1) as (url, _):
         child = ChildProcess.start([sys.executable, "-c", LEAVE, url], name="leaver", log_path=tmp_path / "log")
         try:
             await until(lambda: "left" in child.log_tail(), "the call's deadline", timeout=30)
             began = time.monotonic()
             assert await child.wait() == 0
-            assert time.monotonic() - began < 5
+            assert time.monotonic() - began < 20
         finally:
             child.kill()

@@ -31,7 +31,7 @@ async def storage(peer: ScriptedEtcd) -> AsyncIterator[EtcdStorage]:
 async def take(watch: Watch, revision: int) -> list[tuple[int, list[str]]]:
     """Batches until one has reached a revision, as (revision, names of its keys)."""
     taken: list[Batch] = []
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(30):
         while not taken or taken[-1].revision < revision:
             taken.append(await anext(watch))
     return [(b.revision, [e.entry.key.removeprefix(PREFIX) for e in b.events]) for b in taken]
@@ -66,7 +66,7 @@ async def test_a_revision_split_over_fragments_is_delivered_whole(peer: Scripted
 async def test_a_revision_cut_off_by_a_lost_stream_comes_again_whole(peer: ScriptedEtcd, storage: EtcdStorage) -> None:
     peer.scripts += [
         Script([news((11, k("a")), (12, k("b")), fragment=True)]),
-        Script([news((12, k("b")), (12, k("c"))), WHOLE]),
+        Script([news((12, k("b")), (12, k("c"))), WHOLE], close=False),
     ]
     async with storage.watch(PREFIX, 10) as watch:
         assert await take(watch, 13) == EXPECTED
@@ -97,7 +97,7 @@ async def test_what_was_delivered_before_is_dropped_and_counted(peer: ScriptedEt
 async def test_a_stream_that_lies_is_replaced_and_nothing_is_lost(
     peer: ScriptedEtcd, storage: EtcdStorage, lie: bytes
 ) -> None:
-    peer.scripts += [Script([news((11, k("a"))), lie]), Script([WHOLE])]
+    peer.scripts += [Script([news((11, k("a"))), lie]), Script([WHOLE], close=False)]
     async with storage.watch(PREFIX, 10) as watch:
         assert await take(watch, 13) == EXPECTED
     assert peer.starts == [11, 12]

@@ -100,6 +100,7 @@ async def test_a_worker_that_is_deleted_in_the_foreground_takes_its_records_alon
         return not await world.client.list(LabWorker) and not await world.records()
 
     await until(over, "the end of the worker and its records")
+    await world.cache.barrier(30)
     end()
     assert not marked
     assert set(world.machine().labs) == {lab.id for lab in labs}

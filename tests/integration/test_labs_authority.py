@@ -291,7 +291,7 @@ async def test_a_lab_whose_record_is_deleted_while_the_list_is_under_way_is_not_
     """The list was begun while the lab was there; its end must not bring the record back."""
     labs = await synced_labs(world, 3)
     world.fault("status", path="/populate_lab_tiles", status=404, description="Not here")
-    world.fault("delay", path=f"/labs/{labs[1].id}", method="GET", seconds=0.5, times=1)
+    world.fault("delay", path=f"/labs/{labs[1].id}", method="GET", seconds=4, times=1)
     value = await world.ask()
     await until(lambda: any(e["path"] == f"/labs/{labs[1].id}" for e in world.machine().log), "the list is under way")
     record = await world.record(labs[0].id)

@@ -42,7 +42,7 @@ class Served:
             records = await self.records()
             return records if len(records) == count else None
 
-        found = await until(there, f"{count} records", timeout=20)
+        found = await until(there, f"{count} records")
         assert found is not None
         return found
 

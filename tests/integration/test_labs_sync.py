@@ -190,7 +190,7 @@ async def test_a_record_that_cannot_be_read_is_told_and_holds_the_time_of_the_la
     synced = (await world.sync()).status.labs_synced_at
     key = world.registry.key_of(await world.record(lab.id))
     await world.storage.set(key, b'{"spec": 7}')
-    await world.cache.barrier()
+    await world.cache.barrier(30)
     world.machine().add_lab("other")
     worker = await world.failing_sync("cannot be read")
     assert worker.status.labs_synced_at == synced
@@ -222,7 +222,7 @@ async def test_a_client_that_is_given_up_during_a_sync_is_no_news(world: LabsWor
         return (await world.get_worker()).status.labs_asked == value
 
     await until(honoured)
-    await world.cache.barrier()
+    await world.cache.barrier(30)
     end()
     assert world.labs.stats.failures == failures + 1
     assert told == []

@@ -98,7 +98,7 @@ async def world(folder: Path, version: str) -> AsyncIterator[World]:
         a, b = (DaemonProcess(folder, endpoint=server.endpoint, root="/lrm", **SPEED) for _ in range(2))
         try:
             await a.start_ready()
-            await until(lambda: leads_all(a), "the first leads", 20)
+            await until(lambda: leads_all(a), "the first leads")
             await b.start_ready()
             yield World(server, a, b)
         finally:
@@ -139,10 +139,10 @@ async def by_the_book(endpoint: str) -> None:
 
 async def recovered(world: World, daemon: DaemonProcess) -> None:
     await by_the_book(world.etcd.endpoint)
-    await until(lambda: leads_all(daemon), "all is led", 20)
+    await until(lambda: leads_all(daemon), "all is led")
     code, body = await daemon.request("POST", WIDGETS, widget_document("afterwards"))
     assert code == 201, body
-    await until(lambda: is_ready(daemon, "afterwards"), "it is reconciled", 20)
+    await until(lambda: is_ready(daemon, "afterwards"), "it is reconciled")
     told = await notes(daemon)
     assert "out of space" not in told
     assert "quota" not in told

@@ -81,7 +81,7 @@ async def test_killed_while_it_collects_the_next_one_goes_on(
             async def over() -> bool:
                 return set(await s.all()) == {"keep", "shared", "orphan-1", "orphan-2"}
 
-            await until(over, "what has no owner any more to be gone", 20)
+            await until(over, "what has no owner any more to be gone")
             left = await s.all()
             assert left["shared"].metadata.owner_references == [reference(keep)]
             for name in ("orphan-1", "orphan-2"):

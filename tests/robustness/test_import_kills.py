@@ -72,7 +72,7 @@ async def test_killed_while_it_imports_each_instance_has_one_worker(
         _, seen["import"] = await daemon.request("GET", f"{GROUP}/labworkerimports/old")
         return bool(seen["import"]["status"]["phase"] == "Done")
 
-    await until(done, "the import's end", 25)
+    await until(done, "the import's end")
     assert sorted(one["instanceId"] for one in seen["import"]["status"]["imported"]) == ids
     assert seen["import"]["status"]["skipped"] == []
 
@@ -81,7 +81,7 @@ async def test_killed_while_it_imports_each_instance_has_one_worker(
         seen["workers"] = listed["items"]
         return all(w["status"]["ec2"].get("instanceId") for w in seen["workers"])
 
-    await until(adopted, "the adoption", 25)
+    await until(adopted, "the adoption")
     assert sorted(w["status"]["ec2"]["instanceId"] for w in seen["workers"]) == ids
     assert {w["spec"]["deletionPolicy"] for w in seen["workers"]} == {"Retain"}
 

@@ -33,7 +33,7 @@ async def test_a_deposed_leader_in_the_middle_of_a_sync_writes_nothing_more(monk
         async with world.counting() as writes:
             await world.term.wait_lost()
             await until(lambda: not world.labs.queue.processing)
-            await world.cache.barrier()
+            await world.cache.barrier(30)
         assert dict(writes) == {}
         assert not await world.records()
         world.simulator.faults.clear()
@@ -47,7 +47,7 @@ async def test_a_store_that_goes_away_in_the_middle_of_a_sync_is_waited_for(
     monkeypatch: pytest.MonkeyPatch, server_dir: Path, etcd: EtcdServer, etcd_root: str
 ) -> None:
     async with FaultProxy(etcd.endpoint) as proxy:
-        storage = EtcdStorage([proxy.endpoint], root=etcd_root, request_timeout=1)
+        storage = EtcdStorage([proxy.endpoint], root=etcd_root, request_timeout=3)
         try:
             async with labs_world(monkeypatch, storage=storage, root=etcd_root) as world:
                 await world.worker()

@@ -91,7 +91,7 @@ async def test_without_a_majority_calls_fail_in_time_and_recover_by_themselves(s
                 await storage.create(f"{PREFIX}b", b"2")
             with pytest.raises(Unavailable):
                 await listener.watch.barrier(timeout=1.0)
-            assert clock() - began < 8
+            assert clock() - began < 20
             health = await storage.health()
             assert not health.ok
             assert sum(bool(member.error) for member in health.members) >= 2
@@ -102,7 +102,7 @@ async def test_without_a_majority_calls_fail_in_time_and_recover_by_themselves(s
             async def back() -> bool:
                 return (await storage.health()).ok
 
-            await until(back, "the store is healthy again", timeout=20)
+            await until(back, "the store is healthy again")
             last = await Gateway(a.endpoint).put(f"{PREFIX}end", b"")
             await listener.reach(last)
             assert listener.deliveries == await told_by_etcd(Gateway(a.endpoint), PREFIX, revision, last)

@@ -134,7 +134,7 @@ async def test_closing_the_storage_ends_what_is_open_with_an_error(etcd: EtcdSer
             barrier = asyncio.create_task(listener.watch.barrier(timeout=30))
             write = asyncio.create_task(storage.create(f"{prefix}a", b"1"))
             await held.hit(2)
-            async with asyncio.timeout(5):
+            async with asyncio.timeout(30):
                 await storage.aclose()
                 await storage.aclose()
                 assert isinstance(await listener.fails(), Unavailable)

@@ -181,7 +181,7 @@ async def test_tls_that_does_not_verify_is_unavailable_and_says_why(
             (etcd.endpoint, None, "certificate verify failed"),
             (plain, None, ""),
         ):
-            async with aclosing(EtcdStorage([endpoint], root="/t", tls=tls, request_timeout=0.4)) as storage:
+            async with aclosing(EtcdStorage([endpoint], root="/t", tls=tls, request_timeout=1.0)) as storage:
                 with pytest.raises(Unavailable) as refused:
                     await storage.get("/t/r/a")
                 assert why in str(refused.value).lower(), refused.value

@@ -141,7 +141,7 @@ async def test_whatever_happens_all_is_as_wished_once_it_ends(
             for worker in await world.client.list(LabWorker):
                 await world.delete(worker.name)
             for name in NAMES:
-                await world.gone(name, timeout=30)
+                await world.gone(name)
             assert world.live() == []
             seats.check()
 
@@ -166,7 +166,7 @@ async def settled(world: WorkersWorld) -> None:
 async def check(world: WorkersWorld) -> None:
     workers = await world.client.list(LabWorker)
     claimed = sorted(w.status.ec2.instance_id or "" for w in workers)
-    await until(lambda: sorted(world.live()) == claimed, f"exactly the claimed instances {claimed} live", 20)
+    await until(lambda: sorted(world.live()) == claimed, f"exactly the claimed instances {claimed} live")
     for worker in workers:
         assert worker.status.ec2.state == "running"
         assert worker.status.cml.identity is not None

@@ -150,9 +150,9 @@ async def test_killed_while_it_drains_it_goes_on_waiting_for_the_lab(scene: Scen
         seen = await scene.get()
         return seen is not None and seen["status"].get("labsCount") == 1
 
-    await until(listed, "the lab seen", 20)
+    await until(listed, "the lab seen")
     lists = machine.counts["GET /labs"]
-    await until(lambda: machine.counts["GET /labs"] > lists, "another list", 20)
+    await until(lambda: machine.counts["GET /labs"] > lists, "another list")
     assert (await scene.phase("Draining"))["status"]["ec2"]["state"] == "running"
     assert lab.state == "STARTED"
     machine.force(lab, "STOPPED")
@@ -259,11 +259,11 @@ async def test_killed_at_random_moments_it_arrives_with_one_instance_and_leaves_
     await scene.daemon.start_ready()
     await scene.post()
     await _killed_at_random(scene, chance, lambda: len(scene.live()) <= 1)
-    worker = await scene.phase("Ready", seconds=40)
+    worker = await scene.phase("Ready")
     assert scene.live() == [worker["status"]["ec2"]["instanceId"]]
     await scene.daemon.request("DELETE", f"{WORKERS}/w1")
     await _killed_at_random(scene, chance, lambda: len(scene.live()) <= 1)
-    await scene.gone(seconds=40)
+    await scene.gone()
     assert scene.live() == []
 
 

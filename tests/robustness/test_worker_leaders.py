@@ -14,9 +14,9 @@ from lrm.devservers import EtcdServer
 
 LEASE = {
     "LRM_LEADER": "lease",
-    "LRM_LEASE_DURATION": "3",
-    "LRM_RENEW_DEADLINE": "1.5",
-    "LRM_RETRY_PERIOD": "0.3",
+    "LRM_LEASE_DURATION": "5",
+    "LRM_RENEW_DEADLINE": "3",
+    "LRM_RETRY_PERIOD": "0.5",
 }
 
 
@@ -33,7 +33,7 @@ async def leader(scene: Scene) -> DaemonProcess:
                 found.extend([daemon] if "workers" in held else [])
         return len(found) == 1
 
-    await until(one, "one leader", 20)
+    await until(one, "one leader")
     return found[0]
 
 
@@ -55,9 +55,9 @@ async def test_a_leader_that_dies_while_it_provisions_and_one_that_dies_while_it
                 both.create_task(daemon.start_ready())
         await leader(scene)
         await scene.post()
-        await until(lambda: scene.shim.calls["RunInstances"], "the launch", 20)
+        await until(lambda: scene.shim.calls["RunInstances"], "the launch")
         killed = await kill_the_leader(scene)
-        worker = await scene.phase("Ready", seconds=40)
+        worker = await scene.phase("Ready")
         assert scene.live() == [worker["status"]["ec2"]["instanceId"]]
         assert (scene.launched(), worker["status"]["ec2"]["attempt"]) == (1, 1)
         assert "Failed" not in [step["to"] for step in worker["status"]["phaseHistory"]]
@@ -65,10 +65,10 @@ async def test_a_leader_that_dies_while_it_provisions_and_one_that_dies_while_it
         await killed.start_ready()
         status, _ = await scene.daemon.request("DELETE", f"{WORKERS}/w1")
         assert status == 200
-        await until(lambda: scene.shim.calls["TerminateInstances"], "its end asked for", 20)
+        await until(lambda: scene.shim.calls["TerminateInstances"], "its end asked for")
         second = await kill_the_leader(scene)
         assert second is not killed
-        await scene.gone(seconds=40)
+        await scene.gone()
         assert scene.live() == []
         assert scene.launched() == 1
         assert not scene.machine(worker).licensing.licensed

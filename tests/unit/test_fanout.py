@@ -134,7 +134,7 @@ async def test_bookmarks_come_every_15_s_at_the_head_even_when_nothing_of_the_ki
         head = await w.make("a")
         first = await _bookmark(w, changes)
         assert (first.revision, first.events) == (head, ())
-        barrier = await asyncio.create_task(w.cache.barrier())
+        barrier = await asyncio.create_task(w.cache.barrier(30))
         second = await _bookmark(w, changes)
         assert second.revision == barrier > head
 

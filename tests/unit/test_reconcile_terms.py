@@ -123,7 +123,7 @@ async def test_reconcile_now_ends_a_backoff() -> None:
 
 
 async def position(it: World) -> int:
-    await it.cache.barrier()
+    await it.cache.barrier(30)
     return it.runner._position()
 
 
@@ -318,7 +318,7 @@ async def test_a_new_term_reconciles_nothing_before_its_cache_holds_its_predeces
     await asyncio.sleep(0.2)
     assert seen == []
     storage.let.set()
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(30):
         while not seen:
             await asyncio.sleep(0.01)
     assert seen == [2]
