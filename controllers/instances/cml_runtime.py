@@ -71,6 +71,7 @@ class CmlRuntime:
         self._settings = settings
         self._installation = installation
         self._late_import = late_import
+        self._after_trouble = 2 * settings.instances_step_interval
         self._doubts: dict[str, float] = {}
         """Until when (monotonic) an import may still be carried out, by the request's uid. It is not stored: after a
         restart a second lab may be made, whose surplus is removed.
@@ -149,11 +150,11 @@ class CmlRuntime:
         try:
             yield self._sessions.client_for(worker)
         except CmlRefused as error:
-            raise NotNow(Reasons.REFUSED, f"{worker.name}: {error}") from error
+            raise NotNow(Reasons.REFUSED, f"{worker.name}: {error}", again=self._after_trouble) from error
         except (CmlCircuitOpen, CmlLoginThrottled) as error:
             raise NotNow(Reasons.WORKER_AWAY, f"{worker.name}: {error}", again=error.retry_after) from error
         except CmlError as error:
-            raise NotNow(Reasons.WORKER_AWAY, f"{worker.name}: {error}") from error
+            raise NotNow(Reasons.WORKER_AWAY, f"{worker.name}: {error}", again=self._after_trouble) from error
 
     async def _find_or_import(
         self, request: LabInstanceRequest, worker: LabWorker, client: CmlClient, ctx: Context

@@ -24,6 +24,7 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 from controllers.cml.sessions import CmlSessions
 from controllers.cml.simulator import Machine, Options, Simulator
 from controllers.cml.simulator.labs import Lab
+from controllers.instances.kind import LAB_INSTANCE_REQUEST
 from controllers.labs.controller import LabsController
 from controllers.labs.imports import LabImportsController
 from controllers.labs.imports_kind import LAB_IMPORT, LabImport
@@ -225,7 +226,7 @@ def instance_of(worker: str) -> str:
 
 
 def registry_at(root: str = "/lrm") -> Registry:
-    return Registry((LAB_WORKER, LAB_RECORD, LAB_IMPORT), root=root)
+    return Registry((LAB_WORKER, LAB_RECORD, LAB_IMPORT, LAB_INSTANCE_REQUEST), root=root)
 
 
 @asynccontextmanager

@@ -1,0 +1,355 @@
+"""Lab instances on CML: from a topology to Running to nothing left, and exactly one lab on the way."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+
+import pytest
+
+from controllers.instances.kind import LabInstanceRequest
+from controllers.instances.marks import notes_for, read_mark
+from equipment.cml_instances_world import INSTALLATION, CmlInstancesWorld, cml_instances_world, topology
+from equipment.labs_world import FAST
+from equipment.waiting import until
+from lrm.resource import PROTECT_ANNOTATION, RECONCILE_ANNOTATION
+
+
+@pytest.fixture
+async def world(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[CmlInstancesWorld]:
+    async with cml_instances_world(monkeypatch) as made:
+        yield made
+
+
+def fault(
+    world: CmlInstancesWorld, kind: str, path: str, method: str = "*", times: int | None = 1, **how: object
+) -> None:
+    world.labs.fault(kind, path=path, method=method, times=times, **how)
+
+
+async def test_a_topology_runs_for_its_student_and_leaves_nothing(world: CmlInstancesWorld) -> None:
+    """Imported once under its own title, started, converged, with its address told; stopped, wiped and deleted."""
+    await world.worker()
+    text = topology(3, notes="the author's own")
+    await world.make(labTemplate={"topology": text}, environment={"GROUP": "7"})
+    running = await world.until_phase("Running")
+    (lab,) = world.titled(running)
+    assert running.status.cml_lab_id == lab.id
+    assert running.status.access_url == f"{world.labs.simulator.url_of(world.labs.machine().name)}/lab/{lab.id}"
+    assert running.status.need is not None
+    assert running.status.need.nodes == 3, "the connector needs no licence"
+    assert {node.state for node in lab.nodes.values()} == {"BOOTED"}
+    assert lab.notes.startswith("the author's own\n\nMade by lrm for default/a.\n\nGROUP=7\n\n")
+    mark = read_mark(lab.notes)
+    assert mark is not None
+    assert (mark.installation, mark.uid, mark.attempt) == (INSTALLATION, running.uid, 1)
+    await world.stop()
+    completed = await world.until_phase("Completed")
+    assert not world.labs.machine().labs
+    assert completed.status.worker_ref is None
+    counts = world.labs.machine().counts
+    assert counts["POST /import"] == 1
+    assert [counts[f"PUT /labs/{{lab_id}}/{step}"] for step in ("start", "stop", "wipe")] == [1, 1, 1]
+
+
+async def test_an_import_whose_answer_is_lost_is_found_and_not_repeated(world: CmlInstancesWorld) -> None:
+    await world.worker()
+    fault(world, "drop-answer", "/import")
+    await world.make()
+    running = await world.until_phase("Running")
+    assert len(world.titled(running)) == 1
+    assert world.labs.machine().counts["POST /import"] == 1
+
+
+async def test_an_import_that_never_arrived_is_sent_again(world: CmlInstancesWorld) -> None:
+    await world.worker()
+    fault(world, "drop", "/import")
+    await world.make()
+    running = await world.until_phase("Running")
+    assert len(world.titled(running)) == 1
+    assert world.labs.machine().counts["POST /import"] == 2
+
+
+async def test_a_late_import_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """CML carries it out after we gave it up: the lab is found, no second one is made."""
+    async with cml_instances_world(monkeypatch, renew_deadline=0.4) as world:
+        await world.worker()
+        fault(world, "delay", "/import", seconds=0.35)
+        await world.make()
+        running = await world.until_phase("Running")
+        assert len(world.titled(running)) == 1
+        assert world.labs.machine().counts["POST /import"] == 1
+
+
+async def test_nothing_is_left_of_an_import_that_was_in_doubt_when_its_end_came(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Cleaning up waits until CML can not be late any more."""
+    async with cml_instances_world(monkeypatch, renew_deadline=0.4) as world:
+        await world.worker()
+        fault(world, "delay", "/import", seconds=0.35)
+        request = await world.make()
+        await until(lambda: world.labs.machine().counts["POST /import"] == 1)
+        await world.delete()
+        await world.gone()
+        assert not world.titled(request)
+
+
+async def test_of_two_labs_of_one_try_the_older_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a second import left behind is removed before the first one is started."""
+    async with cml_instances_world(monkeypatch, instances_step_interval=3600) as world:
+        await world.worker()
+        fault(world, "drop-answer", "/import")
+        await world.make()
+        request = await world.until_told("Ready", "looked for")
+        (older,) = world.titled(request)
+        world.copy_of(request)
+        wake = {RECONCILE_ANNOTATION: "now"}
+        await world.labs.client.update(await world.get(), lambda r: r.metadata.annotations.update(wake))
+        await until(lambda: world.titled(request) == [older])
+        assert world.labs.machine().counts["POST /import"] == 1
+
+
+@pytest.mark.parametrize("step", ["start", "stop", "wipe", "delete"])
+async def test_a_step_whose_answer_is_lost_is_judged_by_the_lab(world: CmlInstancesWorld, step: str) -> None:
+    await world.worker()
+    path = "/labs/*" if step == "delete" else f"/labs/*/{step}"
+    fault(world, "drop-answer", path, "DELETE" if step == "delete" else "PUT")
+    await world.make()
+    running = await world.until_phase("Running")
+    assert len(world.titled(running)) == 1
+    await world.stop()
+    await world.until_phase("Completed")
+    assert not world.labs.machine().labs
+
+
+async def test_an_instance_at_rest_costs_no_call(world: CmlInstancesWorld) -> None:
+    """Once the lab has its record, the controller looks there."""
+    await world.worker()
+    await world.running()
+    await world.labs.cache.barrier()
+    await world.labs.settled()
+    machine = world.labs.machine()
+    machine.counts.clear()
+    seen = world.looks
+    await until(lambda: world.looks >= seen + 5)
+    assert not machine.counts
+    assert (await world.get()).status.phase == "Running"
+
+
+async def test_a_lab_that_its_student_deleted_is_lost(world: CmlInstancesWorld) -> None:
+    await world.worker()
+    running = await world.running()
+    world.labs.machine().remove(world.titled(running)[0])
+    await world.labs.sync()
+    failed = await world.until_phase("Failed")
+    assert failed.status.failure is not None
+    assert failed.status.failure.reason == "LabLost"
+    await world.until_told("CleanupCompleted", "CleanedUp")
+
+
+async def test_a_lab_that_somebody_stopped_has_failed_and_is_removed(world: CmlInstancesWorld) -> None:
+    await world.worker()
+    running = await world.running()
+    world.labs.machine().force(world.titled(running)[0], "STOPPED")
+    await world.labs.sync()
+    failed = await world.until_phase("Failed")
+    assert failed.status.failure is not None
+    assert failed.status.failure.reason == "LabStopped"
+    await world.until_told("CleanupCompleted", "CleanedUp")
+    assert not world.labs.machine().labs
+
+
+async def test_a_404_under_a_session_that_may_not_see_everything_proves_nothing(world: CmlInstancesWorld) -> None:
+    await world.worker()
+    running = await world.running()
+    (lab,) = world.titled(running)
+    fault(world, "not-admin", "*", times=None)
+    fault(world, "status", f"/labs/{lab.id}/state", status=404, times=None)
+    worker = await world.labs.get_worker()
+    world.labs.sessions.client_for(worker).renew_session()
+    record = next(iter((await world.labs.records()).values()))
+    await world.labs.client.forget(record)
+    await world.until_told("Ready", "administrator rights")
+    assert (await world.get()).status.phase == "Running"
+    world.labs.simulator.faults.clear()
+    await world.until_told("Ready", "Running")
+
+
+async def test_what_cml_does_not_take_is_refused_in_its_words(world: CmlInstancesWorld) -> None:
+    await world.worker()
+    await world.make(labTemplate={"topology": topology(1, surprise=[])})
+    failed = await world.until_phase("Failed")
+    assert failed.status.failure is not None
+    assert failed.status.failure.reason == "Refused"
+    assert "surprise" in failed.status.failure.message
+    await world.until_told("CleanupCompleted", "CleanedUp")
+    assert not world.labs.machine().labs
+
+
+async def test_a_start_that_cml_refuses_is_tried_until_the_deadline_and_leaves_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """CML may be full for a moment; what it said is told at the end."""
+    options = type(FAST)(**{f: getattr(FAST, f) for f in FAST.__dataclass_fields__} | {"nodes_unlicensed": 2})
+    async with cml_instances_world(monkeypatch, options=options, instances_provisioning_timeout=1.0) as world:
+        await world.worker()
+        await world.make(labTemplate={"topology": topology(3)})
+        failed = await world.until_phase("Failed")
+        assert failed.status.failure is not None
+        assert failed.status.failure.reason == "ProvisioningTimeout"
+        assert "CML refused with 400" in failed.status.failure.message
+        await world.until_told("CleanupCompleted", "CleanedUp")
+        assert not world.labs.machine().labs
+
+
+async def test_a_file_that_has_changed_is_taken_as_far_as_its_place_holds_it(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Measured when it was asked for, read again when there is a place."""
+    small, large = tmp_path / "small.json", tmp_path / "large.json"
+    for path in (small, large):
+        path.write_text(topology(2))
+    async with cml_instances_world(monkeypatch, topology_files=(f"{tmp_path}/*.json",)) as world:
+        await world.make("small", labTemplate={"topologyFile": str(small)})
+        await world.make("large", labTemplate={"topologyFile": str(large)})
+        for name in ("small", "large"):
+            await world.until_told("WorkerAssigned", "NoWorkersAvailable", name)
+        small.write_text(topology(1))
+        large.write_text(topology(3))
+        await world.worker()
+        running = await world.until_phase("Running", "small")
+        assert len(world.titled(running)[0].nodes) == 2
+        failed = await world.until_phase("Failed", "large")
+        assert failed.status.failure is not None
+        assert failed.status.failure.reason == "TemplateInvalid"
+        assert "needs more: 3 nodes" in failed.status.failure.message
+        await world.until_told("CleanupCompleted", "CleanedUp", "large")
+        assert len(world.labs.machine().labs) == 1
+
+
+# Its worker
+
+
+async def test_a_worker_that_is_away_is_waited_for(world: CmlInstancesWorld) -> None:
+    await world.worker()
+    await world.running()
+    await world.labs.change_worker(lambda w: w.status.enter("Stopped", "Test", world.labs.clock.now()))
+    told = await world.until_told("Ready", "WorkerAway")
+    assert told.status.phase == "Running"
+    await world.labs.change_worker(lambda w: w.status.enter("Starting", "Test", world.labs.clock.now()))
+    await world.labs.change_worker(lambda w: w.status.enter("ReadyUnlicensed", "Test", world.labs.clock.now()))
+    await world.until_told("Ready", "Running")
+
+
+async def test_a_worker_with_another_instance_has_lost_its_labs(world: CmlInstancesWorld) -> None:
+    await world.worker()
+    running = await world.running()
+    world.labs.machine().counts.clear()
+    await world.labs.change_worker(lambda w: setattr(w.status.ec2, "instance_id", "i-0aaaaaaaaaaaaaaaa"))
+    failed = await world.until_phase("Failed")
+    assert failed.status.failure is not None
+    assert failed.status.failure.reason == "WorkerLost"
+    await world.until_told("CleanupCompleted", "CleanedUp")
+    assert len(world.titled(running)) == 1, "nothing was asked of a CML that is not its worker's any more"
+
+
+# Strays
+
+
+async def test_a_lab_left_on_a_worker_that_came_back_is_deleted(world: CmlInstancesWorld) -> None:
+    """Its request runs elsewhere by then; two looks must agree."""
+    await world.worker("w1")
+    await world.running(restartPolicy="OnFailure")
+    request = await world.get()
+    await world.labs.change_worker(lambda w: w.status.enter("Failed", "Test", world.labs.clock.now()))
+    await world.worker("w2")
+
+    async def elsewhere() -> bool:
+        found = await world.get()
+        return found.status.phase == "Running" and getattr(found.status.worker_ref, "name", "") == "w2"
+
+    await until(elsewhere, timeout=30)
+    for phase in ("Starting", "ReadyUnlicensed"):
+        await world.labs.change_worker(lambda w, phase=phase: w.status.enter(phase, "Test", world.labs.clock.now()))
+    assert len(world.titled(request, "w1")) == 1
+    await world.look_for_strays()
+    assert not any(r.deleting for r in world.labs.known("w1"))
+    await world.look_for_strays()
+    await until(lambda: not world.titled(request, "w1"))
+    await world.labs.sync("w2")
+    await world.look_for_strays()
+    await world.look_for_strays()
+    assert len(world.titled(request, "w2")) == 1
+    assert (await world.get()).status.phase == "Running"
+
+
+async def test_what_a_late_import_made_besides_is_deleted(world: CmlInstancesWorld) -> None:
+    await world.worker()
+    running = await world.running()
+    world.copy_of(running)
+    await world.look_for_strays()
+    await world.look_for_strays()
+    await until(lambda: [lab.id for lab in world.titled(running)] == [running.status.cml_lab_id])
+    assert (await world.get()).status.phase == "Running"
+
+
+Change = Callable[[CmlInstancesWorld, LabInstanceRequest], object]
+
+
+def of_another_installation(world: CmlInstancesWorld, request: LabInstanceRequest) -> None:
+    world.copy_of(request, installation="another")
+
+
+def without_a_mark(world: CmlInstancesWorld, request: LabInstanceRequest) -> None:
+    world.labs.machine().add_lab(request.outside_name)
+
+
+def of_a_student(world: CmlInstancesWorld, request: LabInstanceRequest) -> None:
+    world.labs.machine().add_lab(f"my {request.outside_name}", notes=notes_for(request, INSTALLATION))
+
+
+@pytest.mark.parametrize("leave", [of_another_installation, without_a_mark, of_a_student])
+async def test_a_lab_that_is_not_known_to_be_ours_stays(world: CmlInstancesWorld, leave: Change) -> None:
+    """A request that is no more claims nothing: only our own mark under its title makes a lab ours."""
+    await world.worker()
+    request = await world.running()
+    await world.delete()
+    await world.gone()
+    leave(world, request)
+    kept = len(world.labs.machine().labs)
+    ours = world.copy_of(request)
+    for _ in range(3):
+        await world.look_for_strays()
+    await until(lambda: ours.id not in world.labs.machine().labs)
+    await world.look_for_strays()
+    await world.look_for_strays()
+    assert len(world.labs.machine().labs) == kept == 1
+
+
+async def test_a_stray_whose_record_is_protected_stays(world: CmlInstancesWorld) -> None:
+    await world.worker()
+    running = await world.running()
+    copy = world.copy_of(running)
+    await world.labs.sync()
+    kept = {PROTECT_ANNOTATION: "true"}
+    await world.labs.client.update(await world.labs.record(copy.id), lambda r: r.metadata.annotations.update(kept))
+    for _ in range(3):
+        await world.look_for_strays()
+    assert not (await world.labs.record(copy.id)).deleting
+
+
+async def test_no_stray_is_concluded_while_a_request_cannot_be_read(world: CmlInstancesWorld) -> None:
+    """It may be the one that claims the lab."""
+    await world.worker()
+    running = await world.running()
+    world.copy_of(running)
+    key = world.labs.registry.key_of(running).removesuffix(running.name) + "unread"
+    broken = await world.labs.storage.create(key, b'{"spec": 3}')
+    for _ in range(3):
+        await world.look_for_strays()
+    assert not any(r.deleting for r in world.labs.known())
+    await world.labs.storage.delete(broken.key, expected_revision=broken.revision)
+    await world.look_for_strays()
+    await world.look_for_strays()
+    await until(lambda: len(world.titled(running)) == 1)
