@@ -182,13 +182,15 @@ class InstancesController(Controller[LabInstanceRequest]):
 
     async def _pending(self, request: LabInstanceRequest, ctx: Context) -> _Next:
         """Wait for its time, its quota and a place; what it left elsewhere is cleaned up first."""
+        if request.status.need is not None and request.status.observed_generation != request.metadata.generation:
+            return await self._write(request, ctx, lambda r: setattr(r.status, "need", None))
         if placed(request):
             return await self._clean(request, ctx)
         if request.spec.desired_phase == "Stopped":
             return await self._end(request, ctx, Phase.STOPPING, Reasons.STOP_REQUESTED, "it is not wanted any more")
-        if request.ends_at is not None and ctx.clock.now() >= request.ends_at:
+        if request.ends_at is not None and ctx.clock.now() >= request.ends_at and not ctx.wall_jumped:
             return await self._time_out(request, ctx, Phase.STOPPING)
-        if request.status.need is None or request.status.observed_generation != request.metadata.generation:
+        if request.status.need is None:
             request = await self._prepare(request, ctx)
         waits = self._not_yet(request, ctx) or await self._placer.choose(request, ctx)
         if isinstance(waits, Waits):
@@ -260,6 +262,7 @@ class InstancesController(Controller[LabInstanceRequest]):
             sighted(seen, ctx, ready=seen.state is State.RUNNING, reason=Reasons.RUNNING)(r)
 
         running = await self._write(request, ctx, run)
+        ctx.events.record(running, "Normal", Reasons.RUNNING, seen.access_url or "it runs")
         crash_point("instances.running")
         return running
 
@@ -528,7 +531,13 @@ class InstancesController(Controller[LabInstanceRequest]):
         return stored
 
     def _runtime(self, request: LabInstanceRequest) -> Runtime:
-        return self._runtimes[request.spec.runs_in]
+        ref = request.status.worker_ref
+        # Of what failed the template may be another by now; what is outside is where it was put.
+        name = request.spec.runs_in if ref is None else "Container" if ref.kind == "Engine" else "CML"
+        runtime = self._runtimes.get(name)
+        if runtime is None:
+            raise NotNow(Reasons.ENGINE_UNAVAILABLE, "no engine is configured: set LRM_DOCKER_HOST", again=60.0)
+        return runtime
 
     def _begins_again(self, request: LabInstanceRequest) -> bool:
         """Whether a person has changed what failed, or asked for another try."""

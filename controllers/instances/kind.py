@@ -302,14 +302,16 @@ def _fixed(spec: LabInstanceRequestSpec, old: LabInstanceRequest) -> Iterator[Ca
         if spec.wire() != old.spec.wire():
             yield Cause("spec", "FieldValueForbidden", "it is Completed: create another one")
         return
-    if old.status.started_at is None and old.status.phase in (Phase.PENDING, Phase.FAILED):
+    if old.status.phase == Phase.FAILED or (old.status.started_at is None and old.status.phase == Phase.PENDING):
         return
     what = f"it is fixed: the lab is {old.status.phase}"
     before, after = old.spec.wire(), spec.wire()
     for name in _FROZEN:
         if before.get(name) != after.get(name):
             yield Cause(f"spec.{name}", "FieldValueForbidden", what)
-    if old.status.started_at is not None and spec.duration_minutes < old.spec.duration_minutes:
+    if old.status.phase in (Phase.STOPPING, Phase.TIMEOUT) and spec.duration_minutes != old.spec.duration_minutes:
+        yield Cause("spec.durationMinutes", "FieldValueForbidden", "it is ending already: create another one")
+    elif old.status.started_at is not None and spec.duration_minutes < old.spec.duration_minutes:
         yield Cause("spec.durationMinutes", "FieldValueForbidden", "it can be extended while it runs, not shortened")
     if old.spec.desired_phase == "Stopped" and spec.desired_phase != "Stopped":
         yield Cause("spec.desiredPhase", "FieldValueForbidden", "it is being stopped: create another one")
