@@ -9,6 +9,7 @@ The writes of one sync are `mirror`'s. Changes nothing in CML: deletion of labs 
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
 from datetime import timedelta
@@ -27,7 +28,7 @@ from controllers.labs.mirror import Mirror
 from controllers.labs.settings import LabsSettings
 from controllers.labs.sync import difference
 from controllers.labs.telling import Telling
-from controllers.labs.writing import Failures, write_each
+from controllers.labs.writing import AT_ONCE_IN_ALL, Failures, write_each
 from controllers.workers.kind import INSTANCE_FINALIZER, RECORDS_FINALIZER, LabWorker
 from controllers.workers.phases import Phase
 from controllers.workers.status import LabsSync
@@ -91,6 +92,7 @@ class LabsController(Controller[LabWorker]):
         self._settings = settings
         self._measures = measures or LabMeasures()
         self._tracer = tracer or get_tracer("controllers.labs")
+        self._gate = asyncio.Semaphore(AT_ONCE_IN_ALL)
         self.hints = PushHints(clock, interval=settings.labs_push_interval)
         self.poll = min(self.poll, settings.labs_refresh_interval)
         self._synced: set[str] = set()
@@ -135,14 +137,16 @@ class LabsController(Controller[LabWorker]):
             await ctx.client.forget(record)
             crash_point("labs.record-forgotten")
 
-        await write_each(records, _lab_of, forget, failures)
+        await write_each(records, _lab_of, forget, failures, self._gate)
         if failures:
             raise RetryLater(failures.sentence())
         ctx.log.info("labs.records_forgotten", worker=worker.name, records=len(records))
         return Result.done()
 
     async def _mirror(self, worker: LabWorker, ctx: Context) -> Result:
-        wait = self._due_in(worker, ctx)
+        by_the_clock, _ = self._due_in(worker, ctx)
+        pushed = self.hints.due_in(worker.uid)
+        wait = by_the_clock if pushed is None else min(pushed, by_the_clock)
         if wait > 0:
             return Result.after(wait)
         began = ctx.clock.monotonic()
@@ -165,9 +169,9 @@ class LabsController(Controller[LabWorker]):
             missing=mirror.missing,
             removed=mirror.removed,
         )
-        pushed = self.hints.due_in(worker.uid)
-        by_the_clock = max(self._due_in(worker, ctx), apart(self._interval(worker, ctx)))
-        return Result.after(by_the_clock if pushed is None else min(pushed, by_the_clock))
+        by_the_clock, interval = self._due_in(worker, ctx)
+        wait, pushed = max(by_the_clock, apart(interval)), self.hints.due_in(worker.uid)
+        return Result.after(wait if pushed is None else min(pushed, wait))
 
     def _span(self, worker: LabWorker) -> AbstractContextManager[Span]:
         about = {"lrm.worker": worker.name, "lrm.namespace": worker.namespace, "cloud.region": worker.spec.region}
@@ -176,13 +180,11 @@ class LabsController(Controller[LabWorker]):
     def _interval(self, worker: LabWorker, ctx: Context) -> float:
         return interval_of(worker, self._records(worker), self._settings, ctx.clock.now())
 
-    def _due_in(self, worker: LabWorker, ctx: Context) -> float:
-        first = worker.uid not in self._synced
-        pushed = None if first else self.hints.due_in(worker.uid)
-        by_the_clock = due_in(
-            worker, self._records(worker), interval=self._interval(worker, ctx), now=ctx.clock.now(), first=first
-        )
-        return by_the_clock if pushed is None else min(pushed, by_the_clock)
+    def _due_in(self, worker: LabWorker, ctx: Context) -> tuple[float, float]:
+        """Seconds until the next sync by the clock, and the interval that this goes by."""
+        records, now = self._records(worker), ctx.clock.now()
+        interval = interval_of(worker, records, self._settings, now)
+        return due_in(worker, records, interval=interval, now=now, first=worker.uid not in self._synced), interval
 
     def _records(self, worker: LabWorker) -> list[LabRecord]:
         return records_of_worker(self._cache, worker.namespace, worker.name)
@@ -205,6 +207,7 @@ class LabsController(Controller[LabWorker]):
             ctx.clock.now(),
             self._settings.labs_history_length,
             Telling(ctx.events, worker, self._cache),
+            self._gate,
         )
         had = self._records(worker)
         before = {record.spec.lab_id for record in had}

@@ -31,7 +31,7 @@ class LabsSettings(LrmSettings):
         True, description="Listen to the push channel of each CML, for a sync as soon as a lab changes."
     )
     labs_push_interval: Seconds = Field(
-        1.0,
+        0.5,
         description="Seconds between two syncs of a worker for pushes at least; where its lists take long it is more.",
     )
     labs_history_length: int = Field(

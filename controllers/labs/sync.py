@@ -76,13 +76,11 @@ def difference(
     """
     known = {record.spec.lab_id: record for record in records}
     standing = [record for record in known.values() if not record.deleting]
-    labs = inventory.labs
+    labs, without_data = inventory.labs, inventory.ids - inventory.labs.keys()
     create = tuple(labs[i] for i in sorted(labs) if i not in known and i not in before)
     seen = tuple((record, labs[record.spec.lab_id]) for record in standing if record.spec.lab_id in labs)
     listed = tuple(
-        record
-        for record in standing
-        if record.spec.lab_id in inventory.ids - labs.keys() and record.status.missing_since is not None
+        record for record in standing if record.spec.lab_id in without_data and record.status.missing_since is not None
     )
     if not inventory.complete:
         return Difference(create, seen, listed)

@@ -23,6 +23,8 @@ T = TypeVar("T")
 
 AT_ONCE = 8
 """Writes under way for one worker: enough to hide the store's latency, few enough to leave room for others."""
+AT_ONCE_IN_ALL = 32
+"""Writes under way for all workers: more make the store no quicker, and everybody else's writes late."""
 
 _OF_ONE_RECORD = (Forbidden, Invalid, ResourceConflict, Undecodable, InvalidKey, OutcomeUnknown, TooLarge)
 
@@ -48,16 +50,18 @@ async def write_each(
     lab_of: Callable[[T], str],
     write: Callable[[T], Awaitable[None]],
     failures: Failures,
+    gate: asyncio.Semaphore,
     *,
     failed: str = "labs.record_failed",
 ) -> None:
-    """Run `write` for every item; `failed` is what is logged of one that cannot be written."""
+    """Run `write` for every item, as the gate lets it; `failed` is what is logged of one that cannot be written."""
     left = iter(items)
 
     async def some() -> None:
         for item in left:
             try:
-                await write(item)
+                async with gate:
+                    await write(item)
             except _OF_ONE_RECORD as error:
                 failures.by_lab[lab_of(item)] = str(error)
                 log.warning(failed, lab=lab_of(item), error=str(error))

@@ -11,6 +11,7 @@ import uvloop
 
 from bench.fleet import fleet
 from bench.idle import idleness
+from bench.labs import labs
 from bench.report import FULL, QUICK, Figure, Size, machine, table
 from bench.restart import restarts
 from bench.takeover import takeovers
@@ -22,6 +23,7 @@ MEASUREMENTS: dict[str, Callable[[Size], Awaitable[list[Figure]]]] = {
     "idle": idleness,
     "throughput": throughput,
     "fleet": fleet,
+    "labs": labs,
 }
 
 
