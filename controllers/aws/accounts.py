@@ -1,4 +1,4 @@
-"""The AWS accounts that the settings name: their credentials, and boto3's clients of one service in each of them.
+"""The AWS accounts that the settings name: their credentials, and boto3's clients in each of them.
 
 Promises: an account's name means what `LRM_AWS_ACCOUNTS` says and nothing else: one that is not there is refused, and
 a profile without credentials of its own never becomes the daemon's own account. A role's credentials are got at the
@@ -12,6 +12,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import boto3
@@ -54,23 +55,20 @@ logging.getLogger("botocore.credentials").setLevel(logging.ERROR)
 # It would tell each failure with its traceback, that is raised to whoever made the call, and told there once.
 
 
-class Accounts:
-    """The clients of one service in all accounts; the methods are for any thread."""
+@dataclass(frozen=True, slots=True)
+class Making:
+    """How a client is made; `prepare` is called with a new one."""
 
-    def __init__(
-        self,
-        service: str,
-        accounts: Mapping[str, AwsAccount],
-        clock: Clock,
-        *,
-        configs: Mapping[Effect, Config],
-        endpoint_url: str | None,
-        prepare: Callable[[Any], None],
-    ) -> None:
-        """`prepare` is called with each new client."""
+    config: Config
+    prepare: Callable[[Any], None]
+
+
+class Accounts:
+    """All of them; the methods are for any thread."""
+
+    def __init__(self, accounts: Mapping[str, AwsAccount], clock: Clock, *, endpoint_url: str | None) -> None:
         self._accounts = {
-            name: _Account(service, meaning, clock, configs=configs, endpoint_url=endpoint_url, prepare=prepare)
-            for name, meaning in {"": None, **accounts}.items()
+            name: _Account(meaning, clock, endpoint_url) for name, meaning in {"": None, **accounts}.items()
         }
 
     @property
@@ -78,9 +76,9 @@ class Accounts:
         """Of all accounts, the daemon's own, which is empty, included."""
         return frozenset(self._accounts)
 
-    def client(self, place: Place, effect: Effect) -> Any:
-        """The client for calls of this class in a place; making the first one takes 0.3 s. Raises `AwsError`."""
-        return self._of(place).client(place, effect)
+    def client(self, place: Place, service: str, effect: Effect, making: Making) -> Any:
+        """The client of a service for calls of this class in a place. Raises `AwsError` and what botocore raises."""
+        return self._of(place).client(place, service, effect, making)
 
     def refused(self, place: Place) -> None:
         """Have the next call read the account's credentials anew: boto3 reads a file once."""
@@ -99,45 +97,31 @@ class Accounts:
 
 
 class _Account:
-    """One of them: a session, and a client for each region and class of calls."""
+    """One of them: a session, and a client for each region, service and class of calls."""
 
-    def __init__(
-        self,
-        service: str,
-        meaning: AwsAccount | None,
-        clock: Clock,
-        *,
-        configs: Mapping[Effect, Config],
-        endpoint_url: str | None,
-        prepare: Callable[[Any], None],
-    ) -> None:
-        self._service = service
+    def __init__(self, meaning: AwsAccount | None, clock: Clock, endpoint_url: str | None) -> None:
         self._meaning = meaning
         self._clock = clock
-        self._configs = configs
         self._endpoint_url = endpoint_url
-        self._prepare = prepare
         self._lock = threading.Lock()
         self._session: boto3.Session | None = None
         self._since = 0.0
-        self._clients: dict[tuple[str, Effect], Any] = {}
+        self._clients: dict[tuple[str, str, Effect], Any] = {}
 
-    def client(self, place: Place, effect: Effect) -> Any:
+    def client(self, place: Place, service: str, effect: Effect, making: Making) -> Any:
+        key = (place.region, service, effect)
         with self._lock:
-            client = self._clients.get((place.region, effect))
+            client = self._clients.get(key)
             if client is None:
                 if self._session is None:
                     self._session = self._sign_in(place)
                     self._since = self._clock.monotonic()
                 create: Any = self._session.client  # the stubs know one overload for each service, and no name of any
                 client = create(
-                    self._service,
-                    region_name=place.region,
-                    endpoint_url=self._endpoint_url,
-                    config=self._configs[effect],
+                    service, region_name=place.region, endpoint_url=self._endpoint_url, config=making.config
                 )
-                self._prepare(client)
-                self._clients[place.region, effect] = client
+                making.prepare(client)
+                self._clients[key] = client
             return client
 
     def forget(self) -> None:

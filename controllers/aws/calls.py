@@ -5,7 +5,7 @@ of `controllers.aws.errors`; an answer that AWS did not number is an error, for 
 are tried three times by botocore, ever slower while AWS throttles (its adaptive mode); what creates or changes is
 tried once. After a timeout `AwsUnavailable` means that nothing was sent, and nothing will be; `AwsOutcomeUnknown` that
 it was. An account that does not answer holds up no other. Endpoints are boto3's own business (AWS_ENDPOINT_URL, …),
-credentials that of `accounts`. Called by the services' own modules, `ec2` and `cloudwatch`.
+credentials that of `accounts`. Called by the modules `ec2` and `cloudwatch`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any
 from botocore import xform_name
 from botocore.config import Config
 
-from controllers.aws.accounts import Accounts, unknown
+from controllers.aws.accounts import Accounts, Making, unknown
 from controllers.aws.errors import (
     AwsAuthError,
     AwsError,
@@ -31,7 +31,6 @@ from controllers.aws.errors import (
     no_answer,
 )
 from controllers.aws.place import Place
-from controllers.aws.settings import AwsAccount
 from controllers.aws.threads import Abandoned, Threads, Ticket
 from storage.clock import Clock
 
@@ -48,23 +47,19 @@ _MAX_PAGES = 1000
 class AwsCalls:
     """The calls of one service in all places; used on one event loop, by any number of tasks."""
 
-    def __init__(
-        self, service: str, clock: Clock, accounts: Mapping[str, AwsAccount], *, endpoint_url: str | None
-    ) -> None:
+    def __init__(self, service: str, clock: Clock, accounts: Accounts) -> None:
+        """`accounts` may be those of other services, too; whoever made them closes them."""
         self._service = service
         self._clock = clock
-        self._accounts = Accounts(
-            service, accounts, clock, configs=_CONFIGS, endpoint_url=endpoint_url, prepare=self._prepare
-        )
+        self._accounts = accounts
         # An account whose calls hang has none of the others' threads.
-        self._threads = {name: Threads(IN_FLIGHT, f"{service} {name}".rstrip()) for name in self._accounts.names}
+        self._threads = {name: Threads(IN_FLIGHT, f"{service} {name}".rstrip()) for name in accounts.names}
         self._current = threading.local()
 
     def close(self) -> None:
-        """Take no more calls and close idle connections; calls whose callers have left end by their socket timeout."""
+        """Take no more calls; those whose callers have left end by their socket timeout."""
         for threads in self._threads.values():
             threads.close()
-        self._accounts.close()
 
     @property
     def busy(self) -> int:
@@ -104,6 +99,10 @@ class AwsCalls:
             raise kind("NoAnswer", "the answer is not from AWS", operation=operation, place=place)
         return answer
 
+    async def renew_credentials(self, place: Place) -> None:
+        """Have the account's credentials read anew, unless they just were, although AWS does not refuse them."""
+        await self._threads[place.account].run(lambda: self._accounts.refused(place))
+
     async def pages(
         self, place: Place, operation: str, request: Mapping[str, Any], part: str, deadline: float
     ) -> AsyncIterator[dict[str, Any]]:
@@ -131,8 +130,9 @@ class AwsCalls:
         """The call itself, in a thread. Raises `AwsError`: nothing of botocore ever reaches a task; and `Abandoned`."""
         self._current.ticket = ticket
         try:
-            method = getattr(self._accounts.client(place, effect), xform_name(operation))
-            answer: dict[str, Any] = method(**request)
+            making = Making(_CONFIGS[effect], self._prepare)
+            client = self._accounts.client(place, self._service, effect, making)
+            answer: dict[str, Any] = getattr(client, xform_name(operation))(**request)
         except Abandoned:
             raise
         except Exception as error:  # noqa: BLE001 - urllib3's and socket's own get through botocore

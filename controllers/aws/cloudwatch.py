@@ -14,6 +14,7 @@ from datetime import timedelta
 from types import TracebackType
 from typing import Any, Self
 
+from controllers.aws.accounts import Accounts
 from controllers.aws.calls import READ_TIMEOUT, AwsCalls
 from controllers.aws.errors import AwsAuthError, AwsServerError
 from controllers.aws.place import Place
@@ -60,7 +61,8 @@ class CloudWatch:
     ) -> None:
         """`accounts`: by name, beside the one of the daemon's own credentials."""
         self._clock = clock
-        self._calls = AwsCalls("cloudwatch", clock, accounts or {}, endpoint_url=endpoint_url)
+        self._accounts = Accounts(accounts or {}, clock, endpoint_url=endpoint_url)
+        self._calls = AwsCalls("cloudwatch", clock, self._accounts)
 
     async def __aenter__(self) -> Self:
         return self
@@ -71,8 +73,9 @@ class CloudWatch:
         self.close()
 
     def close(self) -> None:
-        """Take no more calls."""
+        """Take no more calls and close idle connections."""
         self._calls.close()
+        self._accounts.close()
 
     async def latest(
         self, place: Place, metrics: Sequence[Metric], *, timeout: float = READ_TIMEOUT

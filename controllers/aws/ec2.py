@@ -13,12 +13,14 @@ from collections.abc import AsyncIterator, Collection, Iterable, Mapping
 from types import TracebackType
 from typing import Any, Self
 
+from controllers.aws.accounts import Accounts
 from controllers.aws.calls import CREATE_TIMEOUT, READ_TIMEOUT, WRITE_TIMEOUT, AwsCalls
 from controllers.aws.errors import (
     AwsBadInput,
     AwsError,
     AwsOutcomeUnknown,
     AwsServerError,
+    AwsWrongAccount,
     Ec2NotFound,
     Effect,
 )
@@ -43,7 +45,9 @@ class Ec2:
     ) -> None:
         """`accounts`: by name, beside the one of the daemon's own credentials."""
         self._clock = clock
-        self._calls = AwsCalls("ec2", clock, accounts or {}, endpoint_url=endpoint_url)
+        self._accounts = Accounts(accounts or {}, clock, endpoint_url=endpoint_url)
+        self._calls = AwsCalls("ec2", clock, self._accounts)
+        self._sts = AwsCalls("sts", clock, self._accounts)
 
     async def __aenter__(self) -> Self:
         return self
@@ -56,6 +60,23 @@ class Ec2:
     def close(self) -> None:
         """Take no more calls and close idle connections; calls whose callers have left end by their socket timeout."""
         self._calls.close()
+        self._sts.close()
+        self._accounts.close()
+
+    async def check_owner(self, place: Place, owner: str, *, timeout: float = READ_TIMEOUT) -> None:
+        """Raise `AwsWrongAccount` unless the credentials for the place are those of the account numbered `owner`.
+
+        Where they are another's, what is not seen with them proves nothing.
+        """
+        operation = "GetCallerIdentity"
+        answer = await self._sts.call(Effect.READ, place, operation, {}, timeout)
+        account = str(answer.get("Account") or "")
+        if not account:
+            raise AwsServerError("NoAnswer", "the answer names no account", operation=operation, place=place)
+        if account != owner:
+            await self._sts.renew_credentials(place)
+            message = f"the credentials are those of account {account}, and not of {owner}"
+            raise AwsWrongAccount("WrongAccount", message, operation=operation, place=place)
 
     async def describe_instance(self, place: Place, instance_id: str, *, timeout: float = READ_TIMEOUT) -> Ec2Instance:
         """One instance. Raises `Ec2NotFound` only when EC2 says that it does not exist."""
@@ -202,7 +223,7 @@ class Ec2:
         instances = answer.get("Instances") or []
         if len(instances) != 1 or not instances[0].get("InstanceId"):
             raise AwsOutcomeUnknown("NoAnswer", "the answer names no instance", operation=operation, place=place)
-        return instance_of(instances[0])
+        return instance_of(instances[0], str(answer.get("OwnerId") or ""))
 
     async def start(self, place: Place, instance_id: str, *, timeout: float = WRITE_TIMEOUT) -> str:
         """Start a stopped instance and return the state it is in now; one that runs stays as it is."""

@@ -2,6 +2,7 @@
 
     AwsError                      retryable  definite_refusal
     ├── AwsAuthError              yes        yes   credentials missing, wrong or without the right
+    │   └── AwsWrongAccount       yes        yes   … they are those of another account than what is asked about
     ├── AwsUnknownAccount         yes        yes   the settings do not say what this account is; nobody was asked
     ├── AwsNotFound               no         yes   what was asked for does not exist, said by AWS itself
     │   └── Ec2NotFound           no         yes   … an instance: InvalidInstanceID.NotFound
@@ -64,6 +65,10 @@ class AwsAuthError(AwsError):
 
     retryable = True
     definite_refusal = True
+
+
+class AwsWrongAccount(AwsAuthError):  # noqa: N818 - named as AwsUnknownAccount
+    """The credentials are another account's: what they do not show proves nothing."""
 
 
 class AwsUnknownAccount(AwsError):  # noqa: N818 - named as AwsNotFound

@@ -35,6 +35,8 @@ class Ec2Instance:
     instance_type: str = ""
     image_id: str = ""
     client_token: str = ""
+    owner: str = ""
+    """The number of the account that has it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,10 +58,10 @@ def described(answer: Mapping[str, Any], place: Place) -> Iterable[Ec2Instance]:
                 raise AwsServerError(
                     "NoAnswer", "an instance without id or state", operation="DescribeInstances", place=place
                 )
-            yield instance_of(instance)
+            yield instance_of(instance, reservation.get("OwnerId") or "")
 
 
-def instance_of(said: InstanceTypeDef) -> Ec2Instance:
+def instance_of(said: InstanceTypeDef, owner: str) -> Ec2Instance:
     """One instance as boto3 hands it over."""
     reason, launched = said.get("StateReason") or {}, said.get("LaunchTime")
     return Ec2Instance(
@@ -73,4 +75,5 @@ def instance_of(said: InstanceTypeDef) -> Ec2Instance:
         instance_type=said.get("InstanceType", ""),
         image_id=said.get("ImageId", ""),
         client_token=said.get("ClientToken") or "",
+        owner=owner,
     )

@@ -2,9 +2,9 @@
 
 Promises that of all instances which carry a worker's uid one survives, and that none is lost: the attempt and its
 parameters are in the status before RunInstances is called, what carries the uid is looked for before each launch and
-at every look, surplus is ended and reported. An error of EC2's is an error, never "terminated"; that an
-instance is gone is believed only under `absence_proves`. Observing only, nothing here changes anything in EC2.
-Called by the workers' controller.
+at every look, surplus is ended and reported. An error of EC2's is an error, never "terminated"; that an instance is
+gone is believed only under `absence_proves`, and only with credentials of the account that had it. Observing only,
+nothing here changes anything in EC2. Called by the workers' controller.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from controllers.aws.errors import (
     AwsThrottled,
     AwsUnavailable,
     AwsUnknownAccount,
+    AwsWrongAccount,
     AwsWrongState,
     Ec2NotFound,
 )
@@ -72,6 +73,7 @@ _REASONS: tuple[tuple[type[AwsError], str], ...] = (
     (AwsQuota, "QuotaExceeded"),
     (AwsCapacity, "InsufficientCapacity"),
     (AwsThrottled, "Throttled"),
+    (AwsWrongAccount, "WrongAccount"),
     (AwsAuthError, "AWSAuthFailed"),
     (AwsUnknownAccount, "UnknownAccount"),
     (AwsBadInput, Reasons.LAUNCH_REFUSED),
@@ -155,7 +157,7 @@ class Provisioner:
             known = await self._describe(work, recorded)
             if known is not None:
                 found.append(known)
-            elif not self._absence_proves(work):
+            elif not await self._absence_proves(work):
                 # Not in sight yet. Whatever else carries the uid must wait: the recorded one has the labs.
                 return Sighting()
         # One that adopts has launched nothing: whatever else carries its tags is a copy that somebody made.
@@ -277,7 +279,7 @@ class Provisioner:
                 with self.looks.changing(work):
                     await self._ec2.delete_tags(work.worker.spec.place, instance_id, tags)
             except Ec2NotFound:
-                if instance_id == recorded and not self._absence_proves(work):
+                if instance_id == recorded and not await self._absence_proves(work):
                     raise  # not in sight yet: its marks are
 
     async def live(self, work: Work) -> list[Ec2Instance]:
@@ -288,7 +290,7 @@ class Provisioner:
             instance = await self._describe(work, recorded)
             if instance is not None:
                 found.append(instance)
-            elif not self._absence_proves(work):
+            elif not await self._absence_proves(work):
                 raise Ec2NotFound("InvalidInstanceID.NotFound", f"EC2 does not show {recorded} yet")
         return [i for i in found if i.state != "terminated"]
 
@@ -386,14 +388,20 @@ class Provisioner:
         except Ec2NotFound:
             return None
 
-    def _absence_proves(self, work: Work) -> bool:
-        settings = self._settings
-        return absence_proves(
-            work.worker.status.ec2,
+    async def _absence_proves(self, work: Work) -> bool:
+        """Whether it means anything that EC2 knows no recorded instance. Raises `AwsError`."""
+        settings, ec2 = self._settings, work.worker.status.ec2
+        if not absence_proves(
+            ec2,
             work.due_by,
             gone_after=settings.worker_gone_after,
             trace_timeout=settings.worker_trace_timeout,
-        )
+        ):
+            return False
+        if ec2.owner_id is not None:
+            work.ctx.check_leading()
+            await self._ec2.check_owner(work.worker.spec.place, ec2.owner_id)
+        return True
 
 
 def note_instance(worker: LabWorker, instance: Ec2Instance) -> None:
@@ -405,6 +413,7 @@ def note_instance(worker: LabWorker, instance: Ec2Instance) -> None:
         ec2.instance_id = instance.id
         # Kept until the instance was described: until then its absence proves nothing.
         ec2.sent_at = sent_at
+    ec2.owner_id = instance.owner or ec2.owner_id
     ec2.state = instance.state
     ec2.public_ip, ec2.private_ip = addresses_of(instance)
     ec2.last_error = None

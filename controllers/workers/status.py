@@ -32,6 +32,8 @@ class Ec2Status(Model):
     """The instance as EC2 tells it, and the launch that made it."""
 
     instance_id: str | None = None
+    owner_id: str | None = None
+    """The number of the AWS account that has it."""
     state: str | None = None
     public_ip: str | None = None
     private_ip: str | None = None

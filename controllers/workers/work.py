@@ -212,7 +212,7 @@ def forget_instance(worker: LabWorker) -> None:
     """Clear what belongs to one instance: the CML's identity goes with it."""
     forget_running(worker)
     ec2, cml = worker.status.ec2, worker.status.cml
-    ec2.instance_id = ec2.state = ec2.first_seen_at = None
+    ec2.instance_id = ec2.owner_id = ec2.state = ec2.first_seen_at = None
     cml.identity = cml.version = None
     unlicensed(worker)
     worker.status.capacity = worker.status.idle = None

@@ -16,6 +16,7 @@ import pytest
 
 from controllers.aws.ec2 import Ec2, LaunchParameters
 from controllers.aws.place import Place
+from controllers.aws.settings import AwsAccount
 from controllers.aws.simulator import DEMO_AMI, DEMO_KEY, AwsShim, ShimOptions
 from controllers.aws.simulator.moto import start_moto
 from equipment.etcd import scratch_dir
@@ -90,6 +91,27 @@ async def ec2(aws_shim: AwsShim) -> AsyncIterator[Ec2]:
     """Our client at the simulator."""
     async with Ec2(SystemClock(), endpoint_url=aws_shim.url) as client:
         yield client
+
+
+EXAMS, CLASSES, PARTNER = (Place(REGION, name) for name in ("exams", "classes", "partner"))
+EXAMS_NUMBER, CLASSES_NUMBER, PARTNER_NUMBER = "111111111111", "222222222222", "333333333333"
+ROLE = AwsAccount(role_arn=f"arn:aws:iam::{PARTNER_NUMBER}:role/lrm", external_id="lab-42")
+ACCOUNTS = {"exams": AwsAccount(profile="exams"), "classes": AwsAccount(profile="classes"), "partner": ROLE}
+"""What settings say of three accounts."""
+
+
+def write_profiles(file: Path, **keys: str) -> None:
+    """A file of credentials; the simulated AWS takes a key of twelve digits for the number of its account."""
+    file.write_text("".join(f"[{n}]\naws_access_key_id = {k}\naws_secret_access_key = s\n" for n, k in keys.items()))
+
+
+@pytest.fixture
+def profiles(aws_credentials: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """The profiles of `ACCOUNTS`, in a file."""
+    file = tmp_path / "credentials"
+    write_profiles(file, exams=EXAMS_NUMBER, classes=CLASSES_NUMBER)
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(file))
+    return file
 
 
 class LaterClock(SystemClock):

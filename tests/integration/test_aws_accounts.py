@@ -17,29 +17,31 @@ from controllers.aws.errors import (
     AwsError,
     AwsThrottled,
     AwsUnavailable,
+    AwsWrongAccount,
     Ec2NotFound,
 )
-from controllers.aws.place import Place
 from controllers.aws.settings import AwsAccount
 from controllers.aws.simulator import AwsShim
-from equipment.aws import ABSENT, HERE, REGION, LaterClock, launch, lying_server, reply
+from equipment.aws import (
+    ABSENT,
+    ACCOUNTS,
+    CLASSES,
+    CLASSES_NUMBER,
+    EXAMS,
+    EXAMS_NUMBER,
+    HERE,
+    PARTNER,
+    PARTNER_NUMBER,
+    REGION,
+    ROLE,
+    LaterClock,
+    launch,
+    lying_server,
+    reply,
+    write_profiles,
+)
 from equipment.waiting import until
 from storage.clock import SystemClock
-
-EXAMS, CLASSES, PARTNER = (Place(REGION, name) for name in ("exams", "classes", "partner"))
-EXAMS_NUMBER, CLASSES_NUMBER, PARTNER_NUMBER = "111111111111", "222222222222", "333333333333"
-ROLE = AwsAccount(role_arn=f"arn:aws:iam::{PARTNER_NUMBER}:role/lrm", external_id="lab-42")
-ACCOUNTS = {"exams": AwsAccount(profile="exams"), "classes": AwsAccount(profile="classes"), "partner": ROLE}
-
-
-@pytest.fixture
-def profiles(aws_credentials: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    """Profiles for two accounts; the simulated AWS takes a key of twelve digits for the account's number."""
-    file = tmp_path / "credentials"
-    keys = {"exams": EXAMS_NUMBER, "classes": CLASSES_NUMBER}
-    file.write_text("".join(f"[{n}]\naws_access_key_id = {k}\naws_secret_access_key = s\n" for n, k in keys.items()))
-    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(file))
-    return file
 
 
 @pytest.fixture
@@ -196,12 +198,24 @@ async def test_a_profile_without_credentials_never_becomes_the_daemons_own_accou
 async def test_a_profile_that_is_written_later_is_taken_without_a_restart(
     fleet: Ec2, aws_shim: AwsShim, profiles: Path
 ) -> None:
-    whole = profiles.read_text()
-    profiles.write_text("")
+    write_profiles(profiles)
     with pytest.raises(AwsAuthError, match="there is no profile 'exams'"):
         await fleet.run_instance(EXAMS, launch("early"))
-    profiles.write_text(whole)
+    write_profiles(profiles, exams=EXAMS_NUMBER)
     launched: Ec2Instance = await fleet.run_instance(EXAMS, launch("early"))
     found = aws_shim.worlds.find(launched.id)
     assert found is not None
     assert found[0].account == EXAMS_NUMBER
+
+
+async def test_credentials_of_another_account_are_told_and_read_again(aws_shim: AwsShim, profiles: Path) -> None:
+    clock = LaterClock()
+    async with Ec2(clock, ACCOUNTS, endpoint_url=aws_shim.url) as ec2:
+        for place, number in ((HERE, "123456789012"), (EXAMS, EXAMS_NUMBER), (PARTNER, PARTNER_NUMBER)):
+            await ec2.check_owner(place, number)
+        assert (await ec2.run_instance(EXAMS, launch("owned"))).owner == EXAMS_NUMBER
+        write_profiles(profiles, exams=CLASSES_NUMBER)
+        clock.ahead = 31
+        with pytest.raises(AwsWrongAccount, match=f"of account {EXAMS_NUMBER}, and not of {CLASSES_NUMBER}"):
+            await ec2.check_owner(EXAMS, CLASSES_NUMBER)
+        await ec2.check_owner(EXAMS, CLASSES_NUMBER)

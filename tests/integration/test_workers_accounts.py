@@ -1,0 +1,244 @@
+"""Workers in several AWS accounts side by side: each lives in its own, and nothing is believed of the wrong one."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import AbstractAsyncContextManager
+from pathlib import Path
+from typing import Any
+
+import orjson
+import pytest
+
+from controllers.aws.ec2 import Ec2
+from controllers.aws.simulator import ShimOptions
+from controllers.aws.simulator.instances import ACCOUNT
+from controllers.imports.kind import LabWorkerImport, LabWorkerImportSpec
+from controllers.workers.decisions import INSTALLATION_TAG, UID_TAG
+from controllers.workers.kind import LabWorker
+from controllers.workers.phases import Reasons
+from equipment.aws import (
+    ACCOUNTS,
+    CLASSES_NUMBER,
+    EXAMS,
+    EXAMS_NUMBER,
+    HERE,
+    PARTNER_NUMBER,
+    REGION,
+    launch,
+    write_profiles,
+)
+from equipment.waiting import until
+from equipment.workers_world import INSTALLATION, PASSWORD_ENV, WorkersWorld, condition, workers_world
+from lrm.errors import Invalid
+from lrm.resource import ObjectMeta
+from storage.memory import MemoryStorage
+
+
+def three_accounts(
+    monkeypatch: pytest.MonkeyPatch, moto_url: str, **settings: Any
+) -> AbstractAsyncContextManager[WorkersWorld]:
+    return workers_world(monkeypatch, moto_url, **{"aws_accounts": ACCOUNTS, **settings})
+
+
+@pytest.fixture
+async def world(monkeypatch: pytest.MonkeyPatch, moto_url: str, profiles: Path) -> AsyncIterator[WorkersWorld]:
+    async with three_accounts(monkeypatch, moto_url) as made:
+        yield made
+
+
+def live(world: WorkersWorld) -> dict[str, str]:
+    """The account of each instance that costs money."""
+    found = world.shim.worlds.everywhere()
+    return {i.id: w.account for w, i in found if i.state_at(w.instances.now) not in ("terminated", "shutting-down")}
+
+
+def instance_of(worker: LabWorker) -> str:
+    return worker.status.ec2.instance_id or ""
+
+
+def trouble(worker: LabWorker) -> str:
+    error = worker.status.ec2.last_error
+    return error.reason if error else ""
+
+
+async def test_workers_of_one_region_live_in_their_accounts_and_end_there(world: WorkersWorld) -> None:
+    accounts = {"w1": "", "w2": "exams", "w3": "partner"}
+    workers = [await world.serving(name, account=account) for name, account in accounts.items()]
+    numbers = dict(zip(map(instance_of, workers), (ACCOUNT, EXAMS_NUMBER, PARTNER_NUMBER), strict=True))
+    assert live(world) == numbers
+    assert [w.status.ec2.owner_id for w in workers] == list(numbers.values())
+    await world.wish("Stopped", "w2")
+    await world.phase("Stopped", name="w2")
+    for name in accounts:
+        await world.delete(name)
+        await world.gone(name)
+    assert live(world) == {}
+
+
+async def test_what_happens_to_one_account_concerns_no_worker_of_another(world: WorkersWorld) -> None:
+    await world.serving()
+    await world.serving("w2", account="exams")
+    expired = {"fault": "error", "code": "RequestExpired", "status": 400, "account": EXAMS_NUMBER}
+    fault = world.shim.faults.add({"action": "*", "times": 0, **expired})
+    there = await world.until(lambda w: trouble(w) == "AWSAuthFailed", "the refusal", "w2")
+    assert there.status.phase == "ReadyUnlicensed", "a refusal is no word on the instance"
+    hits = fault.hits
+    await until(lambda: fault.hits > hits + 1, "more refusals")
+    here = await world.get()
+    assert (trouble(here), condition(here, "Ready")[0]) == ("", "True")
+    third = await world.serving("w3")
+    assert live(world)[instance_of(third)] == ACCOUNT
+    world.shim.faults.clear()
+    await world.until(lambda w: not trouble(w), "the recovery", "w2")
+
+
+async def test_an_account_that_the_settings_lack_is_told_and_taken_when_they_have_it(
+    monkeypatch: pytest.MonkeyPatch, moto_url: str, profiles: Path
+) -> None:
+    storage = MemoryStorage()
+    async with workers_world(monkeypatch, moto_url, storage=storage) as world:
+        await world.create(account="exams")
+        await world.create("w2", account="mars")
+        for name, account in (("w1", "exams"), ("w2", "mars")):
+            refused = await world.until(lambda w: trouble(w) == "UnknownAccount", "the refusal", name)
+            assert refused.status.phase == "Pending"
+            error = refused.status.ec2.last_error
+            assert error is not None
+            assert f"'{account}' (LRM_AWS_ACCOUNTS)" in error.message
+            assert condition(refused, "EC2Provisioned") == ("False", "UnknownAccount")
+        await world.looked_again(5)
+        await world.delete("w2")
+        await world.gone("w2")
+        assert live(world) == {}
+    async with three_accounts(monkeypatch, moto_url, storage=storage) as world:
+        worker = await world.phase("ReadyUnlicensed")
+        assert live(world) == {instance_of(worker): EXAMS_NUMBER}
+    await storage.aclose()
+
+
+async def test_a_name_may_be_corrected_until_there_is_an_instance(world: WorkersWorld) -> None:
+    await world.create(account="exmas")
+    await world.until(lambda w: trouble(w) == "UnknownAccount", "the refusal")
+    await world.change(lambda w: setattr(w.spec, "account", "exams"))
+    worker = await world.phase("ReadyUnlicensed")
+    assert live(world) == {instance_of(worker): EXAMS_NUMBER}
+    with pytest.raises(Invalid, match=r"spec\.account"):
+        await world.change(lambda w: setattr(w.spec, "account", "classes"))
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        ({"aws_accounts": {}}, EXAMS_NUMBER, "UnknownAccount"),
+        ({}, CLASSES_NUMBER, "WrongAccount"),
+    ],
+    ids=["the-name-is-gone", "the-name-means-another-account"],
+)
+async def test_nothing_is_believed_gone_that_is_looked_for_in_the_wrong_account(
+    monkeypatch: pytest.MonkeyPatch, moto_url: str, profiles: Path, wrong: tuple[dict[str, Any], str, str]
+) -> None:
+    settings, key, told = wrong
+    storage = MemoryStorage()
+    options: dict[str, Any] = {
+        "storage": storage,
+        "shim_options": ShimOptions(moto_url=moto_url, data_dir=profiles.parent / "aws", delay=0.05),
+        "worker_gone_after": 0.1,
+        "worker_trace_timeout": 0.1,
+    }
+    async with three_accounts(monkeypatch, moto_url, **options) as world:
+        await world.serving(account="exams")
+        running = live(world)
+    write_profiles(profiles, exams=key)
+    async with three_accounts(monkeypatch, moto_url, **options | settings) as world:
+        await world.until(lambda w: trouble(w) == told, "the doubt")
+        await world.looked_again(5)
+        assert (await world.get()).status.phase == "ReadyUnlicensed"
+        await world.delete()
+        await world.phase("TerminatingEC2")
+        await world.looked_again(5)
+        assert trouble(await world.get()) == told, "nor is it let go"
+        assert live(world) == running
+    write_profiles(profiles, exams=EXAMS_NUMBER)
+    async with three_accounts(monkeypatch, moto_url, **options) as world:
+        await world.gone()
+        assert live(world) == {}
+    await storage.aclose()
+
+
+async def test_the_limit_on_instances_is_one_for_all_accounts(
+    monkeypatch: pytest.MonkeyPatch, moto_url: str, profiles: Path
+) -> None:
+    async with three_accounts(monkeypatch, moto_url, max_instances=1) as world:
+        first = await world.serving(account="exams")
+        await world.create("w2")
+        await world.until(lambda w: trouble(w) == Reasons.MAX_INSTANCES, "the brake", "w2")
+        assert live(world) == {instance_of(first): EXAMS_NUMBER}
+
+
+async def test_instances_of_an_account_are_imported_from_it(world: WorkersWorld) -> None:
+    theirs, ours = ({"track": "ccna"} for _ in range(2))
+    async with Ec2(world.clock, ACCOUNTS, endpoint_url=world.shim.url) as ec2:
+        wanted = await ec2.run_instance(EXAMS, launch("theirs", tags=theirs))
+        await ec2.run_instance(HERE, launch("ours", tags=ours))
+    template = {"spec": {"labTrack": "ccna", "cml": {"passwordFrom": {"env": PASSWORD_ENV}}}}
+    spec = {"region": REGION, "account": "exams", "tags": {"track": "ccna"}, "template": template}
+    of = LabWorkerImport(metadata=ObjectMeta(name="old"), spec=LabWorkerImportSpec.model_validate(spec))
+    await world.client.create(of)
+    name = f"old-{wanted.id.removeprefix('i-')}"
+
+    async def done() -> LabWorkerImport | None:
+        found = await world.client.get(LabWorkerImport, "default", "old")
+        return found if found.status.phase == "Done" else None
+
+    assert [one.instance_id for one in (await until(done, "the import")).status.imported] == [wanted.id]
+    worker = await world.phase("ReadyUnlicensed", name=name)
+    assert (worker.spec.account, worker.status.ec2.owner_id) == ("exams", EXAMS_NUMBER)
+
+
+async def test_an_import_from_an_account_that_the_settings_lack_waits_for_it(world: WorkersWorld) -> None:
+    spec = {"region": REGION, "account": "mars", "tags": {"track": "ccna"}}
+    of = LabWorkerImport(metadata=ObjectMeta(name="old"), spec=LabWorkerImportSpec.model_validate(spec))
+    await world.client.create(of)
+
+    async def told() -> bool:
+        found = (await world.client.get(LabWorkerImport, "default", "old")).status
+        ready = found.condition("Ready")
+        return found.phase == "Pending" and ready is not None and ready.reason == "UnknownAccount"
+
+    await until(told, "the refusal")
+
+
+async def test_orphans_of_every_account_are_found_and_ended_where_they_are(
+    monkeypatch: pytest.MonkeyPatch, moto_url: str, profiles: Path
+) -> None:
+    swept = {"sweep_interval": 0.2, "sweep_terminate": True, "worker_trace_timeout": 0.01}
+    async with three_accounts(monkeypatch, moto_url, led=["sweep"], **swept) as world:
+        worker = await world.serving()
+        await world.serving("w2", account="exams")
+        tags = {INSTALLATION_TAG: INSTALLATION, UID_TAG: "of-a-worker-that-is-gone"}
+        async with Ec2(world.clock, ACCOUNTS, endpoint_url=world.shim.url) as ec2:
+            orphan = (await ec2.run_instance(EXAMS, launch("orphan", tags=tags))).id
+        await world.delete("w2")
+        await world.gone("w2")
+        await until(lambda: orphan not in live(world), "the end of the orphan")
+        assert live(world) == {instance_of(worker): ACCOUNT}
+        state = orjson.loads((await world.storage.get(f"{world.registry.root}/sweep")).value)
+        assert (state["regions"], state["accounts"]) == ([REGION], {"exams": [REGION]})
+
+
+async def test_the_state_of_a_sweep_that_knew_one_account_is_read(
+    monkeypatch: pytest.MonkeyPatch, moto_url: str, profiles: Path
+) -> None:
+    storage = MemoryStorage()
+    old = {"at": None, "regions": [REGION], "suspects": []}
+    await storage.create("/lrm/sweep", orjson.dumps(old))
+    async with three_accounts(
+        monkeypatch, moto_url, storage=storage, led=["sweep"], sweep_interval=0.2, max_instances=1
+    ) as world:
+        [sweep] = world.others
+        await until(lambda: sweep.describe()["sweeps"] > 0, "a sweep")
+        await world.create(account="partner")
+        await until(lambda: sweep.describe()["regions"] == ["us-east-1", "partner/us-east-1"], "the new place")
+        assert sweep.describe()["error"] == ""
+    await storage.aclose()
