@@ -18,8 +18,16 @@ from controllers.aws.settings import AwsSettings
 from controllers.cml.sessions import CmlSessions
 from controllers.imports.controller import ImportsController
 from controllers.imports.kind import LAB_WORKER_IMPORT
+from controllers.instances.admission import admission
+from controllers.instances.allocations import Allocations, AllocationsController
+from controllers.instances.cml_runtime import CmlRuntime
+from controllers.instances.controller import InstancesController
 from controllers.instances.kind import LAB_INSTANCE_REQUEST
+from controllers.instances.placing import Placing
+from controllers.instances.routes import add_instance_routes
+from controllers.instances.runtime import Runtime
 from controllers.instances.settings import InstanceSettings
+from controllers.instances.strays import StrayLabs
 from controllers.labs.controller import LabsController
 from controllers.labs.imports import LabImportsController
 from controllers.labs.imports_kind import LAB_IMPORT
@@ -45,9 +53,13 @@ from controllers.workers.kind import LAB_WORKER
 from controllers.workers.provisioning import Provisioner
 from controllers.workers.settings import WorkerSettings
 from lrm.client import Client
+from lrm.controller import Hints
 from lrm.led import Led
 from lrm.plugin import DevPlan, DevService, Plugin, PluginContext
 from lrm.reconcile import Controller
+
+_LATE_IMPORT = 30.0
+"""Seconds for which a CML may still carry out an import whose answer was lost: it works on one for seconds."""
 
 
 class ControllersSettings(
@@ -126,10 +138,35 @@ async def controllers(context: PluginContext) -> AsyncIterator[Sequence[Controll
                 ImportsController(ec2, claims, context.installation),
                 metrics,
                 sweep,
+                *_instances(context, sessions),
             )
         finally:
             unsubscribe()
             closing.cancel()
+
+
+def _instances(context: PluginContext, sessions: CmlSessions) -> Sequence[Controller[Any] | Led]:
+    """What runs lab instances."""
+    settings: ControllersSettings = context.settings
+    cache, clock, installation = context.cache, context.clock, context.installation
+    allocations, hints = Allocations(cache), Hints()
+    runtimes: dict[str, Runtime] = {
+        "CML": CmlRuntime(cache, sessions, settings, installation=installation, late_import=_LATE_IMPORT)
+    }
+    placing = Placing(cache, allocations, settings, clock)
+    return (
+        InstancesController(cache, placing, runtimes, settings, hints=hints),
+        AllocationsController(cache, allocations, placing.promised),
+        StrayLabs(
+            cache,
+            sessions,
+            Client(context.storage, context.registry, clock),
+            clock,
+            settings,
+            installation=installation,
+            observe_only=settings.observe_only,
+        ),
+    )
 
 
 def _simulate_aws(arguments: Sequence[str]) -> None:
@@ -160,6 +197,7 @@ def _aws_environment(plan: DevPlan) -> dict[str, str]:
         "AWS_EC2_METADATA_DISABLED": "true",
         "LRM_WORKER_POLL_INTERVAL": "0.5",
         "LRM_WORKER_REST_INTERVAL": "2",
+        "LRM_WORKER_EXAMINE_INTERVAL": "10",
         "LRM_METRICS_REFRESH_INTERVAL": "5",
         # The simulated EC2 is of one mind at once; a launch that it does not show was not made.
         "LRM_WORKER_TRACE_TIMEOUT": "20",
@@ -213,6 +251,7 @@ plugin = Plugin(
     kinds=(LAB_WORKER, LAB_RECORD, LAB_IMPORT, LAB_WORKER_POOL, LAB_WORKER_IMPORT, LAB_INSTANCE_REQUEST),
     controllers=controllers,
     settings=ControllersSettings,
-    routes=(add_labs_routes,),
+    admission=admission,
     dev_services=DEV_SERVICES,
+    routes=(add_instance_routes, add_labs_routes),
 )

@@ -1,12 +1,14 @@
-"""The whole story in under a minute: YAML in, a worker Ready, its labs mirrored, all of it gone again.
+"""The whole story in about a minute: YAML in, a worker Ready, its labs mirrored, students' labs run, all gone again.
 
 `make demo` runs this against `lrm dev`: a real etcd, a real Redis, simulated AWS and CML, one daemon. It only uses what
 a user has (the API, the EC2 API, the CML API), prints what it sees as it happens, and exits with 0 only if every
-claim was observed and no process was left behind.
+claim was observed and no process was left behind. A lab in a container is shown where a Docker engine answers
+(LRM_DOCKER_HOST, DOCKER_HOST or its usual socket) and has, or can get, the image (LRM_DEMO_IMAGE, else busybox).
 """
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
@@ -27,6 +29,9 @@ MANIFESTS = Path(__file__).parent / "manifests"
 GROUP = "/apis/lab.neuroglia.io/v1"
 WORKERS = f"{GROUP}/namespaces/default/labworkers"
 RECORDS = f"{GROUP}/namespaces/default/labrecords"
+REQUESTS = f"{GROUP}/namespaces/default/labinstancerequests"
+USUAL_SOCKET = Path("/var/run/docker.sock")
+IMAGE = "busybox:1.36"
 WORKER = "ccna-1"
 PATH_TO_READY = ["ProvisioningEC2", "EC2Ready", "Starting", "Licensing", "Ready"]
 ROUTER = {
@@ -65,6 +70,11 @@ class Cml:
     def delete(self, lab: str) -> None:
         self.http.delete(f"/labs/{lab}").raise_for_status()
 
+    def titled(self, title: str) -> list[str]:
+        """Ids of the labs of a title."""
+        ids = self.http.get("/labs", params={"show_all": "true"}).raise_for_status().json()
+        return [i for i in ids if self.http.get(f"/labs/{i}").raise_for_status().json()["lab_title"] == title]
+
 
 def tell(story: Story, stack: dict[str, Any]) -> None:
     """The story itself. Raises `NotShown`."""
@@ -77,17 +87,14 @@ def tell(story: Story, stack: dict[str, Any]) -> None:
         cml = Cml(cml_url, environment["CML_PASSWORD"])
         with closing(cml.http):
             labs_are_mirrored(story, api, cml)
+            a_student_gets_a_lab(story, api, cml)
+        a_student_gets_a_container(story, api, environment)
         worker_goes(story, api, instance, environment)
 
 
 def worker_becomes_ready(story: Story, api: httpx.Client, environment: dict[str, str]) -> str:
     story.chapter(f"1. POST {MANIFESTS.name}/labworker.yaml")
-    manifest = (MANIFESTS / "labworker.yaml").read_text()
-    reply = api.post(GROUP, content=manifest, headers={"Content-Type": "application/yaml"})
-    if reply.status_code != 200:
-        raise NotShown(f"the manifest was refused: {reply.status_code} {reply.text}")
-    for item in reply.json()["items"]:
-        story.line(f"{item['kind']}/{item['name']} {item['result']}")
+    post(story, api, (MANIFESTS / "labworker.yaml").read_text())
     seen = follow_phases(story, api, "Ready")
     missing = [p for p in PATH_TO_READY if p not in seen]
     if missing:
@@ -142,8 +149,106 @@ def labs_are_mirrored(story: Story, api: httpx.Client, cml: Cml) -> None:
     story.claim("OSPF basics: gone from CML and from lrm; IPv6 first steps untouched")
 
 
+def a_student_gets_a_lab(story: Story, api: httpx.Client, cml: Cml) -> None:
+    story.chapter("5. POST labinstancerequest.yaml: a student asks for a lab")
+    post(story, api, (MANIFESTS / "labinstancerequest.yaml").read_text())
+    request = until_phase(story, api, "ann-ospf", "Running")
+    title = f"lrm-{request['metadata']['uid']}"
+    labs = cml.titled(title)
+    states = [cml.state(lab) for lab in labs]
+    story.check(f"one lab of ann's on {WORKER}, STARTED", states == ["STARTED"], states)
+    held = api.get(f"{WORKERS}/{WORKER}").raise_for_status().json()["status"].get("allocations", {})
+    story.check("its place is reserved there", list(held) == [request["metadata"]["uid"]], held)
+    story.line(f"ann works at {request['status']['accessUrl']}")
+    stop(api, "ann-ospf")
+    until_phase(story, api, "ann-ospf", "Completed")
+    story.check("her lab is gone from CML", cml.titled(title) == [])
+
+    def given_back() -> bool:
+        return not api.get(f"{WORKERS}/{WORKER}").raise_for_status().json()["status"].get("allocations")
+
+    story.until("a place that is given back", given_back)
+    story.claim("and her place was given back")
+
+
+def a_student_gets_a_container(story: Story, api: httpx.Client, environment: dict[str, str]) -> None:
+    host = environment.get("LRM_DOCKER_HOST", "")
+    story.chapter("6. POST labinstancerequest-container.yaml: another one asks for a container")
+    if not host:
+        story.line("not shown: no Docker engine answers here (LRM_DOCKER_HOST, DOCKER_HOST or its usual socket)")
+        return
+    image = os.environ.get("LRM_DEMO_IMAGE", IMAGE)
+    post(story, api, (MANIFESTS / "labinstancerequest-container.yaml").read_text().replace(IMAGE, image))
+    request = until_phase(story, api, "bob-web", "Running", "Failed", seconds=90)
+    uid, status = request["metadata"]["uid"], request["status"]
+    if status["phase"] == "Failed" and status["failure"]["reason"].startswith("Image"):
+        story.line(f"not shown: the engine cannot get the image: {status['errorMessage']}")
+        return
+    story.check("bob's container is Running", status["phase"] == "Running", status.get("errorMessage"))
+    said = httpx.get(status["accessUrl"], timeout=10).raise_for_status().text.strip()
+    story.check(f"it answers at {status['accessUrl']}: {said!r}", said == "hello, bob", said)
+    stop(api, "bob-web")
+    until_phase(story, api, "bob-web", "Completed")
+    with engine(host) as docker:
+        query = {"all": "true", "filters": f'{{"label":["lrm/uid={uid}"]}}'}
+        left = docker.get("/containers/json", params=query).raise_for_status().json()
+        nets = docker.get("/networks", params={"filters": query["filters"]}).raise_for_status().json()
+    story.check("his container and its network are gone", left == [] and nets == [], (left, nets))
+
+
+def post(story: Story, api: httpx.Client, manifest: str) -> None:
+    reply = api.post(GROUP, content=manifest, headers={"Content-Type": "application/yaml"})
+    if reply.status_code != 200:
+        raise NotShown(f"the manifest was refused: {reply.status_code} {reply.text}")
+    for item in reply.json()["items"]:
+        story.line(f"{item['kind']}/{item['name']} {item['result']}")
+
+
+def stop(api: httpx.Client, name: str) -> None:
+    patch = {"spec": {"desiredPhase": "Stopped"}}
+    headers = {"Content-Type": "application/merge-patch+json"}
+    api.patch(f"{REQUESTS}/{name}", content=orjson.dumps(patch), headers=headers).raise_for_status()
+
+
+def until_phase(story: Story, api: httpx.Client, name: str, *phases: str, seconds: float = 30) -> dict[str, Any]:
+    """A lab instance when it stands there; its phases are told as they pass."""
+    told: list[str] = []
+
+    def there() -> dict[str, Any] | None:
+        request: dict[str, Any] = api.get(f"{REQUESTS}/{name}").raise_for_status().json()
+        phase = request["status"]["phase"]
+        if [phase] != told[-1:]:
+            told.append(phase)
+            story.line(f"{name}: {phase:<12} {reason(request['status'])}")
+        return request if phase in phases else None
+
+    found: dict[str, Any] = story.until(f"{name} {' or '.join(phases)}", there, seconds)
+    return found
+
+
+def engine_here() -> str:
+    """Where a Docker engine answers; empty where none does."""
+    named = os.environ.get("LRM_DOCKER_HOST") or os.environ.get("DOCKER_HOST", "")
+    host = named or (f"unix://{USUAL_SOCKET}" if USUAL_SOCKET.exists() else "")
+    if not host:
+        return ""
+    try:
+        with engine(host) as docker:
+            docker.get("/_ping").raise_for_status()
+    except httpx.HTTPError:
+        return ""
+    return host
+
+
+def engine(host: str) -> httpx.Client:
+    """The engine's API; `host` as DOCKER_HOST has it."""
+    socket = host.removeprefix("unix://") if host.startswith("unix://") else None
+    base = "http://engine" if socket else host.replace("tcp://", "http://", 1)
+    return httpx.Client(base_url=base, transport=httpx.HTTPTransport(uds=socket), timeout=10)
+
+
 def worker_goes(story: Story, api: httpx.Client, instance: str, environment: dict[str, str]) -> None:
-    story.chapter("5. DELETE the worker")
+    story.chapter("7. DELETE the worker")
     api.delete(f"{WORKERS}/{WORKER}").raise_for_status()
     follow_phases(story, api, None)
     state = instance_states(environment).get(instance)
@@ -224,12 +329,14 @@ def dev_stack(story: Story, folder: Path) -> Iterator[dict[str, Any]]:
             stdout=subprocess.PIPE,
             stderr=sink,
             text=True,
+            env={**os.environ, **({"LRM_DOCKER_HOST": host} if (host := engine_here()) else {})},
         )
     pids: dict[str, int] = {"lrm dev": process.pid}
     try:
         if process.stdout is None or not any(line.startswith("ready ") for line in process.stdout):
             raise NotShown(f"lrm dev did not become ready:\n{log.read_text()[-2000:]}")
         stack = orjson.loads((folder / "data" / "dev.json").read_bytes())
+        stack["environment"]["LRM_DOCKER_HOST"] = host
         pids |= stack["pids"]
         pids |= {f"child {pid}": pid for parent in list(pids.values()) for pid in children(parent)}
         story.line(f"ready at {stack['url']}: " + ", ".join(sorted(stack["pids"])))

@@ -15,7 +15,7 @@ from typing import Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from controllers.instances.phases import FINAL, TRANSITIONS, Conditions, Phase
-from controllers.instances.quantity import Bytes, Cores
+from controllers.instances.quantity import SomeBytes, SomeCores
 from lrm.errors import Cause
 from lrm.kind import Column, Kind
 from lrm.model import Model, Timestamp
@@ -99,10 +99,10 @@ class LabTemplate(Model):
 class InstanceResources(Model):
     """What the lab may use, and what is reserved for it; absent is what the settings say, or the topology asks for."""
 
-    cpu: Cores | None = Field(None, gt=0, le=1024)
+    cpu: SomeCores | None = None
     """Cores."""
-    memory: Bytes | None = Field(None, ge=6 * 1024**2, le=64 * 1024**4)
-    """Bytes; an engine takes no less than 6 MiB."""
+    memory: SomeBytes | None = None
+    """Bytes."""
     pids: int | None = Field(None, ge=1, le=1_000_000)
     """Processes and threads in a container."""
 

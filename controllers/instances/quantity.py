@@ -9,7 +9,7 @@ import re
 from decimal import Decimal
 from typing import Annotated, Any
 
-from pydantic import BeforeValidator
+from pydantic import BeforeValidator, Field, WithJsonSchema
 
 _SUFFIXES = {
     "": Decimal(1),
@@ -47,3 +47,9 @@ Cores = Annotated[float, BeforeValidator(_cores)]
 """CPU, in cores."""
 Bytes = Annotated[int, BeforeValidator(_bytes)]
 """Memory, in bytes."""
+
+_TOLD = WithJsonSchema({"anyOf": [{"type": "number"}, {"type": "string"}]})
+SomeCores = Annotated[float, Field(gt=0, le=1024), BeforeValidator(_cores), _TOLD]
+"""CPU that a lab may ask for."""
+SomeBytes = Annotated[int, Field(ge=6 * 1024**2, le=64 * 1024**4), BeforeValidator(_bytes), _TOLD]
+"""Memory that a lab may ask for; an engine takes no less than 6 MiB."""
