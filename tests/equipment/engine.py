@@ -51,6 +51,8 @@ class Engine:
     client: docker.DockerClient
     etcd_image: str = "lrm-test/etcd"
     redis_image: str = "lrm-test/redis"
+    busybox_image: str = "lrm-test/busybox"
+    """A shell and what goes with it; runs `sleep` unless told otherwise, and declares a volume, /data."""
     machine_image: str = "lrm-test/machine"
     """Nothing but the skeleton of this machine, whose programs are mounted into it."""
 
@@ -106,6 +108,7 @@ async def private_engine(programs: Path) -> AsyncIterator[str]:
         *("unshare", "--pid", "--mount", "--mount-proc", "--fork", "--kill-child"),
         *(programs / "dockerd", f"--host=unix://{socket}", f"--pidfile={folder}/pid"),
         *(f"--data-root={folder}/data", f"--exec-root={folder}/exec", "--exec-opt=native.cgroupdriver=cgroupfs"),
+        "--default-address-pool=base=10.213.0.0/16,size=28",  # as it comes it has room for thirty networks
         *("--bridge=none", "--iptables=false", "--ip6tables=false", "--ip-forward=false", "--ip-masq=false"),
     ]
 
@@ -174,6 +177,13 @@ def _make_images(client: docker.DockerClient, engine: Engine) -> None:
         {"bin/redis-server": redis_binary(), "bin/busybox": busybox, "bin/redis-cli": _REDIS_CLI},
         links={"bin/sh": "busybox", "bin/nc": "busybox", "bin/grep": "busybox"},
         changes=["ENV PATH=/bin", "EXPOSE 6379", 'CMD ["redis-server"]'],
+    )
+    _make_image(
+        client,
+        engine.busybox_image,
+        {"bin/busybox": busybox},
+        links={f"bin/{name}": "busybox" for name in ("cat", "dd", "echo", "httpd", "id", "ls", "sh", "sleep", "touch")},
+        changes=["ENV PATH=/bin", "VOLUME /data", 'CMD ["sleep", "1000000"]'],
     )
     _make_image(
         client,

@@ -12,13 +12,14 @@ from pathlib import Path
 
 from equipment.debian import CACHE, NotHere, fetch
 
-ENGINE = CACHE / "docker"
+ENGINE = CACHE / "docker-engine"
 COMPOSE = CACHE / "docker-compose"
 _LIB = f"usr/lib/{os.uname().machine}-linux-gnu"
 _ENGINE_PACKAGES = {
     "docker.io": ["usr/sbin/dockerd", "usr/sbin/docker-proxy"],
     "containerd": ["usr/bin/containerd", "usr/bin/containerd-shim-runc-v2"],
     "runc": ["usr/sbin/runc"],
+    "tini": ["usr/bin/docker-init"],
     "libdevmapper1.02.1": [f"{_LIB.removeprefix('usr/')}/libdevmapper.so.1.02.1"],
     "libseccomp2": [f"{_LIB}/libseccomp.so.2"],
     # The engine's name server for containers lives behind rules inside each container's own network.

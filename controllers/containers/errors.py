@@ -1,0 +1,49 @@
+"""What can go wrong between us and an engine; its class tells whether the same call can succeed later.
+
+EngineError
+├── EngineUnavailable   no answer, or no sensible one: whether a call had its effect is not known
+├── EngineNotFound      it has no such container, network, volume or image (404)
+├── EngineConflict      the name is taken, or something is in use or in progress (409, and 403 of networks)
+├── EngineRefused       it will not do this, however often it is asked (400 and the like)
+└── EngineFailed        it tried and failed, in its own words (500)
+"""
+
+from __future__ import annotations
+
+
+class EngineError(Exception):
+    """Base; the text is the engine's own where it has said anything."""
+
+
+class EngineUnavailable(EngineError):  # noqa: N818 - it says what happened
+    """No answer, or no sensible one: nothing is known."""
+
+
+class EngineNotFound(EngineError):  # noqa: N818 - it says what happened
+    """It has no such thing."""
+
+
+class EngineConflict(EngineError):  # noqa: N818 - it says what happened
+    """The name is taken, or something is in use or in progress."""
+
+
+class EngineRefused(EngineError):  # noqa: N818 - it says what happened
+    """It will not do this, however often it is asked."""
+
+
+class EngineFailed(EngineError):  # noqa: N818 - it says what happened
+    """It tried, and failed."""
+
+
+def of_status(status: int, message: str) -> EngineError:
+    """The error for an answer that is none of success."""
+    text = message.strip()[:1000] or f"status {status}"
+    if status == 404:
+        return EngineNotFound(text)
+    if status == 409 or (status == 403 and "active endpoints" in text):
+        return EngineConflict(text)
+    if 400 <= status < 500:
+        return EngineRefused(text)
+    if status == 500:
+        return EngineFailed(text)
+    return EngineUnavailable(text)
