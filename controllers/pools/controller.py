@@ -38,7 +38,15 @@ from controllers.pools.decisions import (
 )
 from controllers.pools.demand import Demand, Load, labs_are_known
 from controllers.pools.hours import UnknownTimeZone
-from controllers.pools.kind import NAMES_TOLD, POOL_FINALIZER, POOLS, LabWorkerPool, ScalingDecision, new_worker
+from controllers.pools.kind import (
+    LONGEST_LEAD,
+    NAMES_TOLD,
+    POOL_FINALIZER,
+    POOLS,
+    LabWorkerPool,
+    ScalingDecision,
+    new_worker,
+)
 from controllers.pools.settings import PoolSettings
 from controllers.workers.kind import DRAIN_ANNOTATION, LAB_WORKER, WAKE_ANNOTATION, LabWorker
 from lrm.cache import Cache, Change
@@ -155,7 +163,9 @@ class PoolsController(Controller[LabWorkerPool]):
         return (UNDECODABLE_WORKER, f"workers that this version cannot read may be the pool's: {', '.join(found[:3])}")
 
     def _load(self, pool: LabWorkerPool, workers: Sequence[LabWorker], ctx: Context) -> Load:
-        return self._demand.load(pool, workers, ctx.clock.now() + lead_of(pool))
+        now = ctx.clock.now()
+        horizon = now + timedelta(seconds=LONGEST_LEAD)
+        return self._demand.load(pool, workers, until=now + lead_of(pool), horizon=horizon)
 
     def _decide(
         self, pool: LabWorkerPool, workers: Sequence[LabWorker], load: Load, ctx: Context

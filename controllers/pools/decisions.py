@@ -29,8 +29,6 @@ FIRST_LEAD = 20 * 60
 MEASURED_AFTER = 15
 """Minutes after which a worker that became ready has been measured, if it ever is: three of the metrics' intervals."""
 
-_BY_WORD = frozenset({"None", "Scheduled"})
-"""Policies that do not look at load."""
 _ENDED = frozenset({"terminated", "shutting-down", "stopped"})
 """States of an instance on which no lab runs, whatever its records say."""
 
@@ -216,7 +214,7 @@ def _floor(pool: LabWorkerPool, now: datetime, ahead: timedelta) -> tuple[int, R
 
 def _most(pool: LabWorkerPool, kept: int) -> int:
     """The size that the pool must not exceed: where load decides nothing, the one that it must keep."""
-    return kept if pool.spec.policy in _BY_WORD else pool.spec.max_workers
+    return pool.spec.max_workers if pool.spec.heeds_load else kept
 
 
 def _shrink_to(pool: LabWorkerPool, team: Roster, load: Load, kept: int) -> Decision | None:
@@ -344,7 +342,7 @@ def _measures(pool: LabWorkerPool, team: Roster, load: Load, now: datetime) -> l
 
 
 def _by_load(pool: LabWorkerPool, team: Roster, load: Load, kept: int, now: datetime) -> Decision | None:
-    if pool.spec.policy in _BY_WORD:
+    if not pool.spec.heeds_load:
         return None
     measures = _measures(pool, team, load, now)
     return _grow(pool, team, load, measures, now) or _shrink(pool, team, load, measures, kept, now)
@@ -357,8 +355,8 @@ def _grow(  # noqa: PLR0911 - each way out is a reason
     if not wishes:
         return None
     free = sum(load.of(w).free for w in team.serving)
-    if team.asleep and 0 < free >= load.waiting:
-        return None  # nobody would come to one that is woken, and idleness would stop it again
+    if team.asleep and free >= load.waiting:
+        return None  # nobody waits for one that is woken, and idleness would stop it again
     more, reason, message = max(wishes, key=lambda w: w[0])
     before = len(team.able)
     room = pool.spec.max_workers - len(team.members)
@@ -409,7 +407,7 @@ def _shrink(  # noqa: PLR0911, PLR0917 - each way out is a reason to keep all
     left = [w for w in team.serving if w.name != victim.name]
     if not all(m.allows_one_less(len(left)) for m in measures):
         return None
-    if load.waiting > sum(load.of(w).free for w in left):
+    if max(load.waiting, load.expected) > sum(load.of(w).free for w in left):
         return None
     changes = (pool.status.last_scale_up_at, pool.status.last_scale_down_at)
     if any(_within(at, pool.spec.cooldowns.down_minutes, now) for at in changes):

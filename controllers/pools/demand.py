@@ -1,7 +1,8 @@
 """How busy a pool's workers are, and what else is going to be placed on them.
 
 `Demand` is what the pools' controller asks. `ObservedDemand` answers from the objects that there are: allocations,
-the labs' sync and the measured utilization. What is unknown is None, never 0: nothing is called idle by it.
+the labs' sync, the measured utilization, and the lab instances that wait. What is unknown is None, never 0: nothing is
+called idle by it.
 """
 
 from __future__ import annotations
@@ -11,8 +12,11 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Protocol
 
+from controllers.instances.kind import LabInstanceRequest
+from controllers.instances.phases import WAITING
 from controllers.labs.kind import records_of_worker
 from controllers.pools.kind import LabWorkerPool
+from controllers.pools.waiting import labs_for
 from controllers.workers.kind import LabWorker, serving
 from controllers.workers.phases import Phase
 from lrm.cache import Cache
@@ -46,6 +50,9 @@ class Load:
     """By name of the worker."""
     waiting: int = 0
     """Labs that want a place and have none: now, or at a known time before a worker begun now would be ready."""
+    expected: int = 0
+    """The same, as long ahead as any worker is begun: that time falls once a first one was quick, and what was begun
+    by the longer one stays for those for whom it was."""
 
     def of(self, worker: LabWorker) -> WorkerLoad:
         """A worker's load; of one that nothing is known about it is unknown."""
@@ -55,19 +62,24 @@ class Load:
 class Demand(Protocol):
     """Tells the load of a pool."""
 
-    def load(self, pool: LabWorkerPool, workers: Sequence[LabWorker], until: datetime) -> Load:
-        """The load of the pool's workers, and what wants a place on them until then; never waits."""
+    def load(self, pool: LabWorkerPool, workers: Sequence[LabWorker], *, until: datetime, horizon: datetime) -> Load:
+        """The load of the pool's workers, what wants a place on them until then, and what will; never waits."""
         ...
 
 
 class ObservedDemand:
-    """The load as the cache shows it: whatever has a place on a worker already."""
+    """The load as the cache shows it: what has a place on a worker already, and what waits for one."""
 
     def __init__(self, cache: Cache) -> None:
         self._cache = cache
 
-    def load(self, pool: LabWorkerPool, workers: Sequence[LabWorker], until: datetime) -> Load:  # noqa: ARG002 - what is placed already has no later
-        return Load({worker.name: self._of(worker) for worker in workers})
+    def load(self, pool: LabWorkerPool, workers: Sequence[LabWorker], *, until: datetime, horizon: datetime) -> Load:
+        known = {worker.name: self._of(worker) for worker in workers}
+        if not pool.spec.heeds_load:
+            return Load(known)
+        pools = self._cache.all(LabWorkerPool)
+        requests = [r for phase in WAITING for r in self._cache.by_index(LabInstanceRequest, "phase", phase.value)]
+        return Load(known, labs_for(pool, pools, requests, until), labs_for(pool, pools, requests, horizon))
 
     def _of(self, worker: LabWorker) -> WorkerLoad:
         status = worker.status

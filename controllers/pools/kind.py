@@ -120,6 +120,11 @@ class LabWorkerPoolSpec(Model):
     replace_failed: ReplaceFailed = Field(default_factory=ReplaceFailed)
 
     @property
+    def heeds_load(self) -> bool:
+        """Whether load may change the size."""
+        return self.policy not in ("None", "Scheduled")
+
+    @property
     def wished(self) -> int:
         """What a person asks for: `replicas`, else `minWorkers`; within the bounds as they are now."""
         asked = self.min_workers if self.replicas is None else self.replicas

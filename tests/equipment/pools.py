@@ -82,8 +82,9 @@ def evenly(
     labs: int | None = None,
     hosts: bool = False,
     waiting: int = 0,
+    expected: int = 0,
     slots: int = 20,
 ) -> Load:
     """The same load on every worker."""
     each = WorkerLoad(hosts=hosts, labs=labs, slots=slots, cpu=cpu, memory=memory)
-    return Load({w.name: each for w in team}, waiting)
+    return Load({w.name: each for w in team}, waiting, expected)

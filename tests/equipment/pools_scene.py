@@ -14,6 +14,7 @@ from typing import Any, cast
 
 import pytest
 
+from controllers.instances.kind import LAB_INSTANCE_REQUEST, LabInstanceRequest, LabInstanceRequestSpec
 from controllers.labs.kind import LAB_RECORD, LabRecord, LabRecordSpec, LabRecordStatus
 from controllers.pools import controller as pools_module
 from controllers.pools.controller import PoolsController, new_suffix
@@ -218,6 +219,12 @@ class PoolScene:
             await self.labs_client.create(record, with_status=True)
         await self.labs_client.update_status(worker, lambda w: setattr(w.status, "labs_count", labs))
 
+    async def want(self, name: str, **spec: Any) -> None:
+        """A student's request for a CML lab."""
+        document = {"labTemplate": {"topology": "nodes: []"}, "studentEmail": "s@university.edu", "durationMinutes": 60}
+        wanted = LabInstanceRequestSpec.model_validate({**document, **spec})
+        await self.client.create(LabInstanceRequest(metadata=ObjectMeta(name=name), spec=wanted))
+
     async def measure(self, *, cpu: float, memory: float, labs: int) -> None:
         """The same is measured of all workers; shares in percent."""
         metrics, used = (
@@ -239,7 +246,7 @@ async def pool_scene(*, leading: bool = True, **options: Any) -> AsyncIterator[P
     """A scene in which somebody leads from the beginning, unless told otherwise."""
     clock = VirtualClock()
     storage = Forgetful(clock=clock)
-    registry = Registry((LAB_WORKER, LAB_RECORD, LAB_WORKER_POOL))
+    registry = Registry((LAB_WORKER, LAB_RECORD, LAB_WORKER_POOL, LAB_INSTANCE_REQUEST))
     cache, client = Cache(storage, registry, clock), Client(storage, registry, clock)
     scene = PoolScene(
         storage,

@@ -590,6 +590,9 @@ async def test_under_load_one_that_idleness_has_stopped_is_woken_once_whoever_di
             dying_at(monkeypatch, point)
         await scene.place(busy, 20)
         await live(scene)
+        assert decisions(await scene.pool()) == [("Up", "BelowWished", 0, 2)], "all is full, and nobody waits"
+        await scene.want("late")
+        await live(scene)
         woken = {
             c.item.resource.metadata.annotations[WAKE_ANNOTATION]
             for c in scene.changes
@@ -646,7 +649,8 @@ async def test_the_load_is_what_is_placed_counted_and_measured() -> None:
         )
         await scene.clock.settle()
         team = scene.cache.all(LabWorker)
-        load = ObservedDemand(scene.cache).load(pool, team, scene.clock.now())
+        now = scene.clock.now()
+        load = ObservedDemand(scene.cache).load(pool, team, until=now, horizon=now)
         found = [load.of(next(w for w in team if w.name == n.name)) for n in (idle, labs, placed)]
         assert [(w.hosts, w.labs, w.cpu, w.memory, w.free) for w in found] == [
             (False, None, None, None, 20),
