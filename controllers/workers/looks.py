@@ -1,18 +1,19 @@
 """One look at EC2 for all workers at rest in one place, in place of one look each.
 
-Promises ⌈W/1000⌉ DescribeInstances in each `worker_rest_interval` for W workers at rest in a region of an account. What
-it shows may confirm a worker and may alarm it, never more: `confirm` gives the recorded instance when it is there just
-as the status has it and no other carries the worker's uid. For all else (absent, in another state, at another address,
-a second carrier, one without our tags) the worker looks itself, and only that look is acted on; one that an earlier
-answer confirmed and the next does not is asked to, through `hints`. A stale or failed answer costs a call or an
-interval, never an instance. While EC2 refuses all calls (rate, credentials) nobody is sent after it: `confirm` raises
-that refusal, and EC2 is asked once in a quarter of the interval. Called by the provisioner; the answers end with the
-term.
+Promises ⌈W/1000⌉ DescribeInstances in each `worker_rest_interval` for W workers at rest in a region of an account, and
+⌈U/1000⌉ more for U that were adopted to be observed only and need not bear our tags. What it shows may confirm a worker
+and may alarm it, never more: `confirm` gives the recorded instance when it is there just as the status has it and no
+other carries the worker's uid. For all else (absent, in another state, at another address, a second carrier, one
+without our tags) the worker looks itself, and only that look is acted on; one that an earlier answer confirmed and the
+next does not is asked to, through `hints`. A stale or failed answer costs a call or an interval, never an instance.
+While EC2 refuses all calls (rate, credentials) nobody is sent after it: `confirm` raises that refusal, and EC2 is asked
+once in a quarter of the interval. Called by the provisioner; the answers end with the term.
 """
 
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -54,21 +55,30 @@ _FOR_ALL = (AwsThrottled, AwsAuthError)
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """All that lives of the installation in one place, by the uid that it carries; `begun` is monotonic, in seconds."""
+    """What EC2 showed of one place; `begun` is monotonic, in seconds."""
 
     begun: float
-    carriers: dict[str, list[Ec2Instance]]
+    instances: dict[str, Ec2Instance]
+    """All of the installation that have not ended, by id, and those that are only observed."""
+    carriers: Counter[str]
+    """How many of them carry a uid."""
 
-    def confirms(self, worker: LabWorker, installation: str, *, marks: bool) -> Ec2Instance | None:
-        """The worker's instance, if nothing is to be done about it; `marks`: what was adopted is to have our tags."""
-        ec2, found = worker.status.ec2, self.carriers.get(worker.uid, ())
-        mine = next((i for i in found if i.id == ec2.instance_id), None)
+    @classmethod
+    def of(cls, begun: float, found: Iterable[Ec2Instance]) -> Answer:
+        instances = {instance.id: instance for instance in found}
+        return cls(begun, instances, Counter(i.tags.get(UID_TAG, "") for i in instances.values()))
+
+    def confirms(self, worker: LabWorker, installation: str, *, observed: bool) -> Ec2Instance | None:
+        """The worker's instance, if nothing is to be done about it; `observed`: nothing would be done anyway."""
+        ec2 = worker.status.ec2
+        mine = self.instances.get(ec2.instance_id or "")
         if mine is None or (mine.state, addresses_of(mine)) != (ec2.state, (ec2.public_ip, ec2.private_ip)):
             return None
         if not worker.spec.adopts:
-            return mine if len(found) == 1 else None
+            alone = self.carriers[worker.uid] == 1 and mine.tags.get(UID_TAG) == worker.uid
+            return mine if alone else None
         wanted = {**worker.spec.aws.tags, **tags_of(worker, installation)}
-        return mine if not marks or wanted.items() <= mine.tags.items() else None
+        return mine if observed or wanted.items() <= mine.tags.items() else None
 
 
 @dataclass(slots=True)
@@ -121,7 +131,7 @@ class Ec2Looks:
         changed = self._changed.get(worker.uid)
         if answer is None or (changed is not None and answer.begun <= changed):
             return None
-        return answer.confirms(worker, self._installation, marks=not work.observe_only)
+        return answer.confirms(worker, self._installation, observed=work.observe_only)
 
     async def _answer(self, place: Place, work: Work) -> Answer | None:
         """The present answer of a place; looks if it is time to."""
@@ -155,17 +165,26 @@ class Ec2Looks:
         work.ctx.check_leading()
         try:
             found = await self._ec2.find_by_tags(place, {INSTALLATION_TAG: self._installation}, states=KEEPABLE)
+            shown = {instance.id for instance in found}
+            ids = [i for i in self._observed(place, work) if i not in shown]
+            # They need not bear our tags, so they are asked for by id, 1,000 a call.
+            found += (await self._ec2.describe_fleet(place, ids, {}, unmarked=ids)).values()
         except AwsError as error:
             if shared.failed is None:
                 log.warning("workers.shared_look_failed", place=str(place), error=str(error))
             shared.failed = clock.monotonic()
             shared.refusal = error if isinstance(error, _FOR_ALL) else None
             return
-        carriers: dict[str, list[Ec2Instance]] = {}
-        for instance in found:
-            carriers.setdefault(instance.tags.get(UID_TAG, ""), []).append(instance)
-        shared.answer, shared.failed, shared.refusal = Answer(begun, carriers), None, None
+        shared.answer, shared.failed, shared.refusal = Answer.of(begun, found), None, None
         await self._alarm(place, shared, shared.answer, work)
+
+    def _observed(self, place: Place, work: Work) -> list[str]:
+        """The instances of workers at rest that were adopted and are only observed."""
+        return [
+            w.status.ec2.instance_id
+            for w in _at(work.ctx.cache, place)
+            if w.spec.adopts and _is_observed(w, work) and w.status.ec2.instance_id and rests(w)
+        ]
 
     async def _alarm(self, place: Place, shared: _Shared, answer: Answer, work: Work) -> None:
         """Have those look themselves whom the answer before confirmed, and this one does not."""
@@ -174,8 +193,7 @@ class Ec2Looks:
             for worker in some:
                 if not rests(worker):
                     continue
-                marks = not (work.ctx.observe_only or worker.spec.observe_only)
-                if answer.confirms(worker, self._installation, marks=marks) is not None:
+                if answer.confirms(worker, self._installation, observed=_is_observed(worker, work)) is not None:
                     confirmed.add(worker.uid)
                 elif worker.uid in shared.confirmed and worker.uid != work.worker.uid:
                     self.hints.tell((worker.namespace, worker.name))
@@ -192,6 +210,11 @@ def rests(worker: LabWorker) -> bool:
     if status.phase in SERVING:
         return goal is Goal.READY and status.ec2.state == "running"
     return status.phase == Phase.STOPPED and goal in (Goal.STOPPED, Goal.DRAINING) and status.ec2.state == "stopped"
+
+
+def _is_observed(worker: LabWorker, work: Work) -> bool:
+    """Whether nothing of a worker may be changed, as `work.observe_only` says of its own."""
+    return work.ctx.observe_only or worker.spec.observe_only
 
 
 def _at(cache: Cache, place: Place) -> list[LabWorker]:

@@ -60,9 +60,16 @@ class LooksScene:
     """Names of the workers that were asked to look themselves."""
 
     async def rest(
-        self, name: str, state: str = "running", *, adopts: bool = False, region: str = REGION, **spec: object
+        self,
+        name: str,
+        state: str = "running",
+        *,
+        adopts: bool = False,
+        marked: bool = True,
+        region: str = REGION,
+        **spec: object,
     ) -> LabWorker:
-        """A worker at rest whose instance bears its tags and is in this state, `running` or `stopped`."""
+        """A worker at rest whose instance bears its tags if `marked`, and is in this state, `running` or `stopped`."""
         aws = {"instanceId": "i-0123456789abcdef0"} if adopts else {"amiId": DEMO_AMI}
         worker = LabWorker(
             metadata=ObjectMeta(
@@ -78,7 +85,7 @@ class LooksScene:
         if state == "stopped":
             worker.spec.desired_phase, worker.status.phase = "Stopped", "Stopped"
         ec2 = worker.status.ec2
-        ec2.instance_id, ec2.state = self.launch(worker), state
+        ec2.instance_id, ec2.state = self.launch(worker, tags=None if marked else {"Name": "somebody's"}), state
         found = self.shim.instances.find(ec2.instance_id)
         assert found is not None
         if state == "stopped":
@@ -92,10 +99,10 @@ class LooksScene:
         await self.cache.barrier()
         return await self.get(name)
 
-    def launch(self, worker: LabWorker) -> str:
-        """The id of a new running instance that bears a worker's tags."""
+    def launch(self, worker: LabWorker, tags: dict[str, str] | None = None) -> str:
+        """The id of a new running instance that bears a worker's tags, or others."""
         launch = Launch(image_id=DEMO_AMI, instance_type="m5zn.metal")
-        tags = tags_of(worker, INSTALLATION)
+        tags = tags or tags_of(worker, INSTALLATION)
         (made,) = self.shim.instances.run(worker.spec.region, launch, tags, count=1, token="", fingerprint="")
         return made.id
 

@@ -145,6 +145,26 @@ async def test_whoever_is_not_at_rest_or_is_asked_for_looks_itself(scene: LooksS
     assert scene.calls() == {"DescribeInstances": 2, "CreateTags": 1}, "a mark that is missing is put back"
 
 
+async def test_what_is_only_observed_is_looked_at_together_too_though_it_bears_no_mark(scene: LooksScene) -> None:
+    names = [f"w{n}" for n in range(5)]
+    for name in names:
+        await scene.rest(name, adopts=True, marked=False, observeOnly=True)
+    await scene.rest("ours")
+    await scene.see("ours")
+    scene.calls()
+    await scene.interval()
+    for name in (*names, "ours"):
+        await scene.see(name)
+    assert scene.calls() == {"DescribeInstances": 2}, "one by the tag, one by their ids"
+    _stopped(scene, (await scene.get("w3")).status.ec2.instance_id or "")
+    await scene.interval()
+    await scene.see("ours")
+    assert scene.hinted == ["w3"]
+    await scene.see("w3")
+    assert (await scene.get("w3")).status.ec2.state == "stopped"
+    assert "CreateTags" not in scene.calls()
+
+
 async def test_nothing_is_believed_that_was_asked_before_the_last_change_or_in_another_term(scene: LooksScene) -> None:
     worker = await scene.rest("w")
     await scene.rest("other")
