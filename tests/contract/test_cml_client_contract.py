@@ -73,6 +73,7 @@ CALLS: dict[str, tuple[Call, Script]] = {
     "start_lab": (lambda c: c.start_lab(LAB), None),
     "stop_lab": (lambda c: c.stop_lab(LAB), None),
     "wipe_lab": (lambda c: c.wipe_lab(LAB), None),
+    "rename_lab": (lambda c: c.rename_lab(LAB, "ä&?/ x"), ("PATCH", f"/labs/{LAB}", STOPPED)),
     "delete_lab": (lambda c: c.delete_lab(LAB), None),
     "import_lab": (lambda c: c.import_lab("lrm-ä&?/ x", YAML, timeout=5), ("POST", "/import", IMPORTED)),
     "import_lab of JSON": (lambda c: c.import_lab("lrm-1", JSON, timeout=5), ("POST", "/import", IMPORTED)),
@@ -145,6 +146,8 @@ async def test_a_lab_is_imported_started_converged_stopped_wiped_and_deleted(cli
     assert (lab.id, lab.state, lab.node_count, lab.link_count) == (result.id, "DEFINED_ON_CORE", 2, 1)
     assert (await client.lab(lab.id)).description == "d"
     assert "r0" in await client.download(lab.id)
+    await client.rename_lab(lab.id, "renamed")
+    assert [found.id for found in await client.find_labs_by_title("renamed")] == [lab.id]
     await client.start_lab(lab.id)
     await until(lambda: client.converged(lab.id), "the lab has started")
     assert await client.lab_state(lab.id) == "STARTED"

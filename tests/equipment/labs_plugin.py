@@ -13,6 +13,7 @@ from controllers.labs.imports import LabImportsController
 from controllers.labs.imports_kind import LAB_IMPORT
 from controllers.labs.kind import LAB_RECORD
 from controllers.labs.records import LabRecordsController
+from controllers.labs.routes import add_labs_routes
 from controllers.plugin import ControllersSettings
 from controllers.workers.kind import LAB_WORKER
 from lrm.plugin import Plugin, PluginContext
@@ -28,15 +29,20 @@ async def _controllers(context: PluginContext) -> AsyncIterator[Sequence[Control
     ):
         closing = tasks.create_task(sessions.run())
         try:
-            yield (
-                LabsController(cache=context.cache, sessions=sessions, settings=settings, clock=context.clock),
-                LabRecordsController(cache=context.cache, sessions=sessions, settings=settings),
-                LabImportsController(cache=context.cache, sessions=sessions, settings=settings),
-            )
+            with context.offers.offering(sessions):
+                yield (
+                    LabsController(cache=context.cache, sessions=sessions, settings=settings, clock=context.clock),
+                    LabRecordsController(cache=context.cache, sessions=sessions, settings=settings),
+                    LabImportsController(cache=context.cache, sessions=sessions, settings=settings),
+                )
         finally:
             closing.cancel()
 
 
 plugin = Plugin(
-    name="labs", kinds=(LAB_WORKER, LAB_RECORD, LAB_IMPORT), controllers=_controllers, settings=ControllersSettings
+    name="labs",
+    kinds=(LAB_WORKER, LAB_RECORD, LAB_IMPORT),
+    controllers=_controllers,
+    settings=ControllersSettings,
+    routes=(add_labs_routes,),
 )

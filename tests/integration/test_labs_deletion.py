@@ -107,6 +107,16 @@ async def test_edge_case_network_failure(world: LabsWorld) -> None:
     assert world.machine().counts["DELETE /labs/{lab_id}"] == 1, "404 is success: it is not deleted again"
 
 
+async def test_deletions_are_counted_by_how_they_ended(world: LabsWorld) -> None:
+    lab, record = await mirrored(world)
+    world.fault("status", method="DELETE", path=f"/labs/{lab.id}", status=409, times=2)
+    await world.client.delete(record)
+    await world.gone(record)
+    shown = world.telemetry.exposition()[0].decode()
+    assert 'lrm_labs_deletes_total{result="failure"} 2.0' in shown
+    assert 'lrm_labs_deletes_total{result="success"} 1.0' in shown
+
+
 # Deletion, step by step
 
 

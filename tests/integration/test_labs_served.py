@@ -3,79 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from controllers.cml.simulator import Machine, Simulator
-from controllers.workers.kind import LabWorker
-from equipment.daemons import DaemonProcess
-from equipment.labs_world import FAST, PASSWORD_ENV, instance_of, labs_world
+from equipment.labs_api import labs_path
+from equipment.labs_daemon import API, LabsDaemon, labs_daemon
 from equipment.waiting import until
 from lrm.devservers import EtcdServer
-from storage.etcd import EtcdStorage
-
-API = "/apis/lab.neuroglia.io/v1/namespaces/default"
-MERGE = {"Content-Type": "application/merge-patch+json"}
-
-
-@dataclass
-class Served:
-    daemon: DaemonProcess
-    machine: Machine
-
-    async def get(self, path: str) -> Any:
-        status, document = await self.daemon.request("GET", f"{API}/{path}")
-        assert status == 200, document
-        return document
-
-    async def records(self, query: str = "") -> dict[str, Any]:
-        return {r["spec"]["labId"]: r for r in (await self.get(f"labrecords{query}"))["items"]}
-
-    async def patch(self, name: str, document: dict[str, Any]) -> tuple[int, Any]:
-        return await self.daemon.request("PATCH", f"{API}/labrecords/{name}", document, headers=MERGE)
-
-    async def mirrored(self, count: int) -> dict[str, Any]:
-        async def there() -> dict[str, Any] | None:
-            records = await self.records()
-            return records if len(records) == count else None
-
-        found = await until(there, f"{count} records")
-        assert found is not None
-        return found
 
 
 @pytest.fixture
 async def served(
     server_dir: Path, etcd: EtcdServer, etcd_root: str, monkeypatch: pytest.MonkeyPatch
-) -> AsyncIterator[Served]:
-    async with Simulator.run(FAST) as simulator:
-        storage = EtcdStorage([etcd.endpoint], root=etcd_root)
-        async with labs_world(monkeypatch, storage=storage, root=etcd_root, simulator=simulator) as world:
-            world.term.lost()  # the daemon alone acts
-            await world.worker()
-            worker: LabWorker = await world.get_worker()
-        await storage.aclose()
-        daemon = DaemonProcess(
-            server_dir,
-            endpoint=etcd.endpoint,
-            root=etcd_root,
-            plugins="equipment.labs_plugin",
-            LRM_SECRETS_ALLOW=PASSWORD_ENV,
-            LRM_LABS_REFRESH_INTERVAL="0.2",
-            LRM_LABS_STEP_INTERVAL="0.05",
-            **{PASSWORD_ENV: FAST.password},
-        )
-        try:
-            await daemon.start_ready()
-            yield Served(daemon, simulator.machine(instance_of(worker.name)))
-        finally:
-            await daemon.end()
+) -> AsyncIterator[LabsDaemon]:
+    async with labs_daemon(server_dir, etcd, etcd_root, monkeypatch) as served:
+        yield served
 
 
-async def test_the_life_of_records_as_users_see_it(served: Served) -> None:
+async def test_the_life_of_records_as_users_see_it(served: LabsDaemon) -> None:
     machine = served.machine
     kept, other, doomed = (machine.add_lab(t, nodes=2) for t in ("kept", "other", "doomed"))
     await served.mirrored(3)
@@ -140,3 +87,19 @@ async def test_the_life_of_records_as_users_see_it(served: Served) -> None:
 
     await until(forgotten_and_found_again, "the record to go, and the lab to be found by the next sync")
     assert other.id in machine.labs
+
+    # The endpoints of the worker's labs are faces of the same records
+    async def ask(method: str, rest: str, body: Any = None) -> tuple[int, Any]:
+        return await served.daemon.request(method, labs_path(rest), body)
+
+    status, labs = await ask("GET", "")
+    assert (status, {lab["id"] for lab in labs}) == (200, set(machine.labs))
+    status, told = await ask("POST", f"/{other.id}/start")
+    assert (status, other.state, told["result"]) == (200, "STARTED", "Succeeded")
+    status, topology = await ask("GET", f"/{other.id}/download")
+    assert status == 200
+    status, made = await ask("POST", "/import?title=copy", topology)
+    assert (status, machine.labs[made["lab_id"]].title) == (201, "copy")
+    status, told = await ask("DELETE", f"/{other.id}")
+    assert (status, other.id in machine.labs) == (200, False)
+    assert (await ask("POST", "/refresh"))[1]["synced"] == 2

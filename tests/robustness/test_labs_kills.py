@@ -19,6 +19,9 @@ import pytest
 from controllers.cml.simulator import Simulator
 from controllers.cml.simulator.labs import Lab
 from controllers.labs.controller import CRASH_POINTS
+from controllers.labs.imports import IMPORT_CRASH_POINTS
+from controllers.labs.imports_kind import LabImport, LabImportSpec
+from controllers.labs.kind import Operation
 from controllers.labs.records import DELETION_CRASH_POINTS, STEP_CRASH_POINT
 from controllers.workers.kind import INSTANCE_FINALIZER, LabWorker
 from equipment.daemons import DaemonProcess
@@ -27,7 +30,10 @@ from equipment.waiting import until
 from lrm.crashpoints import EXIT_CODE
 from lrm.devservers import EtcdServer
 from lrm.errors import ResourceNotFound
+from lrm.resource import ObjectMeta
 from storage.etcd import EtcdStorage
+
+RETENTION = 3600
 
 
 @dataclass
@@ -45,7 +51,14 @@ class Scene:
         """A term of our own, in this process."""
         storage = EtcdStorage([self.endpoint], root=self.root)
         try:
-            async with labs_world(self.monkeypatch, storage=storage, root=self.root, simulator=self.simulator) as world:
+            async with labs_world(
+                self.monkeypatch,
+                storage=storage,
+                root=self.root,
+                simulator=self.simulator,
+                labs_topology_retention=RETENTION,
+                labs_import_settle=0.5,
+            ) as world:
                 yield world
         finally:
             await storage.aclose()
@@ -67,6 +80,7 @@ async def scene(
         LRM_SECRETS_ALLOW=PASSWORD_ENV,
         LRM_LABS_REFRESH_INTERVAL="3600",
         LRM_LABS_STEP_INTERVAL="0.05",
+        LRM_LABS_TOPOLOGY_RETENTION=str(RETENTION),
         **{PASSWORD_ENV: FAST.password},
     )
     async with Simulator.run(FAST) as simulator:
@@ -127,6 +141,9 @@ LESS_TELLING = {
     "labs.worker-written",
     "labs.wipe-sent",
     "labs.before-delete",
+    "labs.import-noted",
+    "labs.import-renamed",
+    "labs.import-told",
 }
 """Left to the soak: their neighbours differ from them by one write."""
 
@@ -168,7 +185,7 @@ async def test_a_sync_killed_at(point: str, scene: Scene) -> None:
 
 @pytest.mark.parametrize("point", points(DELETION_CRASH_POINTS))
 async def test_a_deletion_killed_at(point: str, scene: Scene) -> None:
-    """After the kill the lab goes, then the record, and no other lab is touched."""
+    """After the kill the lab goes, then the record, no other lab is touched, and one copy of the topology is kept."""
     async with scene.world() as world:
         labs = await mirrored(world, 2)
         world.machine().force(labs[0], "STARTED")
@@ -180,6 +197,48 @@ async def test_a_deletion_killed_at(point: str, scene: Scene) -> None:
         assert set(world.machine().labs) == {labs[1].id} == set(await world.records())
         await world.sync()
         assert set(await world.records()) == {labs[1].id}, "and it does not come back"
+        kept = await world.client.list(LabImport)
+        assert [(i.spec.title, i.spec.held) for i in kept] == [("Lab 0", True)]
+
+
+@pytest.mark.parametrize("point", points(IMPORT_CRASH_POINTS))
+async def test_an_import_killed_at(point: str, scene: Scene) -> None:
+    """However far it had come, one lab comes of it, under its title."""
+    async with scene.world() as world:
+        await mirrored(world, 1)
+        world.term.lost()
+        spec = LabImportSpec(worker_ref="w1", title="Mine", topology="lab: {version: 0.2.0}\nnodes: []\nlinks: []")
+        await world.client.create(LabImport(metadata=ObjectMeta(name="mine"), spec=spec))
+    await scene.killed_at(point)
+    async with scene.world() as world:
+
+        async def imported() -> bool:
+            return (await world.client.get(LabImport, "default", "mine")).status.phase == "Imported"
+
+        await until(imported)
+        assert sorted(lab.title for lab in world.machine().labs.values()) == ["Lab 0", "Mine"]
+        made = await world.client.get(LabImport, "default", "mine")
+        assert world.machine().labs[made.status.lab_id or ""].title == "Mine"
+        mirrored_as = {"Lab 0", "Mine"}
+        await until(lambda: {r.status.title for r in world.known()} == mirrored_as, "the records, without a refresh")
+
+
+async def test_an_operation_killed_after_its_step_was_sent(scene: Scene) -> None:
+    """It comes to its end all the same."""
+    async with scene.world() as world:
+        labs = await mirrored(world, 1)
+        world.term.lost()
+        operation = Operation(id="1", verb="Start")
+        await world.client.update(await world.record(labs[0].id), lambda r: setattr(r.spec, "operation", operation))
+    await scene.killed_at(STEP_CRASH_POINT)
+    async with scene.world() as world:
+
+        async def ended() -> bool:
+            told = (await world.record(labs[0].id)).status.operation
+            return told is not None and (told.id, told.result) == ("1", "Succeeded")
+
+        await until(ended)
+        assert labs[0].state == "STARTED"
 
 
 async def test_a_desired_state_killed_after_its_step_was_sent(scene: Scene) -> None:
