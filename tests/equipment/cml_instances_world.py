@@ -1,7 +1,6 @@
 """Lab instances on simulated CMLs: the labs' world, and in it the instances' controller, the CML runtime and strays.
 
-Places are given out by the simplest rule, the first worker that serves: which one is the scheduler's own matter and
-tested there. Everything else is the real thing, on real time with short intervals.
+Workers are put there ready-made, as in the labs' world; all else is the real thing, on real time with short intervals.
 """
 
 from __future__ import annotations
@@ -10,37 +9,35 @@ import asyncio
 import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from datetime import datetime
 from typing import Any
 
 import pytest
 
 from controllers.cml.simulator.labs import Lab
+from controllers.instances.allocations import Allocations
 from controllers.instances.cml_runtime import CmlRuntime
 from controllers.instances.controller import InstancesController
 from controllers.instances.kind import (
     INSTANCES,
     LabInstanceRequest,
     LabInstanceRequestSpec,
-    WorkerRef,
 )
 from controllers.instances.marks import notes_for
-from controllers.instances.scheduling import Waits
+from controllers.instances.placing import Placing
 from controllers.instances.settings import InstanceSettings
 from controllers.instances.strays import StrayLabs
-from controllers.workers.kind import LabWorker, serving
+from controllers.workers.kind import LabWorker
+from controllers.workers.status import Capacity
 from equipment.labs_world import LabsWorld, labs_world
 from equipment.waiting import until
-from lrm.cache import Cache, Change
-from lrm.controller import Context, Hints
 from lrm.election import StaticElection, StaticTerm
 from lrm.errors import ResourceNotFound
 from lrm.reconcile import Runner
 from lrm.resource import ObjectMeta
 
 INSTALLATION = "33333333-4444-4555-8666-777777777777"
-LATE_IMPORT = 0.4
-"""Seconds; what a CML may be late here."""
 
 
 def topology(nodes: int = 2, *, notes: str = "", **extra: Any) -> str:
@@ -54,33 +51,11 @@ def topology(nodes: int = 2, *, notes: str = "", **extra: Any) -> str:
     return json.dumps({"lab": lab, "nodes": made, "links": [], **extra})
 
 
-class FirstThatServes:
-    """A `Placer` without limits: the first worker by name."""
-
-    def __init__(self, cache: Cache) -> None:
-        self._cache = cache
-
-    async def choose(self, request: LabInstanceRequest, ctx: Context) -> WorkerRef | Waits:  # noqa: ARG002 - the contract
-        for worker in sorted(self._cache.all(LabWorker), key=lambda w: w.name):
-            if serving(worker):
-                instance_id = worker.status.ec2.instance_id or ""
-                return WorkerRef(
-                    kind="LabWorker",
-                    namespace=worker.namespace,
-                    name=worker.name,
-                    uid=worker.uid,
-                    instance_id=instance_id,
-                )
-        return Waits("NoWorkersAvailable", "no worker serves")
-
-    async def reserve(self, place: WorkerRef, request: LabInstanceRequest, ctx: Context) -> None:
-        """There is room for everybody."""
-
-    async def release(self, request: LabInstanceRequest, ctx: Context) -> None:
-        """Nothing was taken."""
-
-    def frees(self, change: Change) -> bool:
-        return isinstance(change.new and change.new.resource, LabWorker)
+def serves(worker: LabWorker, api_url: str, now: datetime) -> None:
+    """What the workers' controller says of a worker that takes labs."""
+    worker.status.cml.api_url = api_url
+    worker.status.capacity = Capacity(cpu=48, memory=192 * 1024**3, nodes=200, slots=20)
+    worker.status.set_condition("Ready", True, "Serving", "it serves", now=now)
 
 
 @dataclass
@@ -91,13 +66,12 @@ class CmlInstancesWorld:
     runner: Runner[LabInstanceRequest]
     strays: StrayLabs
     term: StaticTerm
-    hints: Hints = field(default_factory=Hints)
 
     async def worker(self, name: str = "w1") -> None:
         """One that serves, whose CML says where it is."""
         await self.labs.worker(name)
         url = self.labs.simulator.url_of(self.labs.machine(name).name)
-        await self.labs.change_worker(lambda w: setattr(w.status.cml, "api_url", url), name)
+        await self.labs.change_worker(lambda w: serves(w, url, self.labs.clock.now()), name)
 
     async def make(self, name: str = "a", **spec: Any) -> LabInstanceRequest:
         template = {} if "labTemplate" in spec else {"labTemplate": {"topology": topology()}}
@@ -179,15 +153,16 @@ class CmlInstancesWorld:
 
 @asynccontextmanager
 async def cml_instances_world(
-    monkeypatch: pytest.MonkeyPatch, *, lead: bool = True, renew_deadline: float = 10.0, **settings: Any
+    monkeypatch: pytest.MonkeyPatch, *, renew_deadline: float = 10.0, late_import: float = 0.4, **settings: Any
 ) -> AsyncIterator[CmlInstancesWorld]:
     """Everything running; `settings` are of `InstanceSettings` or what `labs_world` takes."""
     own = {k: settings.pop(k) for k in list(settings) if k.startswith(("instances_", "topology_"))}
     values = {"instances_step_interval": 0.05, "instances_rest_interval": 0.2, "instances_retry_delay": 0.1, **own}
     async with labs_world(monkeypatch, **settings) as labs:
         known = InstanceSettings(**values)
-        runtime = CmlRuntime(labs.cache, labs.sessions, known, installation=INSTALLATION, late_import=LATE_IMPORT)
-        controller = InstancesController(labs.cache, FirstThatServes(labs.cache), {"CML": runtime}, known)
+        runtime = CmlRuntime(labs.cache, labs.sessions, known, installation=INSTALLATION, late_import=late_import)
+        placing = Placing(labs.cache, Allocations(labs.cache), known, labs.clock)
+        controller = InstancesController(labs.cache, placing, {"CML": runtime}, known)
         runner = Runner(
             controller, labs.client, labs.cache, labs.clock, renew_deadline=renew_deadline, events=labs.events
         )
@@ -204,10 +179,9 @@ async def cml_instances_world(
             labs.storage, labs.clock, root=labs.registry.root, lock_name=INSTANCES, identity="test"
         )
         term = await election.acquire()
-        running = asyncio.create_task(runner.run(term)) if lead else None
+        running = asyncio.create_task(runner.run(term))
         try:
             yield CmlInstancesWorld(labs, runner, strays, term)
         finally:
-            if running is not None:
-                running.cancel()
-                await asyncio.wait([running])
+            running.cancel()
+            await asyncio.wait([running])
