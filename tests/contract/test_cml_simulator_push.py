@@ -190,7 +190,7 @@ async def test_a_stop_of_the_simulator_closes_open_channels_at_once() -> None:
             machine = simulator.machine("i-1")
             socket = await channel(http, simulator, machine)
             before = asyncio.get_running_loop().time()
-        assert asyncio.get_running_loop().time() - before < 5
+        assert asyncio.get_running_loop().time() - before < 20
         assert await closing_code(socket) == WSCloseCode.GOING_AWAY
         assert [t for t in asyncio.all_tasks() if t is not asyncio.current_task() and "simulator" in repr(t)] == []
 

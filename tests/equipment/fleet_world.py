@@ -203,7 +203,7 @@ async def servers(folder: Path) -> AsyncIterator[tuple[str, str]]:
             def announced() -> str:
                 return next((line.split()[1] for line in child.log_tail() if line.startswith("ready ")), "")
 
-            yield aws_url, await until(announced, "the CML simulator", timeout=30)
+            yield aws_url, await until(announced, "the CML simulator")
         finally:
             child.kill()
 

@@ -96,7 +96,7 @@ class LooksScene:
             worker.spec.aws.instance_id = ec2.instance_id
         ec2.first_seen_at = self.clock.now() - timedelta(days=1)
         await self.storage.create(self.registry.key_of(worker), LAB_WORKER.encode(worker))
-        await self.cache.barrier()
+        await self.cache.barrier(30)
         return await self.get(name)
 
     def launch(self, worker: LabWorker, tags: dict[str, str] | None = None) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
+from datetime import timedelta
 from typing import Any, cast
 
 import pytest
@@ -30,9 +31,10 @@ async def world(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[LabsWorld]:
         yield world
 
 
-async def order(world: LabsWorld, name: str = "one", **spec: Any) -> LabImport:
+async def order(world: LabsWorld, name: str = "one", *, protected: bool = False, **spec: Any) -> LabImport:
     values = {"worker_ref": "w1", "title": "OSPF 1", "topology": TOPOLOGY, **spec}
-    return await world.client.create(LabImport(metadata=ObjectMeta(name=name), spec=LabImportSpec(**values)))
+    metadata = ObjectMeta(name=name, annotations={"lab.neuroglia.io/protect": "true"} if protected else {})
+    return await world.client.create(LabImport(metadata=metadata, spec=LabImportSpec(**values)))
 
 
 async def now(world: LabsWorld, of: LabImport) -> LabImport:
@@ -150,9 +152,11 @@ async def test_an_import_waits_for_its_worker_and_fails_with_it(world: LabsWorld
 async def test_an_import_goes_when_its_time_is_over_and_a_protected_one_stays(world: LabsWorld) -> None:
     await world.worker()
     over = await order(world, "over", ttl_seconds=1)
-    kept = await order(world, "kept", ttl_seconds=1)
-    await world.client.update(kept, lambda i: i.metadata.annotations.update({"lab.neuroglia.io/protect": "true"}))
+    kept = await order(world, "kept", protected=True, ttl_seconds=1)
+    imported = await in_phase(world, kept, "Imported")
     await gone(world, over)
+    ended = imported.status.phase_history[-1].at + timedelta(seconds=1)
+    await until(lambda: world.clock.now() > ended + timedelta(seconds=0.5), "the time of the protected one to be over")
     assert (await now(world, kept)).status.phase == "Imported"
     assert titles(world) == ["OSPF 1", "OSPF 1"], "the labs stay"
 

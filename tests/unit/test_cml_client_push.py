@@ -51,7 +51,7 @@ class Listening:
 
     async def end(self) -> CmlError:
         """What the channel ended with."""
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(30):
             with pytest.raises(CmlError) as caught:
                 await self.task
         return caught.value

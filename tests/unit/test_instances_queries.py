@@ -14,7 +14,7 @@ async def test_instances_are_found_by_phase_student_and_worker() -> None:
         await scene.make("b", studentEmail="ann@example.edu")
         await scene.make("c", studentEmail="bob@example.edu")
         cache = scene.cache
-        await cache.barrier()
+        await cache.barrier(30)
         assert [r.name for r in queries.by_phase(cache, Phase.RUNNING)] == ["a"]
         assert sorted(r.name for r in queries.by_phase(cache, Phase.PENDING, "default")) == ["b", "c"]
         assert queries.by_phase(cache, Phase.PENDING, "elsewhere") == []
