@@ -129,10 +129,6 @@ async def test_an_instance_at_rest_costs_no_call(world: CmlInstancesWorld) -> No
     """Once the lab has its record, the controller looks there."""
     await world.worker()
     await world.running()
-<<<<<<< HEAD
-=======
-    await world.labs.cache.barrier(30)
->>>>>>> e8bfe9d (e9)
     await world.labs.settled()
     seen, machine = world.looks, world.labs.machine()
     await until(lambda: world.looks >= seen + 2)  # one that began before the record came may ask CML yet
