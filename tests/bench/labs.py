@@ -8,7 +8,6 @@ the same controller against the same CMLs with their one-call listing switched o
 from __future__ import annotations
 
 import asyncio
-import os
 import random
 import sys
 import uuid
@@ -61,7 +60,7 @@ MANY_LABS = 2_000
 WORKERS_OF_OBJECTS = 10
 """One worker for so many objects of the other measurements: 500 in full."""
 CHANGES = 200
-PASSWORD_ENV, PASSWORD = "BENCH_CML_PASSWORD", "admin-secret"
+PASSWORD = "admin-secret"
 _CLOCK = SystemClock()
 _TXN = 100
 
@@ -89,6 +88,7 @@ class Scene:
     term: StaticTerm
     http: aiohttp.ClientSession
     cml_url: str
+    password_file: Path
 
     async def fill(self, gateway: Gateway) -> None:
         """Workers as the workers' controller leaves them, and labs on their CMLs."""
@@ -106,7 +106,10 @@ class Scene:
         await self.cache.barrier()
 
     def _worker(self, n: int) -> LabWorker:
-        access = {"passwordFrom": {"env": PASSWORD_ENV}, "apiBaseUrl": f"{self.cml_url}/{instance_of(n)}"}
+        access = {
+            "passwordFrom": {"file": str(self.password_file)},
+            "apiBaseUrl": f"{self.cml_url}/{instance_of(n)}",
+        }
         spec = LabWorkerSpec.model_validate({"region": "us-east-1", "aws": {"amiId": "ami-12345678"}, "cml": access})
         status = LabWorkerStatus(phase="Ready")
         status.ec2.instance_id, status.ec2.state = instance_of(n), "running"
@@ -262,14 +265,16 @@ def instance_of(n: int) -> str:
 
 @asynccontextmanager
 async def _scene(count: int, labs_each: int = LABS_EACH) -> AsyncIterator[Scene]:
-    os.environ[PASSWORD_ENV] = PASSWORD
     registry = Registry((LAB_WORKER, LAB_RECORD))
     with scratch_dir("lrm-bench-") as folder:
+        # A file: the environment is every measurement's, and they may run side by side.
+        password_file = folder / "password"
+        password_file.write_text(PASSWORD)
         async with (
             EtcdServer(folder / "etcd") as etcd,
             _simulator(folder) as cml_url,
             aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=8)) as http,
-            CmlSessions(WorkerSettings(), Secrets([PASSWORD_ENV]), _CLOCK) as sessions,
+            CmlSessions(WorkerSettings(), Secrets([str(password_file)]), _CLOCK) as sessions,
         ):
             storage = EtcdStorage([etcd.endpoint], root=registry.root, instance="bench")
             cache, events = Cache(storage, registry, _CLOCK), Events(storage, _CLOCK, root=registry.root)
@@ -278,13 +283,12 @@ async def _scene(count: int, labs_each: int = LABS_EACH) -> AsyncIterator[Scene]
                 await cache.wait_synced()
                 election = StaticElection(storage, _CLOCK, root=registry.root, lock_name=LABS, identity="bench")
                 client, term = Client(storage, registry, _CLOCK), await election.acquire()
-                scene = Scene(count, labs_each, cache, client, events, sessions, term, http, cml_url)
+                scene = Scene(count, labs_each, cache, client, events, sessions, term, http, cml_url, password_file)
                 await scene.fill(Gateway(etcd.endpoint))
                 yield scene
             finally:
                 await _ended(running)
                 await storage.aclose()
-                del os.environ[PASSWORD_ENV]
 
 
 async def _ended(running: Sequence[asyncio.Task[None]]) -> None:
