@@ -2,7 +2,8 @@
 
 In CI a skip is a failure, and the time is told. No example of Hypothesis has a time limit, and in CI the examples are
 the same in every run. Logs are written as the daemon writes them: structlog's own default renders every local variable
-of a traceback, which holds up the event loop for seconds.
+of a traceback, which holds up the event loop for seconds. Processes that share the suite take the ports of their
+servers from ranges of their own, so that none binds what another has just chosen.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import structlog
 from equipment import fetch_kubectl
 from equipment.debian import NotHere
 from equipment.etcd import VERSIONS, WHEEL, SharedEtcds, scratch_dir
+from lrm import processes
 from lrm.devservers import EtcdServer, RedisServer
 
 pytest_plugins = ["equipment.aws", "equipment.engine"]
@@ -44,6 +46,10 @@ structlog.configure(
         structlog.dev.ConsoleRenderer(colors=False, exception_formatter=structlog.dev.plain_traceback),
     ]
 )
+if (_worker := os.environ.get("PYTEST_XDIST_WORKER", "").removeprefix("gw")).isdecimal():
+    _share = (processes._LAST_PORT - processes._FIRST_PORT) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
+    processes._FIRST_PORT += int(_worker) * _share
+    processes._LAST_PORT = processes._FIRST_PORT + _share
 
 
 @pytest.fixture
