@@ -6,8 +6,8 @@ and may alarm it, never more: `confirm` gives the recorded instance when it is t
 other carries the worker's uid. For all else (absent, in another state, at another address, a second carrier, one
 without our tags) the worker looks itself, and only that look is acted on; one that an earlier answer confirmed and the
 next does not is asked to, through `hints`. A stale or failed answer costs a call or an interval, never an instance.
-While EC2 refuses all calls (rate, credentials) nobody is sent after it: `confirm` raises that refusal, and EC2 is asked
-once in a quarter of the interval. Called by the provisioner; the answers end with the term.
+While EC2 refuses all calls or does not answer, nobody is sent after it: `confirm` raises that, and EC2 is asked once in
+a quarter of the interval. Called by the provisioner; the answers end with the term.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 import structlog
 
 from controllers.aws.ec2 import Ec2, Ec2Instance
-from controllers.aws.errors import AwsAuthError, AwsError, AwsThrottled
+from controllers.aws.errors import AwsAuthError, AwsError, AwsThrottled, AwsUnavailable
 from controllers.aws.place import Place
 from controllers.workers.decisions import (
     INSTALLATION_TAG,
@@ -49,8 +49,10 @@ _AGAIN = 0.25
 """Intervals after a look that failed before the next one."""
 _AT_ONCE = 100
 """Workers that are judged before others have their turn on the event loop."""
-_FOR_ALL = (AwsThrottled, AwsAuthError)
-"""Refusals that are not of one question: whoever asked another one would hear the same."""
+_TIMEOUT = 30.0
+"""Seconds for all pages."""
+_FOR_ALL = (AwsThrottled, AwsAuthError, AwsUnavailable)
+"""What is not about one question: whoever asked another one would hear the same, or wait as long for nothing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +94,7 @@ class _Shared:
     failed: float | None = None
     """When a look failed, monotonic, while none has succeeded since."""
     refusal: AwsError | None = None
-    """Why, where that is a refusal for all."""
+    """Why, where that is about all questions."""
 
 
 class Ec2Looks:
@@ -120,9 +122,9 @@ class Ec2Looks:
             self._changed = {**recent, work.worker.uid: now}
 
     async def confirm(self, work: Work) -> Ec2Instance | None:
-        """The worker's instance if a shared look confirms it; None: look yourself. Raises what EC2 refuses to all.
+        """The worker's instance if a shared look confirms it; None: look yourself.
 
-        Raises `NotLeading`.
+        Raises `AwsError` where EC2 can be asked nothing, and `NotLeading`.
         """
         worker = work.worker
         if work.asked or not rests(worker):
@@ -140,8 +142,9 @@ class Ec2Looks:
             # Another leader may have changed what this one has not heard of.
             self._term, self._places, self._changed = term, {}, {}
         shared = self._places.setdefault(place, _Shared())
-        # Who has an answer that will do does not wait for the next one.
-        if self._due(shared, clock) and not (shared.turn.locked() and self._usable(shared, clock)):
+        # Who has an answer that will do, or knows that there is none to be had, does not wait for the next one.
+        served = self._usable(shared, clock) or shared.refusal is not None
+        if self._due(shared, clock) and not (shared.turn.locked() and served):
             async with shared.turn:
                 if self._due(shared, clock):
                     await self._look(place, shared, work)
@@ -164,7 +167,8 @@ class Ec2Looks:
         begun = clock.monotonic()
         work.ctx.check_leading()
         try:
-            found = await self._ec2.find_by_tags(place, {INSTALLATION_TAG: self._installation}, states=KEEPABLE)
+            tags = {INSTALLATION_TAG: self._installation}
+            found = await self._ec2.find_by_tags(place, tags, states=KEEPABLE, timeout=_TIMEOUT)
             shown = {instance.id for instance in found}
             ids = [i for i in self._observed(place, work) if i not in shown]
             # They need not bear our tags, so they are asked for by id, 1,000 a call.

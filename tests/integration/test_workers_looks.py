@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator, Callable
 import pytest
 
 from equipment.looks_scene import LooksScene, looks_scene
+from equipment.waiting import until
 
 ONE = {"DescribeInstances": 1}
 
@@ -217,23 +218,45 @@ async def test_a_shared_look_that_fails_is_made_up_for_by_own_looks_once_the_las
     assert (await scene.get("w")).status.ec2.last_error is None
 
 
-async def test_while_ec2_refuses_all_calls_the_workers_at_rest_send_one_and_recover(scene: LooksScene) -> None:
+@pytest.mark.parametrize(
+    ("fault", "reason", "attempts", "turns"), [("denied", "AWSAuthFailed", 1, 3), ("dropped", "AWSUnavailable", 3, 1)]
+)
+async def test_while_nothing_can_be_asked_the_workers_at_rest_send_one_question_and_recover(
+    scene: LooksScene, fault: str, reason: str, attempts: int, turns: int
+) -> None:
     names = [f"w{n}" for n in range(30)]
     for name in names:
         await scene.rest(name)
     await scene.see(names[0])
-    refused = scene.shim.faults.add({"action": "*", "fault": "denied", "times": 0})
+    struck = scene.shim.faults.add({"action": "*", "fault": fault, "times": 0})
     await scene.interval(2)
     scene.calls()
-    for _ in range(3):
+    for _ in range(turns):
         for name in names:
             assert await scene.see(name) is None, "nothing was seen, and nothing is concluded"
-        assert scene.calls() == ONE
+        assert scene.calls() == {"DescribeInstances": attempts}
         await scene.interval(0.25)
     trouble = (await scene.get("w7")).status.ec2
-    assert (trouble.state, trouble.last_error and trouble.last_error.reason) == ("running", "AWSAuthFailed")
-    scene.shim.faults.remove(refused.id)
+    assert (trouble.state, trouble.last_error and trouble.last_error.reason) == ("running", reason)
+    scene.shim.faults.remove(struck.id)
     for name in names:
         assert await scene.see(name) is not None
     assert scene.calls() == ONE
     assert (await scene.get("w7")).status.ec2.last_error is None
+
+
+async def test_whoever_comes_while_a_question_hangs_has_the_last_word_of_ec2(scene: LooksScene) -> None:
+    for name in ("first", "second"):
+        await scene.rest(name)
+    await scene.see("first")
+    hangs = scene.shim.faults.add({"action": "*", "fault": "delay", "seconds": 30, "times": 1})
+    await scene.interval()
+    asking = asyncio.create_task(scene.see("first"))
+    await until(lambda: hangs.hits == 1, "the question")
+    sighting = await scene.see("second")
+    assert sighting is not None
+    assert sighting.instance is not None
+    assert not asking.done()
+    asking.cancel()
+    await asyncio.wait([asking])
+    assert await scene.see("first") is not None, "another one asks in place of who was cut off"
