@@ -15,7 +15,7 @@ from typing import Self
 
 import structlog
 
-from controllers.cml.client import CmlClient
+from controllers.cml.client import CmlClient, Timeouts
 from controllers.cml.errors import CmlError
 from controllers.cml.session import Credentials
 from controllers.cml.tls import TlsPolicy
@@ -82,7 +82,11 @@ def trust_pending(worker: LabWorker) -> bool:
 class CmlSessions:
     """See the module."""
 
-    def __init__(self, settings: WorkerSettings, secrets: Secrets, clock: Clock) -> None:
+    def __init__(
+        self, settings: WorkerSettings, secrets: Secrets, clock: Clock, *, timeouts: Timeouts | None = None
+    ) -> None:
+        """`timeouts` are the clients'; their own unless given."""
+        self._timeouts = timeouts
         self._settings = settings
         self._secrets = secrets
         self._clock = clock
@@ -111,6 +115,7 @@ class CmlSessions:
                 terms.credentials,
                 tls=policy,
                 clock=self._clock,
+                timeouts=self._timeouts,
                 allow_plain_http=self._settings.cml_allow_plain_http,
             )
             self._clients[worker.uid] = held = (terms, client)

@@ -21,6 +21,7 @@ from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
+from controllers.cml.client import Timeouts
 from controllers.cml.sessions import CmlSessions
 from controllers.cml.simulator import Machine, Options, Simulator
 from controllers.cml.simulator.labs import Lab
@@ -240,6 +241,7 @@ async def labs_world(
     observe_only: bool = False,
     clock: SystemClock | None = None,
     push: bool = False,
+    timeouts: Timeouts | None = None,
     **settings: Any,
 ) -> AsyncIterator[LabsWorld]:
     """Everything running; `settings` are of `LabsSettings`. A store that is given is left open."""
@@ -253,7 +255,7 @@ async def labs_world(
         events, telemetry, spans = Events(store, clock, root=root), Telemetry(), InMemorySpanExporter()
         tracers = TracerProvider(shutdown_on_exit=False)
         tracers.add_span_processor(SimpleSpanProcessor(spans))
-        async with CmlSessions(WorkerSettings(), Secrets([PASSWORD_ENV]), clock) as sessions:
+        async with CmlSessions(WorkerSettings(), Secrets([PASSWORD_ENV]), clock, timeouts=timeouts) as sessions:
             measures = LabMeasures(telemetry.meter)
             controller = LabsController(
                 cache=cache,

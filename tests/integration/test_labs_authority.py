@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from controllers.cml.client import Timeouts
 from controllers.cml.simulator import Account, Options
 from controllers.cml.simulator.labs import Lab
 from controllers.labs.kind import LabRecord
@@ -81,6 +82,38 @@ async def test_records_stay_when(what: str, fault: str, how: dict[str, Any], par
     assert worker.status.labs_synced_at is not None
     assert worker.status.labs_synced_at > synced_at
     assert untouched(before, await world.records())
+
+
+async def test_records_stay_when_the_list_does_not_come_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with labs_world(monkeypatch, timeouts=Timeouts(attempt=0.5, read=1)) as world:
+        await synced_labs(world, 4)
+        before = await world.records()
+        world.fault("delay", path="/labs", seconds=60)
+        worker = await world.failing_sync("from CML")
+        assert "in time" in str(worker.status.labs_sync_error) or "within" in str(worker.status.labs_sync_error)
+        assert untouched(before, await world.records())
+
+
+async def test_records_stay_when_the_worker_stops_in_the_middle_of_a_sync(world: LabsWorld) -> None:
+    """Its machine is switched off between the two calls, and its phase follows."""
+    await synced_labs(world, 4)
+    before = await world.records()
+    world.fault("delay", path="/populate_lab_tiles", seconds=0.3, times=1)
+    world.machine().log.clear()
+    await world.ask()
+    await until(
+        lambda: any(e["path"] == "/populate_lab_tiles" for e in world.machine().log), "the sync to be under way"
+    )
+    world.machine().power_off()
+
+    async def told() -> bool:
+        return bool((await world.get_worker()).status.labs_sync_error)
+
+    await until(told, "the failure")
+    await world.change_worker(lambda w: w.status.enter("Stopped", "Test", world.clock.now()))
+    await world.settled()
+    assert untouched(before, await world.records())
+    assert {r.status.phase for r in (await world.records()).values()} == {"Present"}
 
 
 async def test_the_condition_turns_when_the_labs_are_overdue_and_back_with_the_next_good_list(

@@ -152,6 +152,22 @@ async def test_one_failing_worker_does_not_stop_the_others(world: LabsWorld) -> 
     assert [len(await world.records(n)) for n in ("w1", "w2", "w3")] == [1, 0, 1]
 
 
+async def test_when_all_workers_are_asked_for_at_once_each_is_synced_once(world: LabsWorld) -> None:
+    names = [f"w{n}" for n in range(1, 9)]
+    for name in names:
+        await world.worker(name)
+        await world.sync(name)
+        world.machine(name).counts.clear()
+    asked = [await world.ask(name) for name in names]
+
+    async def honoured() -> bool:
+        return [(await world.get_worker(name)).status.labs_asked for name in names] == asked
+
+    await until(honoured)
+    await world.settled()
+    assert [world.machine(name).counts["GET /labs"] for name in names] == [1] * len(names)
+
+
 async def test_one_lab_that_cannot_be_written_does_not_stop_the_others(world: LabsWorld) -> None:
     """A record may have 1 MiB: notes beyond that are refused by the store."""
     await world.worker()
