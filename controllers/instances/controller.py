@@ -118,6 +118,7 @@ class InstancesController(Controller[LabInstanceRequest]):
         if isinstance(record, LabRecord) and record.status.title.startswith("lrm-"):
             for request in self._cache.by_index(LabInstanceRequest, "uid", record.status.title.removeprefix("lrm-")):
                 yield _key(request)
+        yield from self._by_room(change)
 
     def _by_room(self, change: Change) -> Iterable[Key]:
         """Everything that waits, when there may be room; a request's own change does not wake itself."""
