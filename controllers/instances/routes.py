@@ -1,4 +1,4 @@
-"""`/api/lab-instances/`: lab instances with a flat body and a flat answer, as course tools post them.
+"""`/api/lab-instances/`: lab instances with a flat body and a flat answer, as course tools post them; and their logs.
 
 A thin face over LabInstanceRequests: the same rights, rules, admission, audit and errors. Fields are in snake_case,
 phases in capitals. What it cannot say (resources, tracks, pools), the resource can.
@@ -7,23 +7,30 @@ phases in capitals. What it cannot say (resources, tracks, pools), the resource 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import aclosing
 from typing import Any
 
+import structlog
 from aiohttp import web
 
+from controllers.containers.runtime import ContainerRuntime
 from controllers.instances.kind import LAB_INSTANCE_REQUEST, LabInstanceRequest
+from controllers.instances.runtime import NotNow, Refused
 from lrm.api.call import API, Api, call_of
 from lrm.api.codec import negotiate, read_object, respond
 from lrm.api.edits import Edit, check_admission, edit_of_target, parse, store_new
 from lrm.api.lists import read_list, read_one
-from lrm.api.requests import Target, check_namespace, list_query, write_options
+from lrm.api.requests import Target, boolean, check_namespace, list_query, write_options
 from lrm.api.status import RequestError, bad_request
 from lrm.errors import Cause, Invalid
 from lrm.fanout import Selector
 from lrm.model import rfc3339
 from lrm.resource import AnyResource
 
+log = structlog.get_logger(__name__)
+
 PATH = "/api/lab-instances"
+RESOURCES = f"/apis/{LAB_INSTANCE_REQUEST.api_version}/namespaces/{{namespace}}/{LAB_INSTANCE_REQUEST.plural}"
 
 _FIELDS = {
     "lab_template": "labTemplate",
@@ -44,6 +51,8 @@ def add_instance_routes(app: web.Application, _api: Api) -> None:
         app.router.add_get(root, _list)
     app.router.add_get(f"{PATH}/{{name}}", _read)
     app.router.add_delete(f"{PATH}/{{name}}", _delete)
+    app.router.add_get(f"{PATH}/{{name}}/log", _log)
+    app.router.add_get(f"{RESOURCES}/{{name}}/log", _log)
 
 
 async def _create(request: web.Request) -> web.Response:
@@ -107,6 +116,38 @@ async def _delete(request: web.Request) -> web.Response:
     left = await edit.client().delete(current)
     edit.note("deleting" if left else "deleted", current, current, left)
     return await respond(edit.accepted, flat_of(_own(left or current)), status=202 if left else 200)
+
+
+async def _log(request: web.Request) -> web.StreamResponse:
+    """GET: what a container has written, as text; `?tailLines=100` of it at most, `?follow=true` goes on with it."""
+    api, target = request.app[API], _target(request)
+    call_of(request).principal.require("read", target.namespace, f"read the log of {target.kind.plural}")
+    follow, tail = boolean(request, "follow"), request.query.get("tailLines", "1000")
+    if not tail.isdecimal() or len(tail) > 9:
+        raise bad_request(f"tailLines must be a whole number from 0, not {tail[:40]!r}")
+    item = await read_one(api, target, "")
+    if item.resource is None:
+        raise RequestError(500, "InternalError", item.error)
+    lab = _own(item.resource)
+    if lab.spec.runs_in != "Container":
+        raise RequestError(404, "NotFound", f'"{lab.name}" runs on CML: its nodes have consoles, and it has no log')
+    async with aclosing(api.offers.get(ContainerRuntime).logs(lab, tail=int(tail), follow=follow)) as pieces:
+        try:
+            first = await anext(pieces, b"")
+        except NotNow as error:
+            raise RequestError(503, "ServiceUnavailable", str(error), retry_after=2) from error
+        except Refused as error:
+            raise RequestError(404, "NotFound", f'"{lab.name}": {error}') from error
+        reply = web.StreamResponse(headers={"Content-Type": "text/plain; charset=utf-8"})
+        await reply.prepare(request)
+        await reply.write(first)
+        try:
+            async for piece in pieces:
+                await reply.write(piece)
+        except NotNow as error:  # the answer has begun: only its end can tell
+            log.warning("instances.log_broke_off", name=lab.name, namespace=lab.namespace, error=str(error))
+    await reply.write_eof()
+    return reply
 
 
 def flat_of(request: LabInstanceRequest) -> dict[str, Any]:
@@ -175,7 +216,7 @@ def _filter(request: web.Request) -> Selector:
 
 
 def _target(request: web.Request) -> Target:
-    namespace = request.query.get("namespace", "default")
+    namespace = request.match_info.get("namespace") or request.query.get("namespace", "default")
     check_namespace(namespace)
     target = Target(LAB_INSTANCE_REQUEST, namespace, request.match_info["name"])
     call_of(request).about = target.about
