@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import sys
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any
 
@@ -16,13 +16,16 @@ from controllers.aws.cloudwatch import CloudWatch
 from controllers.aws.ec2 import Ec2
 from controllers.aws.settings import AwsSettings
 from controllers.cml.sessions import CmlSessions
+from controllers.containers.collector import Collector
+from controllers.containers.runtime import ContainerRuntime
 from controllers.imports.controller import ImportsController
 from controllers.imports.kind import LAB_WORKER_IMPORT
 from controllers.instances.admission import admission
 from controllers.instances.allocations import Allocations, AllocationsController
 from controllers.instances.cml_runtime import CmlRuntime
 from controllers.instances.controller import InstancesController
-from controllers.instances.kind import LAB_INSTANCE_REQUEST
+from controllers.instances.kind import LAB_INSTANCE_REQUEST, LabInstanceRequest
+from controllers.instances.phases import WAITING
 from controllers.instances.placing import Placing
 from controllers.instances.routes import add_instance_routes
 from controllers.instances.runtime import Runtime
@@ -53,7 +56,7 @@ from controllers.workers.kind import LAB_WORKER
 from controllers.workers.provisioning import Provisioner
 from controllers.workers.settings import WorkerSettings
 from lrm.client import Client
-from lrm.controller import Hints
+from lrm.controller import Hints, Key
 from lrm.led import Led
 from lrm.plugin import DevPlan, DevService, Plugin, PluginContext
 from lrm.reconcile import Controller
@@ -72,10 +75,12 @@ class ControllersSettings(
 async def controllers(context: PluginContext) -> AsyncIterator[Sequence[Controller[Any] | Led]]:
     """Open the clients of EC2 and CML, give the controllers, close the clients at the end."""
     settings: ControllersSettings = context.settings
+    hints = Hints()
     async with (
         Ec2(context.clock, settings.aws_accounts) as ec2,
         CloudWatch(context.clock, settings.aws_accounts) as cloud_watch,
         CmlSessions(settings, context.secrets, context.clock) as sessions,
+        _containers(context, hints) as containers,
         asyncio.TaskGroup() as tasks,
         AsyncExitStack() as offered,
     ):
@@ -138,23 +143,48 @@ async def controllers(context: PluginContext) -> AsyncIterator[Sequence[Controll
                 ImportsController(ec2, claims, context.installation),
                 metrics,
                 sweep,
-                *_instances(context, sessions),
+                *_instances(context, sessions, containers, hints),
             )
         finally:
             unsubscribe()
             closing.cancel()
 
 
-def _instances(context: PluginContext, sessions: CmlSessions) -> Sequence[Controller[Any] | Led]:
+@asynccontextmanager
+async def _containers(context: PluginContext, hints: Hints) -> AsyncIterator[ContainerRuntime]:
+    """The runtime for containers, which routes may read logs from."""
+
+    def waiting() -> Iterable[Key]:
+        for phase in WAITING:
+            for request in context.cache.by_index(LabInstanceRequest, "phase", phase.value):
+                if request.spec.runs_in == "Container":
+                    yield request.namespace, request.name
+
+    async with ContainerRuntime(
+        context.settings, context.installation, hints, context.clock, waiting=waiting
+    ) as containers:
+        with context.offers.offering(containers):
+            yield containers
+
+
+def _instances(
+    context: PluginContext, sessions: CmlSessions, containers: ContainerRuntime, hints: Hints
+) -> Sequence[Controller[Any] | Led]:
     """What runs lab instances."""
     settings: ControllersSettings = context.settings
     cache, clock, installation = context.cache, context.clock, context.installation
-    allocations, hints = Allocations(cache), Hints()
+    allocations = Allocations(cache)
     runtimes: dict[str, Runtime] = {
-        "CML": CmlRuntime(cache, sessions, settings, installation=installation, late_import=_LATE_IMPORT)
+        "CML": CmlRuntime(cache, sessions, settings, installation=installation, late_import=_LATE_IMPORT),
+        "Container": containers,
     }
-    placing = Placing(cache, allocations, settings, clock)
+    placing = Placing(cache, allocations, settings, clock, engine=containers.capacity)
+    collectors = []
+    if containers.engine is not None:
+        collectors.append(Collector(containers.engine, cache, clock, observe_only=settings.observe_only))
+        context.telemetry.observe(collectors[0].observe)
     return (
+        *collectors,
         InstancesController(cache, placing, runtimes, settings, hints=hints),
         AllocationsController(cache, allocations, placing.promised),
         StrayLabs(

@@ -12,7 +12,7 @@ import asyncio
 import json
 import socket
 import struct
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager, nullcontext
 from types import TracebackType
 from typing import Any, Self, TypeVar
@@ -202,7 +202,7 @@ class Engine:
                 return
             yield event
 
-    async def logs(self, container: str, *, tail: int, follow: bool) -> AsyncIterator[bytes]:
+    async def logs(self, container: str, *, tail: int, follow: bool) -> AsyncGenerator[bytes, None]:
         """What it has written, its last `tail` lines, and with `follow` what it writes until it ends.
 
         Raises `EngineUnavailable` also when too many are being read already.

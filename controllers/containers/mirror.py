@@ -10,7 +10,7 @@ what a stream may have lost, whatever the number of containers. Every daemon has
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NoReturn
@@ -20,7 +20,7 @@ import structlog
 from controllers.containers.documents import Container, EngineEvent, EngineInfo, Thing
 from controllers.containers.engine import Engine
 from controllers.containers.errors import EngineError, EngineNotFound, EngineUnavailable
-from lrm.controller import Hints
+from lrm.controller import Hints, Key
 from storage.clock import Clock
 
 log = structlog.get_logger(__name__)
@@ -46,7 +46,10 @@ class _Entry:
 class Mirror:
     """See the module. `run` is its one task."""
 
-    def __init__(self, engine: Engine, clock: Clock, hints: Hints) -> None:
+    def __init__(
+        self, engine: Engine, clock: Clock, hints: Hints, waiting: Callable[[], Iterable[Key]] = tuple
+    ) -> None:
+        """`waiting` are those to wake, beside those with a container, when the engine answers."""
         self.why = "it has not been asked yet"
         """Why nothing is known now; empty while it is."""
         self.info: EngineInfo | None = None
@@ -54,6 +57,7 @@ class Mirror:
         self._engine = engine
         self._clock = clock
         self._hints = hints
+        self._waiting = waiting
         self._entries: dict[str, _Entry] = {}
         self._of: dict[str, set[str]] = {}
         """Ids by the uid of their instance."""
@@ -129,6 +133,8 @@ class Mirror:
             self.info, self.why = info, ""
             self._current.set()
             log.info("containers.engine_followed", containers=len(self._entries))
+            for key in self._waiting():
+                self._hints.tell(key)
             if tell_all:
                 self._tell_all()
             await self._guard()

@@ -9,8 +9,8 @@ container's own end, go on between two steps and wake the request when they are 
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator
-from contextlib import AsyncExitStack, contextmanager
+from collections.abc import AsyncGenerator, Callable, Iterable, Iterator
+from contextlib import AsyncExitStack, aclosing, contextmanager
 from functools import partial
 from types import TracebackType
 from typing import Self
@@ -35,7 +35,7 @@ from controllers.instances.phases import Reasons
 from controllers.instances.runtime import LabFailed, NotNow, Prepared, Refused, Sighting, State
 from controllers.instances.scheduler import Amount
 from controllers.instances.settings import InstanceSettings
-from lrm.controller import Context, Hints
+from lrm.controller import Context, Hints, Key
 from lrm.crashpoints import crash_point
 from lrm.errors import NotLeading
 from storage.clock import Clock
@@ -57,12 +57,21 @@ _SOON = 0.5
 class ContainerRuntime:
     """See the module. Open it with `async with`; without an engine in the settings every step says so."""
 
-    def __init__(self, settings: InstanceSettings, installation: str, hints: Hints, clock: Clock) -> None:
-        """`hints`: the instances' controller listens to them."""
+    def __init__(
+        self,
+        settings: InstanceSettings,
+        installation: str,
+        hints: Hints,
+        clock: Clock,
+        *,
+        waiting: Callable[[], Iterable[Key]] = tuple,
+    ) -> None:
+        """`hints`: the instances' controller listens to them; `waiting`: who waits for an engine that answers."""
         self.mirror: Mirror | None = None
         self._settings = settings
         self._installation = installation
         self._hints = hints
+        self._waiting = waiting
         self._clock = clock
         self._engine: Engine | None = None
         self._images: Images | None = None
@@ -79,7 +88,7 @@ class ContainerRuntime:
             self._images = Images(
                 engine, self._clock, self._chores, self._hints, timeout=self._settings.docker_pull_timeout
             )
-            self.mirror = Mirror(engine, self._clock, self._hints)
+            self.mirror = Mirror(engine, self._clock, self._hints, self._waiting)
             self._chores.begin("mirror", self.mirror.run)
         return self
 
@@ -152,7 +161,7 @@ class ContainerRuntime:
 
     async def logs(
         self, request: LabInstanceRequest, *, tail: int = 1000, follow: bool = False
-    ) -> AsyncIterator[bytes]:
+    ) -> AsyncGenerator[bytes, None]:
         """What its container has written to its output and error, in the order of their coming.
 
         At most `LOG_TAIL_MOST` lines and 16 MiB of what there is; `follow` goes on until the container ends, as fast
@@ -160,14 +169,14 @@ class ContainerRuntime:
         """
         with _said():
             engine, _, _ = self._opened()
-            left = _LOG_MOST
+            left, lines = _LOG_MOST, max(0, min(tail, LOG_TAIL_MOST))
             try:
-                pieces = engine.logs(request.outside_name, tail=max(0, min(tail, LOG_TAIL_MOST)), follow=follow)
-                async for piece in pieces:
-                    yield piece
-                    left -= len(piece)
-                    if left <= 0 and not follow:
-                        return
+                async with aclosing(engine.logs(request.outside_name, tail=lines, follow=follow)) as pieces:
+                    async for piece in pieces:
+                        yield piece
+                        left -= len(piece)
+                        if left <= 0 and not follow:
+                            return
             except EngineNotFound as error:
                 raise Refused(Reasons.NOT_RUNNING, "it has no container") from error
 
