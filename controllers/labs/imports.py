@@ -1,8 +1,8 @@
 """Makes labs of LabImports: exactly one for each, whatever dies or gets lost on the way, and removes what is over.
 
 A lab is made under a title that no other has (`lrm-import-{uid}`) and gets its own title once its id is in the status.
-So an import whose answer was lost is found again by exact title; it is sent again only when it was not to be found for
-`labs_import_settle`. Should CML carry out an earlier try after all, the surplus is removed while it bears the mark.
+So an import whose answer was lost is found again by exact title; it is sent again only when a complete list did not
+have it `labs_import_settle` later. Should CML carry out an earlier try after all, the surplus is removed by its mark.
 Deleting a LabImport that is under way takes back nothing: a lab that was made meanwhile is a lab like any other.
 """
 
@@ -13,6 +13,7 @@ from contextlib import suppress
 
 from controllers.cml.client import CmlClient
 from controllers.cml.errors import (
+    CmlBadAnswer,
     CmlCircuitOpen,
     CmlClosed,
     CmlError,
@@ -22,6 +23,7 @@ from controllers.cml.errors import (
     CmlOutcomeUnknown,
     CmlRefused,
 )
+from controllers.cml.inventory import read_inventory
 from controllers.cml.models import Lab
 from controllers.cml.sessions import CmlSessions
 from controllers.labs.homes import OBSERVING, Away, Gone, Home, identified
@@ -137,7 +139,7 @@ class LabImportsController(Controller[LabImport]):
         ctx.check_leading()
         client = self._sessions.client_for(worker)
         if order.status.lab_id is None and _sent_to(order, worker):
-            found = await _marked(order, client)
+            found = await _marked(order, worker, client, whole=True)
             if found:
                 order = await self._note(order, ctx, found[0].id, ())
             else:
@@ -193,7 +195,7 @@ class LabImportsController(Controller[LabImport]):
         message = f"lab {lab_id}"
         ctx.check_leading()
         if order.status.attempts > 1:
-            for surplus in await _marked(order, client):
+            for surplus in await _marked(order, worker, client):
                 if surplus.id != lab_id:
                     ctx.log.warning("lab.import_surplus_removed", lab=surplus.id, worker=worker.name)
                     await client.delete_lab(surplus.id)
@@ -282,9 +284,17 @@ def _sent_to(order: LabImport, worker: LabWorker) -> bool:
     return order.status.sent_at is not None and order.status.instance_id == worker.status.ec2.instance_id
 
 
-async def _marked(order: LabImport, client: CmlClient) -> list[Lab]:
-    """The labs that tries of this import have made and that bear its mark still, the oldest first."""
-    found = await client.find_labs_by_title(mark_of(order))
+async def _marked(order: LabImport, worker: LabWorker, client: CmlClient, *, whole: bool = False) -> list[Lab]:
+    """The labs that tries of this import have made and that bear its mark still, the oldest first.
+
+    `whole` raises `CmlBadAnswer` where none is found in a list that does not prove that there is none.
+    """
+    identity = worker.status.cml.identity
+    inventory = await read_inventory(client, identity.product_uuid if identity else None)
+    found = [lab for lab in inventory.labs.values() if lab.title == mark_of(order)]
+    why = inventory.why_incomplete or ("CML does not tell the titles of all labs" if inventory.unread else "")
+    if whole and not found and why:
+        raise CmlBadAnswer(200, f"it cannot be seen whether the lab was made: {why}")
     return sorted(found, key=lambda lab: (lab.created.timestamp() if lab.created else 0.0, lab.id))
 
 

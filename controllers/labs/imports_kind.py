@@ -7,6 +7,7 @@ what is kept outlives the worker that it came from; it goes when its time is ove
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from typing import Annotated
 
@@ -35,6 +36,9 @@ READY = "Ready"
 """True once the lab is there; False with what it waits for, or why it was given up."""
 
 WARNINGS_KEPT = 20
+TTL_MOST = 366 * 24 * 3600
+
+_RESERVED = re.compile(r"lrm-(import-)?[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 
 
 def _fits(topology: str) -> str:
@@ -54,7 +58,7 @@ class LabImportSpec(Model):
     topology: Annotated[str, AfterValidator(_fits)]
     """CML's own YAML or JSON; at most 512 KiB."""
     held: bool = False
-    ttl_seconds: int | None = Field(None, ge=1, le=366 * 24 * 3600)
+    ttl_seconds: int | None = Field(None, ge=1, le=TTL_MOST)
     """Seconds from its end, or while it is held from its creation, until it is removed; None: as the settings say."""
 
 
@@ -101,7 +105,14 @@ def ended(order: LabImport) -> bool:
     return status.phase == IMPORTED
 
 
+def is_reserved(title: str) -> bool:
+    """Whether labs of such titles are lrm's own, which it finds by them, and removes."""
+    return _RESERVED.fullmatch(title) is not None
+
+
 def _validate(new: LabImport, old: LabImport | None) -> Iterable[Cause]:
+    if is_reserved(new.spec.title) and (old is None or old.spec.title != new.spec.title):
+        yield Cause("spec.title", "FieldValueInvalid", "is of the form by which lrm finds what it makes for others")
     if old is None or old.status.sent_at is None:
         return
     before, after = old.spec.wire(), new.spec.wire()

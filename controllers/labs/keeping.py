@@ -8,6 +8,7 @@ LabImport's name follows from the record's uid, so that a repeat finds what is t
 from __future__ import annotations
 
 from datetime import timedelta
+from math import ceil
 
 from controllers.cml.client import CmlClient
 from controllers.cml.errors import CmlError, CmlNotFound
@@ -18,11 +19,12 @@ from controllers.labs.imports_kind import (
     WORKER_LABEL,
     LabImport,
     LabImportSpec,
+    is_reserved,
 )
 from controllers.labs.kind import TOPOLOGY_KEPT, LabRecord
 from controllers.labs.settings import LabsSettings
 from lrm.crashpoints import crash_point
-from lrm.errors import Invalid, ResourceExists
+from lrm.errors import ResourceExists
 from lrm.reconcile import Context
 from lrm.resource import ObjectMeta
 from storage.errors import TooLarge
@@ -43,28 +45,31 @@ async def keep_topology(record: LabRecord, client: CmlClient, ctx: Context, sett
         if error.retryable or patient or ctx.wall_jumped:
             raise
         return await _not_kept(record, ctx, "NotGiven", str(error)[:500])
-    if len(topology.encode()) > TOPOLOGY_BYTES:
-        message = f"it has {len(topology.encode())} bytes, {TOPOLOGY_BYTES} are kept at most"
-        return await _not_kept(record, ctx, "TooLarge", message)
-    copy = _copy_of(record, topology, round(retention))
+    size = len(topology.encode())
+    if size > TOPOLOGY_BYTES or not topology.strip():
+        message = f"it has {size} bytes; what is kept has {TOPOLOGY_BYTES} at most, and some"
+        return await _not_kept(record, ctx, "TooLarge" if size > TOPOLOGY_BYTES else "Empty", message)
+    copy = _copy_of(record, topology, ceil(retention))
     try:
         await ctx.client.create(copy)
     except ResourceExists:
         ctx.log.debug("lab.topology_was_kept", lab=record.spec.lab_id, labimport=copy.name)
-    except (Invalid, TooLarge) as error:
-        return await _not_kept(record, ctx, type(error).__name__, str(error)[:500])
+    except TooLarge as error:  # written as JSON it may be several times as long
+        return await _not_kept(record, ctx, "TooLarge", str(error)[:500])
     crash_point("labs.topology-kept")
     ctx.log.info("lab.topology_kept", lab=record.spec.lab_id, worker=record.spec.worker_ref, labimport=copy.name)
     return await _told(record, ctx, True, "Kept", f"labimport {copy.name}, for {copy.spec.ttl_seconds} s")
 
 
 def _copy_of(record: LabRecord, topology: str, ttl: int) -> LabImport:
+    title = record.status.title or record.spec.lab_id
+    title = f"Copy of {title}" if is_reserved(title) else title
     labels = {WORKER_LABEL: record.spec.worker_ref, LAB_LABEL: record.spec.lab_id}
     return LabImport(
         metadata=ObjectMeta(name=f"kept-{record.uid}", namespace=record.namespace, labels=labels),
         spec=LabImportSpec(
             worker_ref=record.spec.worker_ref,
-            title=(record.status.title or record.spec.lab_id)[:TITLE_MOST],
+            title=title[:TITLE_MOST],
             topology=topology,
             held=True,
             ttl_seconds=ttl,

@@ -9,6 +9,7 @@ the worker's time, filled in when a record is served, so that a lab at rest cost
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from datetime import datetime
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
@@ -206,18 +207,21 @@ def _validate(new: LabRecord, old: LabRecord | None) -> Iterable[Cause]:
             yield Cause("spec.operation.id", "FieldValueInvalid", "another operation needs an id of its own")
 
 
-def _present(record: LabRecord, lookup: Callable[[str, str, str], AnyResource | None]) -> LabRecord:
-    """A copy with `lastSyncedAt`: the time of the worker's last sync, but not before the record was first seen."""
-    status = record.status
+def last_synced(status: LabRecordStatus, worker_synced: datetime | None) -> datetime | None:
+    """When the lab was seen last: at the worker's last sync unless it is missing, and not before it was first seen."""
     if status.missing_since is not None or status.last_synced_at is not None:
-        return record
+        return status.last_synced_at
+    return max((t for t in (worker_synced, status.first_seen_at) if t is not None), default=None)
+
+
+def _present(record: LabRecord, lookup: Callable[[str, str, str], AnyResource | None]) -> LabRecord:
+    """A copy with `lastSyncedAt`."""
     worker = lookup("LabWorker", record.namespace, record.spec.worker_ref)
-    synced = getattr(worker.status, "labs_synced_at", None) if worker is not None else None
-    times = [t for t in (synced, status.first_seen_at) if t is not None]
-    if not times:
+    synced = last_synced(record.status, getattr(worker.status, "labs_synced_at", None) if worker is not None else None)
+    if synced == record.status.last_synced_at:
         return record
     served = record.model_copy()
-    served.status = status.model_copy(update={"last_synced_at": max(times)})
+    served.status = record.status.model_copy(update={"last_synced_at": synced})
     return served
 
 

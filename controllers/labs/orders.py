@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from controllers.labs.due import asked_for
-from controllers.labs.homes import AWAY_REASONS
+from controllers.labs.homes import AWAY_REASONS, can_be_asked
 from controllers.labs.imports_kind import FAILED as IMPORT_FAILED
 from controllers.labs.imports_kind import IMPORTED, LabImport, LabImportSpec
 from controllers.labs.imports_kind import READY as IMPORT_READY
@@ -75,7 +75,10 @@ class Orders:
             now = self._api.cache.get(LabWorker, worker.namespace, worker.name)
             if now is None or now.uid != worker.uid:
                 return Outcome(FAILED, f"the worker {worker.name} is gone")
-            return Outcome(SUCCEEDED, "") if now.status.labs_asked == asked_for(now) else None
+            if now.status.labs_asked == asked_for(now):
+                return Outcome(SUCCEEDED, "")
+            away = f"the worker {now.name} is {now.status.phase}: it is synced when its CML can be asked"
+            return None if can_be_asked(now) else Outcome(WAITING, away)
 
         return Order(written, worker, self._since(written.revision, look))
 

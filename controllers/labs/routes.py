@@ -3,7 +3,7 @@
     GET labs               as they were at the last sync, whether CML answers or not
     POST labs/refresh      sync them now
     POST labs/import       make a lab of the topology in the body; ?title= wins over its own
-    POST labs/bulk         {action: start|stop|wipe|delete, labs: [id, …]}
+    POST labs/bulk         {action: start|stop|wipe|delete, labs: [id, …]}, or labs: all to start or stop
     POST labs/{lab}/start|stop|wipe, DELETE labs/{lab}, GET labs/{lab}/download (from CML itself)
 
 The worker is a name or an EC2 instance id, in `?namespace=` (default). What changes something is an order that the
@@ -15,6 +15,7 @@ from __future__ import annotations
 import asyncio
 import re
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from datetime import datetime
 from typing import Any
 
 from aiohttp import web
@@ -37,6 +38,7 @@ from controllers.labs.kind import (
     SUCCEEDED,
     WAITING,
     LabRecord,
+    last_synced,
     record_name,
     record_of_lab,
     records_of_worker,
@@ -48,17 +50,15 @@ from lrm.api.audit import Touched
 from lrm.api.auth import Verb
 from lrm.api.call import API, Api, call_of
 from lrm.api.codec import negotiate, read_body, read_object, respond
-from lrm.api.present import Presenter
 from lrm.api.requests import check_namespace
 from lrm.api.status import About, RequestError, answer_of, bad_request
 from lrm.errors import CacheBehind, Cause, LrmError, ResourceNotFound
 from lrm.model import rfc3339
-from lrm.resource import AnyResource
 from storage.errors import StorageError
 
 LONGEST_WAIT = 20.0
 """Seconds; proxies give up after thirty."""
-BULK_MOST = 200
+BULK_MOST = 500
 """Labs in one bulk order."""
 _AT_ONCE = 8
 _ACCEPTED = "Accepted"
@@ -88,9 +88,9 @@ async def list_labs(request: web.Request) -> web.Response:
     """GET of all labs, from the cache; `Age` is the seconds since CML was asked."""
     worker = await _worker(request, "read", "list the labs of")
     accepted, api, call = negotiate(request), request.app[API], call_of(request)
-    presenter, synced = Presenter(api.cache), worker.status.labs_synced_at
+    synced = worker.status.labs_synced_at
     records = records_of_worker(api.cache, worker.namespace, worker.name)
-    labs = [_lab_document(presenter.shown(LAB_RECORD, record)) for record in records]
+    labs = [_lab_document(record, last_synced(record.status, synced)) for record in records]
     headers = {}
     if synced is not None:
         headers["Age"] = str(max(0, round((api.clock.now() - synced).total_seconds())))
@@ -116,7 +116,7 @@ async def refresh(request: web.Request) -> web.Response:
         synced = now.status.labs_synced_at
         document |= counts.wire() if counts is not None else {}
         document["last_synced"] = rfc3339(synced) if synced is not None else None
-    elif now is not None and now.status.labs_sync_error:
+    elif outcome is None and now is not None and now.status.labs_sync_error:
         document["message"] = f"not synced yet; the last try failed: {now.status.labs_sync_error}"
     return await _answer(request, accepted, order, outcome, document)
 
@@ -150,7 +150,8 @@ async def bulk(request: web.Request) -> web.Response:
     """POST: one action on many labs, with a result for each: 200 all done, 202 some under way, 207 some failed."""
     worker = await _worker(request, "write", "change labs of")
     accepted, seconds, api = negotiate(request), _wait(request), request.app[API]
-    action, ids = _bulk_body(await read_object(request, api.settings, api.clock))
+    everything = [record.spec.lab_id for record in records_of_worker(api.cache, worker.namespace, worker.name)]
+    action, ids = _bulk_body(await read_object(request, api.settings, api.clock), everything)
     orders, order_id = Orders(api), call_of(request).request_id
     given: dict[str, Order | Exception] = {}
 
@@ -172,7 +173,7 @@ async def bulk(request: web.Request) -> web.Response:
     await orders.seen(LAB_RECORD.plural, lambda: all(o.look() is not None for o in waiting) or None, seconds)
     results = [_bulk_result(lab_id, given[lab_id], order_id) for lab_id in ids]
     codes = {result.pop("code") for result in results}
-    status = 207 if codes - {200, 202} else max(codes)
+    status = 207 if codes - {200, 202} else max(codes, default=200)
     return await respond(accepted, {"action": action, "results": results}, status=status)
 
 
@@ -260,16 +261,10 @@ def _record(request: web.Request, worker: LabWorker, lab_id: str) -> LabRecord:
     return record
 
 
-def _lab_document(record: AnyResource) -> dict[str, Any]:
+def _lab_document(record: LabRecord, synced: datetime | None) -> dict[str, Any]:
     """One lab under the keys that clients of the list know."""
-    if not isinstance(record, LabRecord):
-        raise TypeError(f"a {record.kind} among the LabRecords")
     status = record.status
-    times = {
-        "created": status.cml_created_at,
-        "modified": status.modified_at,
-        "last_synced": status.last_synced_at,
-    }
+    times = {"created": status.cml_created_at, "modified": status.modified_at, "last_synced": synced}
     return {
         "id": record.spec.lab_id,
         "title": status.title,
@@ -295,16 +290,18 @@ def _wait(request: web.Request) -> float:
     return float(text)
 
 
-def _bulk_body(body: dict[str, Any]) -> tuple[str, Sequence[str]]:
-    """The action and the labs, each once. Raises 422."""
+def _bulk_body(body: dict[str, Any], everything: Sequence[str]) -> tuple[str, Sequence[str]]:
+    """The action and the labs, each once; what is lost for good is asked for by name. Raises 422."""
     strangers = sorted(set(body) - {"action", "labs"})
     if strangers:
         raise _unprocessable(strangers[0], "is not known: there are action and labs")
     action, labs = body.get("action"), body.get("labs")
     if not isinstance(action, str) or action not in {*_VERBS, "delete"}:
         raise _unprocessable("action", "must be start, stop, wipe or delete")
-    if not isinstance(labs, list) or not labs or not all(isinstance(lab, str) for lab in labs):
-        raise _unprocessable("labs", "must be a list of the labs' ids")
+    if labs == "all" and action in ("start", "stop"):
+        labs = list(everything)
+    elif not isinstance(labs, list) or not labs or not all(isinstance(lab, str) for lab in labs):
+        raise _unprocessable("labs", "must be a list of the labs' ids, or all to start or stop them")
     ids = list(dict.fromkeys(labs))
     if len(ids) > BULK_MOST:
         raise _unprocessable("labs", f"at most {BULK_MOST} at once, not {len(ids)}")

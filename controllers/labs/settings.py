@@ -48,6 +48,7 @@ class LabsSettings(LrmSettings):
     labs_topology_retention: Annotated[float, BeforeValidator(parse_duration)] = Field(
         0.0,
         ge=0,
+        le=366 * 24 * 3600,
         description="Seconds for which the topology of a lab that is deleted here is kept as a LabImport, to be "
         "imported again; 0 keeps none, since each takes up to 512 KiB of the store and of every daemon's memory.",
     )

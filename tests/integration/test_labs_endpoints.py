@@ -170,6 +170,14 @@ async def test_a_refresh_that_takes_longer_says_where_to_look_and_why(world: Lab
     assert (await api.get(answer.body["resource"])).body["metadata"]["name"] == "w1"
 
 
+async def test_a_refresh_of_a_worker_that_does_not_serve_is_not_waited_for(world: LabsWorld, api: Served) -> None:
+    await labs_of(world, "one")
+    await enter(world, "Stopped")
+    answer = await post(api, "/refresh")
+    assert (answer.status, answer.body["result"]) == (202, "Waiting")
+    assert "Stopped" in answer.body["message"]
+
+
 async def test_two_refreshes_at_once_both_end(world: LabsWorld, api: Served) -> None:
     await labs_of(world, "one")
     answers = await asyncio.gather(*(post(api, "/refresh") for _ in range(4)))
@@ -263,6 +271,8 @@ async def test_a_bulk_order_has_a_result_for_each(world: LabsWorld, api: Served)
     gone = await post(api, "/bulk", {"action": "delete", "labs": ids[1:]})
     assert (gone.status, set(world.machine().labs)) == (200, {ids[0]}), gone.raw
     assert set(await listed(api)) == {ids[0]}
+    everything = await post(api, "/bulk", {"action": "stop", "labs": "all"})
+    assert [r["lab_id"] for r in everything.body["results"]] == [ids[0]]
     await enter(world, "Stopped")
     later = await post(api, "/bulk", {"action": "delete", "labs": ids[:1]})
     assert (later.status, later.body["results"][0]["result"]) == (202, "Waiting")
@@ -274,9 +284,10 @@ async def test_a_bulk_order_has_a_result_for_each(world: LabsWorld, api: Served)
         ({"action": "explode", "labs": [NO_LAB]}, "action"),
         ({"action": ["stop"], "labs": [NO_LAB]}, "action"),
         ({"action": "stop", "labs": []}, "labs"),
-        ({"action": "stop", "labs": "all"}, "labs"),
+        ({"action": "delete", "labs": "all"}, "labs"),
+        ({"action": "wipe", "labs": "all"}, "labs"),
         ({"action": "stop", "labs": [NO_LAB, 7]}, "labs"),
-        ({"action": "stop", "labs": [str(n) for n in range(201)]}, "labs"),
+        ({"action": "stop", "labs": [str(n) for n in range(501)]}, "labs"),
         ({"action": "stop", "labs": [NO_LAB], "force": True}, "force"),
     ],
 )

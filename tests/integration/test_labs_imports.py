@@ -170,6 +170,26 @@ async def test_what_was_sent_is_fixed_and_what_is_too_large_is_refused(world: La
         await order(world, "large", topology="#" * (512 * 1024 + 1))
 
 
+async def test_an_import_is_not_sent_again_on_a_list_that_proves_nothing(world: LabsWorld) -> None:
+    """An old login that does not tell whether the user is an admin: CML may hide the lab."""
+    await world.worker()
+    world.fault("status", path="/auth_extended", status=404, description="Not found")
+    world.fault("drop", method="POST", path="/import", times=1)
+    first = await order(world)
+    told = await because(world, first, "CmlBadAnswer")
+    assert told.status.attempts == 1
+    world.simulator.faults.clear()
+    world.machine().directory.close_sessions()
+    await in_phase(world, first, "Imported")
+    assert titles(world) == ["OSPF 1"]
+
+
+@pytest.mark.parametrize("title", ["lrm-{}", "lrm-import-{}"])
+async def test_titles_by_which_lrm_finds_its_own_labs_are_not_taken(world: LabsWorld, title: str) -> None:
+    with pytest.raises(Invalid, match=r"spec\.title"):
+        await order(world, title=title.format("90f84e38-a71c-4d57-8d90-00fa8a197385"))
+
+
 # Topologies that are kept
 
 
