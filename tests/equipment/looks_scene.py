@@ -1,6 +1,6 @@
 """Workers at rest over a simulated EC2, looked at by the real provisioner while a virtual clock stands still.
 
-`see` is what a reconcile does first; nothing else of the workers' controller runs, and nothing by itself.
+`see` is what a reconcile does first; nothing else of the workers' controller runs, unless in `running`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,12 @@ import structlog
 from controllers.aws.ec2 import Ec2
 from controllers.aws.simulator import DEMO_AMI, AwsShim, ShimOptions
 from controllers.aws.simulator.instances import Launch
+from controllers.cml.sessions import CmlSessions
+from controllers.labs.kind import LAB_RECORD
 from controllers.plugin import ControllersSettings
+from controllers.workers.claims import Claims
+from controllers.workers.cml_side import CmlSide
+from controllers.workers.controller import WorkersController
 from controllers.workers.decisions import tags_of
 from controllers.workers.kind import INSTANCE_FINALIZER, LAB_WORKER, LabWorker
 from controllers.workers.provisioning import Provisioner, Sighting
@@ -33,9 +38,10 @@ from lrm.client import Client
 from lrm.clock import WallJumps
 from lrm.election import StaticElection, StaticTerm
 from lrm.events import Recorder
-from lrm.reconcile import Context, Key
+from lrm.reconcile import Context, Key, Runner
 from lrm.registry import Registry
 from lrm.resource import ObjectMeta
+from lrm.secrets import Secrets
 from lrm.testing import VirtualClock
 from storage.clock import SystemClock
 from storage.memory import MemoryStorage
@@ -54,6 +60,7 @@ class LooksScene:
     registry: Registry
     cache: Cache
     shim: AwsShim
+    settings: ControllersSettings
     provisioner: Provisioner
     term: StaticTerm
     hinted: list[str] = field(default_factory=list)
@@ -155,6 +162,20 @@ class LooksScene:
         election = StaticElection(self.storage, self.clock, root="/lrm", lock_name="workers", identity="again")
         self.term = await election.acquire()
 
+    @asynccontextmanager
+    async def running(self) -> AsyncIterator[Runner[LabWorker]]:
+        """The workers' controller at work; no worker may have a CML that it would ask."""
+        async with CmlSessions(self.settings, Secrets([]), self.clock) as sessions:
+            cml = CmlSide(sessions, Secrets([]), self.settings)
+            controller = WorkersController(self.provisioner, cml, Claims(self.storage, "/lrm"), self.settings)
+            runner = Runner(controller, self.client(), self.cache, self.clock)
+            task = asyncio.create_task(runner.run(self.term))
+            try:
+                yield runner
+            finally:
+                task.cancel()
+                await asyncio.wait([task])
+
     def counting(self) -> AbstractAsyncContextManager[Counter[str]]:
         """The writes to resources in a block."""
         return counting(self.cache)
@@ -163,7 +184,7 @@ class LooksScene:
 @asynccontextmanager
 async def looks_scene() -> AsyncIterator[LooksScene]:
     """The scene, without a worker. EC2 is of one mind at once, and its passing states take no time."""
-    clock, storage, registry = VirtualClock(), MemoryStorage(), Registry((LAB_WORKER,))
+    clock, storage, registry = VirtualClock(), MemoryStorage(), Registry((LAB_WORKER, LAB_RECORD))
     cache = Cache(storage, registry, SystemClock())
     settings = ControllersSettings(worker_rest_interval=INTERVAL)
     async with (
@@ -175,7 +196,8 @@ async def looks_scene() -> AsyncIterator[LooksScene]:
         following = asyncio.create_task(cache.run())
         try:
             await cache.wait_synced()
-            scene = LooksScene(clock, storage, registry, cache, shim, provisioner, await election.acquire())
+            term = await election.acquire()
+            scene = LooksScene(clock, storage, registry, cache, shim, settings, provisioner, term)
 
             def hear(key: Key) -> None:
                 scene.hinted.append(key[1])

@@ -99,6 +99,32 @@ async def test_a_change_of_an_instance_is_noticed_within_an_interval_and_by_an_o
         assert status.public_ip == (found.public_ip if state == "running" else None)
 
 
+async def test_whom_a_look_alarms_is_looked_at_at_once(scene: LooksScene) -> None:
+    """One asks every full minute, the other 30 s later: what becomes of the second is seen at the first one's turn."""
+    await scene.rest("first", "stopped")
+    async with scene.running() as runner:
+
+        async def reconciled(times: int) -> None:
+            await until(
+                lambda: runner.stats.reconciles >= times and not len(runner.queue) + runner.queue.processing,
+                f"{times} reconciles",
+            )
+
+        await reconciled(1)
+        await scene.interval(0.5)
+        worker = await scene.rest("second", "stopped")
+        for times in (2, 3, 4):
+            await reconciled(times)
+            await scene.interval(0.5 if times < 4 else 0.1)
+        scene.calls()
+        assert not scene.hinted
+        scene.shim.instances.start(worker.spec.region, [worker.status.ec2.instance_id or ""])
+        await scene.interval(0.5)
+        await until(lambda: scene.shim.calls["StopInstances"], "the end of what somebody started")
+        assert scene.hinted == ["second"]
+        assert scene.clock.monotonic() < 150, "its own turn comes then"
+
+
 async def test_a_second_carrier_is_ended_by_the_workers_own_look(scene: LooksScene) -> None:
     worker = await scene.rest("victim")
     await scene.rest("other")
