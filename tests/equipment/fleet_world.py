@@ -23,7 +23,7 @@ import aiohttp
 from controllers.aws.cloudwatch import CloudWatch
 from controllers.aws.ec2 import Ec2
 from controllers.aws.simulator import DEMO_AMI, AwsShim
-from controllers.aws.simulator.instances import Launch
+from controllers.aws.simulator.instances import ACCOUNT, Launch
 from controllers.cml.sessions import CmlSessions
 from controllers.cml.simulator.machine import identity
 from controllers.metrics.controller import FleetMetrics
@@ -82,24 +82,33 @@ class FleetWorld:
         cml: bool = False,
         marked: bool = True,
         observe_only: bool = False,
+        account: str = "",
+        number: str = ACCOUNT,
     ) -> list[LabWorker]:
-        """Workers with an instance each; without `cml` nobody has said yet which CML is theirs, so none is asked."""
+        """Workers with an instance each; without `cml` nobody has said yet which CML is theirs, so none is asked.
+
+        `number` is that of the account whose name they carry.
+        """
         if not count:
             return []
         tags = {INSTALLATION_TAG: INSTALLATION} if marked else {"Name": "somebody's"}
-        ids = await self.launch(count, region=region, tags=tags)
-        for number, instance_id in enumerate(ids):
-            worker = self._worker(f"{prefix}{number}", instance_id, region, cml=cml)
-            worker.spec.observe_only = observe_only
+        ids = await self.launch(count, region=region, tags=tags, number=number)
+        for place, instance_id in enumerate(ids):
+            worker = self._worker(f"{prefix}{place}", instance_id, region, cml=cml)
+            worker.spec.observe_only, worker.spec.account = observe_only, account
             await self.storage.create(self.registry.key_of(worker), LAB_WORKER.encode(worker))
         await self.cache.barrier(30)
-        return [await self.get(f"{prefix}{number}") for number in range(count)]
+        return [await self.get(f"{prefix}{place}") for place in range(count)]
 
-    async def launch(self, count: int, *, region: str = REGION, tags: dict[str, str]) -> list[str]:
+    async def launch(
+        self, count: int, *, region: str = REGION, tags: dict[str, str], number: str = ACCOUNT
+    ) -> list[str]:
         """Ids of new running instances."""
         if self.shim is not None:
             launch = Launch(image_id=DEMO_AMI, instance_type="m5zn.metal")
-            made = self.shim.instances.run(region, launch, tags, count=count, token="", fingerprint="")
+            made = self.shim.worlds.of(number).instances.run(
+                region, launch, tags, count=count, token="", fingerprint=""
+            )
             return [instance.id for instance in made]
         async with boto(self.aws_url, region=region) as call:
             answer = await call(
@@ -258,8 +267,8 @@ async def fleet_world(
     known: MetricsSettings = ControllersSettings(**{"metrics_refresh_interval": 3600, **settings})
     assert isinstance(known, ControllersSettings)
     async with (
-        Ec2(clock, endpoint_url=aws_url) as ec2,
-        CloudWatch(clock, endpoint_url=aws_url) as cloud_watch,
+        Ec2(clock, known.aws_accounts, endpoint_url=aws_url) as ec2,
+        CloudWatch(clock, known.aws_accounts, endpoint_url=aws_url) as cloud_watch,
         CmlSessions(known, Secrets([PASSWORD_ENV]), clock) as sessions,
     ):
         sources = Sources(

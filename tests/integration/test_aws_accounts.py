@@ -52,7 +52,11 @@ async def fleet(aws_shim: AwsShim, profiles: Path) -> AsyncIterator[Ec2]:
 
 async def test_instances_of_one_account_are_invisible_from_the_others(fleet: Ec2, aws_shim: AwsShim) -> None:
     places = (HERE, EXAMS, CLASSES, PARTNER)
-    made = {place: await fleet.run_instance(place, launch(f"in-{place}", tags={"fleet": "1"})) for place in places}
+    # At once, so that a role's first calls meet before it is assumed.
+    launches = [fleet.run_instance(place, launch(f"in-{place}", tags={"fleet": "1"})) for place in places]
+    looks = [fleet.find_by_tags(PARTNER, {"another": "one"}) for _ in range(4)]
+    (*launched, _, _, _, _) = await asyncio.gather(*launches, *looks)
+    made = dict(zip(places, launched, strict=True))
     for place in places:
         assert [i.id for i in await fleet.find_by_tags(place, {"fleet": "1"})] == [made[place].id]
     with pytest.raises(Ec2NotFound):

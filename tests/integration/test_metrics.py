@@ -11,9 +11,11 @@ from pathlib import Path
 import pytest
 
 from controllers.aws.simulator import AwsShim, ShimOptions
+from controllers.aws.simulator.instances import ACCOUNT
 from controllers.cml.simulator import Options, Simulator
 from controllers.metrics.controller import FleetMetrics
 from controllers.workers.kind import METRICS, LabWorker
+from equipment.aws import ACCOUNTS, EXAMS_NUMBER, REGION
 from equipment.fleet_world import FleetWorld, LoopLag, fleet_world, servers
 from equipment.waiting import until
 from equipment.workers_world import SetClock, workers_world
@@ -154,6 +156,28 @@ async def test_one_failing_region_holds_up_no_other(world: FleetWorld, shim: Aws
     assert there.metrics.ec2.error.reason == "AWSUnavailable"
     assert here.utilization is not None
     assert there.utilization is None
+
+
+async def test_accounts_are_asked_apart_and_one_that_fails_holds_up_no_other(shim: AwsShim, profiles: Path) -> None:
+    async with fleet_world(shim, aws_accounts=ACCOUNTS) as world:
+        await world.add(3)
+        await world.add(3, prefix="e", account="exams", number=EXAMS_NUMBER)
+        await world.add(1, prefix="x", account="mars")
+        shim.calls_in.clear()
+        await world.refresh()
+        actions = ("DescribeInstances", "DescribeInstanceStatus", "GetMetricData")
+        assert shim.calls_in == {(n, REGION, a): 1 for n in (ACCOUNT, EXAMS_NUMBER) for a in actions}
+        async with world.leading():
+            told = {name: labels["account"] for name, labels in world.gauges("cml_worker_cpu_utilization").items()}
+        assert told == {"w0": "", "w1": "", "w2": "", "e0": "exams", "e1": "exams", "e2": "exams"}
+        shim.faults.add({"action": "*", "fault": "auth", "times": 0, "account": EXAMS_NUMBER})
+        await world.refresh()
+        errors = {}
+        for name in ("w0", "e0", "x0"):
+            metrics = (await world.status(name)).metrics
+            assert metrics is not None
+            errors[name] = metrics.ec2.error.reason if metrics.ec2.error else ""
+        assert errors == {"w0": "", "e0": "AWSAuthFailed", "x0": "UnknownAccount"}
 
 
 async def test_without_the_right_to_cloudwatch_the_rest_goes_on(whole: FleetWorld, shim: AwsShim) -> None:

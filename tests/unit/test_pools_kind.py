@@ -94,10 +94,10 @@ def test_what_cannot_be_is_refused_with_its_field(spec: dict[str, Any], field: s
 
 
 def test_a_worker_is_made_from_the_template_and_is_the_pools_own() -> None:
-    pool = created(template={**template(maxConcurrentLabs=7), "metadata": {"labels": {"a": "b"}}})
+    pool = created(template={**template(maxConcurrentLabs=7, account="exams"), "metadata": {"labels": {"a": "b"}}})
     worker = writes.for_create(LAB_WORKER, new_worker(pool, "p-1", drains=DRAIN_ANNOTATION), uid="w", now=NOW)
     assert (worker.name, worker.namespace, worker.spec.lab_track) == ("p-1", "default", "ccna")
-    assert worker.spec.max_concurrent_labs == 7
+    assert (worker.spec.max_concurrent_labs, worker.spec.account) == (7, "exams")
     assert worker.metadata.labels == {"a": "b", POOL_LABEL: "p"}
     assert worker.metadata.annotations == {DRAIN_ANNOTATION: "true", TEMPLATE_ANNOTATION: template_hash(pool)}
     [owner] = worker.metadata.owner_references
@@ -113,8 +113,10 @@ def test_a_template_may_say_that_its_workers_do_not_drain() -> None:
 def test_the_template_has_another_hash_when_new_workers_would_differ_and_only_then() -> None:
     same = template_hash(created())
     assert template_hash(created(maxWorkers=3, policy="Hybrid")) == same
-    assert template_hash(created(template=template(maxConcurrentLabs=20))) == same, "a default that is said"
+    said = template(maxConcurrentLabs=20, account="")
+    assert template_hash(created(template=said)) == same, "defaults that are said"
     others = [created(labTrack="ccnp"), created(template=template(shared=True))]
+    others.append(created(template=template(account="exams")))
     assert same not in {template_hash(p) for p in others}
 
 

@@ -57,6 +57,7 @@ def test_the_defaults_are_those_of_the_design() -> None:
     [
         ({"region": "mars"}, "spec.region"),
         ({"region": None}, "spec.region"),
+        ({"account": "Exams"}, "spec.account"),
         ({"aws": {}}, "spec.aws.amiId"),
         ({"aws": {"amiId": "img-1"}}, "spec.aws.amiId"),
         ({"aws": {"instanceId": "i-xyz"}}, "spec.aws.instanceId"),
@@ -103,6 +104,7 @@ def test_spec_aws_is_fixed_once_an_instance_exists_or_may(instance: str | None, 
     for change, field in (
         (lambda w: setattr(w.spec.aws, "ami_id", "ami-87654321"), "spec.aws.amiId"),
         (lambda w: setattr(w.spec, "region", "eu-west-1"), "spec.region"),
+        (lambda w: setattr(w.spec, "account", "exams"), "spec.account"),
     ):
         wanted = current.thaw()
         change(wanted)
