@@ -17,6 +17,7 @@ import structlog
 from controllers.containers.documents import INSTALLATION_LABEL, UID_LABEL
 from controllers.containers.runtime import ContainerRuntime
 from controllers.instances.kind import (
+    INSTANCES,
     LAB_INSTANCE_REQUEST,
     LabInstanceRequest,
     LabInstanceRequestSpec,
@@ -105,9 +106,9 @@ async def containers_world(
 ) -> AsyncIterator[ContainersWorld]:
     """An open runtime whose mirror is current; `host` to reach the engine through something else."""
     ours, clock, store, registry = installation or str(uuid.uuid4()), SystemClock(), MemoryStorage(), registry_at()
-    cache, client, hints = Cache(store, registry, clock), Client(store, registry, clock), Hints()
+    cache, client, hints = Cache(store, registry, clock), Client(store, registry, clock, owner=INSTANCES), Hints()
     values: dict[str, Any] = {"docker_host": host or engine.host, "docker_stop_grace": 1.0, **settings}
-    term = await StaticElection(store, clock, root="/lrm", lock_name="instances", identity="test").acquire()
+    term = await StaticElection(store, clock, root="/lrm", lock_name=INSTANCES, identity="test").acquire()
     ctx = Context(
         client=client,
         cache=cache,
