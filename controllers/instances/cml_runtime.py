@@ -80,6 +80,7 @@ class CmlRuntime:
     async def prepare(self, request: LabInstanceRequest, ctx: Context) -> Prepared:
         """What the topology needs, or the request says instead."""
         topology = await load(request.spec.lab_template, self._settings, ctx.clock)
+        self._to_import(request, topology)
         return Prepared(_need(request, topology), topology.digest)
 
     async def provision(self, request: LabInstanceRequest, ctx: Context) -> Sighting:
@@ -160,7 +161,7 @@ class CmlRuntime:
         self, request: LabInstanceRequest, worker: LabWorker, client: CmlClient, ctx: Context
     ) -> Sighting:
         found = await self._labs_of(request, worker, client, ctx)
-        own = [lab for lab in found if await self._is_of_this_try(request, client, lab)]
+        own = [lab for lab in found if await self._is_of_this_try(request, client, lab, ctx)]
         # What is started is the oldest, by whoever looks; all others were never more than imported.
         kept = min(own, key=_age, default=None)
         gone = [await self._remove(client, lab.id, ctx) for lab in found if lab is not kept]
@@ -219,6 +220,9 @@ class CmlRuntime:
                 f"the topology has changed since a place was found for it, and needs more: {needs.nodes} nodes, "
                 f"{needs.cpu:g} processors and {needs.memory} bytes",
             )
+        return self._to_import(request, topology)
+
+    def _to_import(self, request: LabInstanceRequest, topology: Topology) -> str:
         try:
             return topology.to_import(notes_for(request, self._installation))
         except TopologyError as error:
@@ -232,7 +236,7 @@ class CmlRuntime:
             booted, resting = nodes.count("BOOTED"), sum(node in _AT_REST for node in nodes)
             settled = (booted == len(nodes) or resting > 0) and await client.converged(lab_id)
             if settled and booted == len(nodes):
-                return self._running(worker, lab_id, f"{booted} nodes")
+                return self._running(worker, lab_id)
             message = f"{booted} of {len(nodes)} nodes booted"
             if not (settled and resting):
                 return self._starting(message, lab_id)
@@ -253,14 +257,18 @@ class CmlRuntime:
         ctx.check_leading()
         identity = worker.status.cml.identity
         inventory = await read_inventory(client, identity.product_uuid if identity else None)
-        why = inventory.why_incomplete or ("CML does not tell the titles of all labs" if inventory.unread else "")
-        if why:
+        if not inventory.complete:
             client.renew_session()  # the next login may tell more
-            raise NotNow(Reasons.WORKER_AWAY, f"{worker.name}: its labs are not all known: {why}")
+            raise NotNow(Reasons.WORKER_AWAY, f"{worker.name} tells not all its labs: {inventory.why_incomplete}")
+        # A lab that CML cannot tell of now is another's if it was when it was mirrored: no title becomes ours.
+        unread = [i for i in inventory.unread if self._recorded_title(worker, i) in (None, request.outside_name)]
+        if unread:
+            raise NotNow(Reasons.WORKER_AWAY, f"{worker.name} does not tell the titles of {len(unread)} labs")
         return [lab for lab in inventory.labs.values() if lab.title == request.outside_name]
 
-    async def _is_of_this_try(self, request: LabInstanceRequest, client: CmlClient, lab: Lab) -> bool:
+    async def _is_of_this_try(self, request: LabInstanceRequest, client: CmlClient, lab: Lab, ctx: Context) -> bool:
         """Whether a lab was imported for this place; tiles need not tell the notes."""
+        ctx.check_leading()
         notes = lab.notes if lab.notes is not None else (await client.lab(lab.id)).notes
         mark = read_mark(notes or "")
         return mark is not None and mark.attempt == request.status.attempt
@@ -301,6 +309,10 @@ class CmlRuntime:
             and record.status.state == STARTED
         )
 
+    def _recorded_title(self, worker: LabWorker, lab_id: str) -> str | None:
+        record = record_of_lab(self._cache, worker.namespace, worker.name, lab_id)
+        return record.status.title if record is not None else None
+
     def _doubt(self, request: LabInstanceRequest, ctx: Context) -> float:
         """Seconds for which an import of it may still be carried out."""
         return self._doubts.get(request.uid, 0.0) - ctx.clock.monotonic()
@@ -308,11 +320,11 @@ class CmlRuntime:
     def _starting(self, message: str, lab_id: str | None = None) -> Sighting:
         return Sighting(State.STARTING, message[:500], cml_lab_id=lab_id, again=self._settings.instances_step_interval)
 
-    def _running(self, worker: LabWorker, lab_id: str, message: str = "") -> Sighting:
+    def _running(self, worker: LabWorker, lab_id: str) -> Sighting:
         url = worker.status.cml.api_url
         access = f"{url.rstrip('/').removesuffix('/api/v0')}/lab/{lab_id}" if url else None
         again = self._settings.instances_rest_interval
-        return Sighting(State.RUNNING, message, cml_lab_id=lab_id, access_url=access, again=again)
+        return Sighting(State.RUNNING, cml_lab_id=lab_id, access_url=access, again=again)
 
 
 async def _state_of(client: CmlClient, lab_id: str, ctx: Context) -> str | None:

@@ -4,7 +4,8 @@ A lab is left behind where its worker was lost and came back, or where CML carri
 was made. Its LabRecord tells of it; deleting that deletes the lab, by the rules of all labs. Promises: none is deleted
 whose request may be using it; two looks in a row, some time apart, must agree, each on a cache that holds everything
 written before; a lab that no request claims must bear this installation's mark, read from CML at that moment; nothing
-is concluded while a LabInstanceRequest cannot be decoded. A `Led` under the instances' lock.
+is concluded while a LabInstanceRequest cannot be decoded, nor of unclaimed labs that are too many: a store that was
+restored has forgotten requests, not labs. A `Led` under the instances' lock.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from controllers.instances.marks import read_mark, uid_of_title
 from controllers.instances.settings import InstanceSettings
 from controllers.labs.homes import Home, home_of
 from controllers.labs.kind import LabRecord
+from controllers.sweep.judge import are_too_many
 from lrm.cache import Cache
 from lrm.client import Client
 from lrm.election import Term
@@ -29,6 +31,8 @@ from storage.clock import Clock
 from storage.errors import StorageError
 
 log = structlog.get_logger(__name__)
+
+_UNCLAIMED = "no LabInstanceRequest claims it"
 
 
 class StrayLabs:
@@ -98,8 +102,6 @@ class StrayLabs:
         except Exception as error:
             self._error = repr(error)
             log.exception("instances.strays_defect")
-        else:
-            self._error = ""
 
     async def look(self, term: Term) -> None:
         """Find the strays of now; delete those that were strays at the last look as well."""
@@ -111,15 +113,27 @@ class StrayLabs:
                 await self._remove(record, why, term)
 
     def _found(self) -> dict[str, str]:
+        """Why each is a stray now, by uid of the record."""
         items = self._cache.items(self._cache.registry.of(LabInstanceRequest))
         unread = next((i for i in items if i.resource is None), None)
         if unread is not None:
-            self._error = (
-                f"LabInstanceRequest {unread.namespace}/{unread.name} cannot be decoded: any lab may be its own"
-            )
+            self._told(f"LabInstanceRequest {unread.namespace}/{unread.name} cannot be decoded: any lab may be its own")
             return {}
-        found = {r.uid: self._why_stray(r) for r in self._cache.all(LabRecord) if not r.deleting}
-        return {uid: why for uid, why in found.items() if why}
+        labs = [r for r in self._cache.all(LabRecord) if not r.deleting and uid_of_title(r.status.title)]
+        found = {r.uid: why for r in labs if (why := self._why_stray(r))}
+        unclaimed = [uid for uid, why in found.items() if why == _UNCLAIMED]
+        if are_too_many(len(unclaimed), len(labs)):
+            self._told(
+                f"{len(unclaimed)} of {len(labs)} labs have no LabInstanceRequest: none is removed, look at the store"
+            )
+            return {uid: why for uid, why in found.items() if why != _UNCLAIMED}
+        self._told("")
+        return found
+
+    def _told(self, error: str) -> None:
+        if error and error != self._error:
+            log.error("instances.strays_in_doubt", error=error)
+        self._error = error
 
     def _why_stray(self, record: LabRecord) -> str:
         """Why a lab is nobody's; empty for one that may be somebody's, or was never an instance's."""
@@ -128,7 +142,7 @@ class StrayLabs:
             return ""
         request = next(iter(self._cache.by_index(LabInstanceRequest, "uid", uid)), None)
         if request is None:
-            return "no LabInstanceRequest claims it"
+            return _UNCLAIMED
         ref, own = request.status.worker_ref, request.status.cml_lab_id
         if ref is None:
             return f"{request.name} has no place any more"

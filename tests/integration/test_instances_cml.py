@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import uuid
 from collections.abc import AsyncIterator, Callable
 from datetime import timedelta
 from pathlib import Path
@@ -338,6 +339,27 @@ async def test_a_lab_that_is_not_known_to_be_ours_stays(world: CmlInstancesWorld
     await world.look_for_strays()
     await world.look_for_strays()
     assert len(world.labs.machine().labs) == kept == 1
+
+
+async def test_a_store_that_has_forgotten_its_requests_costs_no_lab(world: CmlInstancesWorld) -> None:
+    """Restored from a backup, say: more than half of the labs are unclaimed."""
+    await world.worker()
+    running = (await world.running()).thaw()
+    for n in range(10):
+        running.metadata.uid = str(uuid.UUID(int=n))
+        world.copy_of(running)
+    for _ in range(3):
+        await world.look_for_strays()
+    assert "10 of 11 labs" in world.strays.describe()["error"]
+    assert not any(r.deleting for r in world.labs.known())
+    for lab in list(world.labs.machine().labs.values())[8:]:
+        world.labs.machine().remove(lab)
+    await world.look_for_strays()
+    await until(lambda: len(world.labs.known()) == 8)
+    await world.look_for_strays()
+    await world.look_for_strays()
+    await until(lambda: len(world.labs.machine().labs) == 1)
+    assert not world.strays.describe()["error"]
 
 
 async def test_a_stray_whose_record_is_protected_stays(world: CmlInstancesWorld) -> None:
