@@ -45,8 +45,20 @@ API_TOKEN = "pl4nted.api~token/+5="
 UNKNOWN_TOKEN = "pl4nted.unknown~token/+6="
 REDIS_PASSWORD = "r3dis:pl4nted@p/ss+7"
 AWS_SECRET = "4ws/pl4nted+s3cret8"
+PROFILE_SECRET = "pr0file/pl4nted+s3cret1"
 TYPED = 'typed "s3cret" into/the+spec9'
-SECRETS = (PASSWORD, WRONG_PASSWORD, TOKEN, BAD_TOKEN, API_TOKEN, UNKNOWN_TOKEN, REDIS_PASSWORD, AWS_SECRET, TYPED)
+SECRETS = (
+    PASSWORD,
+    WRONG_PASSWORD,
+    TOKEN,
+    BAD_TOKEN,
+    API_TOKEN,
+    UNKNOWN_TOKEN,
+    REDIS_PASSWORD,
+    AWS_SECRET,
+    PROFILE_SECRET,
+    TYPED,
+)
 
 CONTROL = 'Contr0l "v\\lue/äöü+0'
 """Put into an annotation, in every form: everybody may read that."""
@@ -138,8 +150,9 @@ class Scene:
             self.places["API"] = self.places.get("API", b"") + told
             return answer
 
-    async def post(self, name: str, cml: dict[str, Any], **annotations: str) -> dict[str, Any]:
-        spec = {"region": REGION, "aws": {"amiId": DEMO_AMI, "keyName": DEMO_KEY}, "cml": cml}
+    async def post(self, name: str, cml: dict[str, Any], *, account: str = "", **annotations: str) -> dict[str, Any]:
+        aws = {"amiId": DEMO_AMI, "keyName": DEMO_KEY}
+        spec = {"region": REGION, "account": account, "aws": aws, "cml": cml}
         metadata = {"name": name, "annotations": annotations}
         document = {"apiVersion": "lab.neuroglia.io/v1", "kind": "LabWorker", "metadata": metadata, "spec": spec}
         answer: dict[str, Any] = json.loads(await self.ask("POST", WORKERS, document))
@@ -181,6 +194,10 @@ async def scene(server_dir: Path, tmp_path: Path, moto_url: str) -> AsyncIterato
     secret_files = {"wrong-password": WRONG_PASSWORD, "bad-token": BAD_TOKEN}
     for name, secret in secret_files.items():
         (tmp_path / name).write_text(secret + "\n")
+    keys = f"aws_access_key_id = 111111111111\naws_secret_access_key = {PROFILE_SECRET}\n"
+    (tmp_path / "credentials").write_text(f"[exams]\n{keys}")
+    role = "arn:aws:iam::222222222222:role/lrm"
+    accounts = {"exams": {"profile": "exams"}, "partner": {"profile": "exams", "role_arn": role}}
     digest = sha256(API_TOKEN.encode()).hexdigest()
     tokens = tokens_file(tmp_path, {"name": "the-admin", "sha256": digest, "role": "admin", "namespaces": ["*"]})
     async with (
@@ -198,6 +215,8 @@ async def scene(server_dir: Path, tmp_path: Path, moto_url: str) -> AsyncIterato
             AWS_REGION=REGION,
             AWS_ACCESS_KEY_ID="testing",
             AWS_SECRET_ACCESS_KEY=AWS_SECRET,
+            AWS_SHARED_CREDENTIALS_FILE=str(tmp_path / "credentials"),
+            LRM_AWS_ACCOUNTS=json.dumps(accounts),
             LRM_CML_URL_TEMPLATE=f"{cml.url}/{{instance_id}}",
             LRM_SECRETS_ALLOW=f"A_PASSWORD,A_TOKEN,{tmp_path}/*",
             LRM_REDIS_URL=f"redis://:{quote(REDIS_PASSWORD, safe='')}@127.0.0.1:{redis_server.port}/0",
@@ -246,6 +265,14 @@ async def _live(scene: Scene) -> None:
     await scene.post("bad-token-told", bad)
     await scene.reaches("bad-token-told", "RegistrationRefused")
     del scene.cml.faults.faults[echoing.id]
+    message = f"Credential={PROFILE_SECRET} was sent"
+    denied = {"action": "AssumeRole", "fault": "error", "code": "AccessDenied", "message": message, "status": 403}
+    scene.shim.faults.add({**denied, "times": 2})
+    for account in ("exams", "partner"):
+        await scene.post(account, {}, account=account)
+    await scene.reaches("partner", "cannot be assumed")
+    for account in ("exams", "partner"):
+        await scene.reaches(account, '"instanceId"', 40)
     await scene.post("forbidden", {"passwordFrom": {"env": "AWS_SECRET_ACCESS_KEY"}})
     await scene.reaches("forbidden", "SecretUnavailable")
 
@@ -316,7 +343,7 @@ async def test_no_secret_is_anywhere_but_where_it_was_put(scene: Scene) -> None:
     await scene.daemon.start_ready()
     await _live(scene)
     await _misuse(scene)
-    names = [CONTROL_NAME, "wrong-password", "bad-token", "bad-token-told", "forbidden"]
+    names = [CONTROL_NAME, "wrong-password", "bad-token", "bad-token-told", "forbidden", "exams", "partner"]
     for path in await _paths(scene):
         await scene.ask("GET", path)
     for what in ("Traceback", '"level":"debug"'):
