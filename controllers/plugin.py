@@ -61,9 +61,6 @@ from lrm.led import Led
 from lrm.plugin import DevPlan, DevService, Plugin, PluginContext
 from lrm.reconcile import Controller
 
-_LATE_IMPORT = 30.0
-"""Seconds for which a CML may still carry out an import whose answer was lost: it works on one for seconds."""
-
 
 class ControllersSettings(
     WorkerSettings, LabsSettings, MetricsSettings, PoolSettings, SweepSettings, InstanceSettings, AwsSettings
@@ -175,7 +172,9 @@ def _instances(
     cache, clock, installation = context.cache, context.clock, context.installation
     allocations = Allocations(cache)
     runtimes: dict[str, Runtime] = {
-        "CML": CmlRuntime(cache, sessions, settings, installation=installation, late_import=_LATE_IMPORT),
+        "CML": CmlRuntime(
+            cache, sessions, settings, installation=installation, late_import=settings.labs_import_settle
+        ),
         "Container": containers,
     }
     placing = Placing(cache, allocations, settings, clock, engine=containers.capacity)
