@@ -24,7 +24,7 @@ from storage.clock import Clock
 _PATH = "/ws/ui"
 _HEARTBEAT = 30.0
 """Seconds between two pings; without a pong after half of that the channel has ended."""
-_FAREWELL = 1.0
+_FAREWELL = 0.3
 """Seconds that CML has to agree to the channel's end."""
 _LONGEST_FRAME = 1024 * 1024
 _NOISE = frozenset({"lab_stats", "system_stats", "system_event", "ping"})
