@@ -167,20 +167,26 @@ class Ec2Looks:
         begun = clock.monotonic()
         work.ctx.check_leading()
         try:
-            tags = {INSTALLATION_TAG: self._installation}
-            found = await self._ec2.find_by_tags(place, tags, states=KEEPABLE, timeout=_TIMEOUT)
-            shown = {instance.id for instance in found}
-            ids = [i for i in self._observed(place, work) if i not in shown]
-            # They need not bear our tags, so they are asked for by id, 1,000 a call.
-            found += (await self._ec2.describe_fleet(place, ids, {}, unmarked=ids)).values()
+            answer = Answer.of(begun, await self._ask(place, work))
         except AwsError as error:
             if shared.failed is None:
                 log.warning("workers.shared_look_failed", place=str(place), error=str(error))
-            shared.failed = clock.monotonic()
-            shared.refusal = error if isinstance(error, _FOR_ALL) else None
-            return
-        shared.answer, shared.failed, shared.refusal = Answer.of(begun, found), None, None
-        await self._alarm(place, shared, shared.answer, work)
+            shared.failed, shared.refusal = clock.monotonic(), error if isinstance(error, _FOR_ALL) else None
+        except Exception:
+            # A mistake here costs calls, not all the workers of the place.
+            log.exception("workers.shared_look_defect", place=str(place))
+            shared.failed, shared.refusal = clock.monotonic(), None
+        else:
+            shared.answer, shared.failed, shared.refusal = answer, None, None
+            await self._alarm(place, shared, answer, work)
+
+    async def _ask(self, place: Place, work: Work) -> list[Ec2Instance]:
+        tags = {INSTALLATION_TAG: self._installation}
+        found = await self._ec2.find_by_tags(place, tags, states=KEEPABLE, timeout=_TIMEOUT)
+        shown = {instance.id for instance in found}
+        # What is only observed need not bear our tags, so it is asked for by id, 1,000 a call.
+        ids = [i for i in self._observed(place, work) if i not in shown]
+        return [*found, *(await self._ec2.describe_fleet(place, ids, {}, unmarked=ids)).values()]
 
     def _observed(self, place: Place, work: Work) -> list[str]:
         """The instances of workers at rest that were adopted and are only observed."""

@@ -244,6 +244,21 @@ async def test_a_shared_look_that_fails_is_made_up_for_by_own_looks_once_the_las
     assert (await scene.get("w")).status.ec2.last_error is None
 
 
+async def test_a_mistake_in_the_shared_look_costs_calls_and_no_worker(
+    scene: LooksScene, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await scene.rest("w")
+    with monkeypatch.context() as patched:
+        patched.setattr("controllers.workers.looks.Answer.of", None)
+        sighting = await scene.see("w")
+    assert sighting is not None
+    assert sighting.instance is not None
+    assert scene.calls() == {"DescribeInstances": 2}
+    await scene.interval(0.25)
+    await scene.see("w")
+    assert scene.calls() == ONE, "it is made again, and is believed"
+
+
 @pytest.mark.parametrize(
     ("fault", "reason", "attempts", "turns"), [("denied", "AWSAuthFailed", 1, 3), ("dropped", "AWSUnavailable", 3, 1)]
 )
