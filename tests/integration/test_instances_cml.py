@@ -244,6 +244,38 @@ async def test_a_worker_that_is_away_is_waited_for(world: CmlInstancesWorld) -> 
     await world.until_told("Ready", "Running")
 
 
+async def test_a_worker_that_began_to_drain_gets_no_lab_any_more(world: CmlInstancesWorld) -> None:
+    """What has its place there and was not imported yet goes elsewhere, without having failed."""
+    await world.worker("w1")
+    fault(world, "status", "/import", times=None, status=502)
+    await world.make()
+    await until(lambda: world.labs.machine("w1").counts["POST /import"] >= 1)
+    await world.worker("w2")
+    await world.labs.change_worker(lambda w: w.status.enter("Draining", "Test", world.labs.clock.now()))
+    running = await world.until_phase("Running")
+    assert running.status.worker_ref is not None
+    assert running.status.worker_ref.name == "w2"
+    assert not world.titled(running, "w1")
+
+
+async def test_one_lab_that_cml_stumbles_over_does_not_hold_up_the_others(world: CmlInstancesWorld) -> None:
+    """Its title is known from when it was mirrored; of one that never was, it may be ours."""
+    await world.worker()
+    broken = world.labs.machine().add_lab("somebody's")
+    for path in ("/populate_lab_tiles", f"/labs/{broken.id}"):
+        fault(world, "status", path, "GET", times=None)
+    await world.make()
+    await world.until_told("Ready", "does not tell the titles of 1 labs")
+    world.labs.simulator.faults.clear()
+    await world.labs.sync()
+    fault(world, "status", "/populate_lab_tiles", "GET", times=None)
+    fault(world, "status", f"/labs/{broken.id}", "GET", times=None)
+    await world.make("b")
+    await world.until_phase("Running", "b")
+    await world.stop("b")
+    await world.until_phase("Completed", "b")
+
+
 async def test_a_worker_with_another_instance_has_lost_its_labs(world: CmlInstancesWorld) -> None:
     await world.worker()
     running = await world.running()
