@@ -116,11 +116,12 @@ class Orders:
 
         return Order(written, record, self._since(written.revision, look))
 
-    async def import_lab(self, worker: LabWorker, title: str, topology: str) -> Order:
-        """Have a lab made. Raises `Invalid`, `TooLarge`."""
+    async def import_lab(self, worker: LabWorker, title: str, topology: str, *, name: str = "") -> Order:
+        """Have a lab made; without a name it is given one. Raises `Invalid`, `TooLarge`, `ResourceExists`."""
+        generated = None if name else f"{worker.name}-import-"
         made = await self._client.create(
             LabImport(
-                metadata=ObjectMeta(generate_name=f"{worker.name}-import-", namespace=worker.namespace),
+                metadata=ObjectMeta(name=name, generate_name=generated, namespace=worker.namespace),
                 spec=LabImportSpec(worker_ref=worker.name, title=title, topology=topology),
             )
         )

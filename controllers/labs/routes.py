@@ -15,9 +15,9 @@ from __future__ import annotations
 import asyncio
 import re
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from datetime import datetime
 from typing import Any
 
+import structlog
 from aiohttp import web
 
 from controllers.cml.errors import (
@@ -31,6 +31,7 @@ from controllers.cml.errors import (
 from controllers.cml.models import is_lab_id
 from controllers.cml.sessions import CmlSessions
 from controllers.instances.topology import TopologyError, check
+from controllers.labs.flat import flat
 from controllers.labs.homes import Away, Gone, home_of
 from controllers.labs.imports_kind import TITLE_MOST, TOPOLOGY_BYTES, LabImport
 from controllers.labs.kind import (
@@ -38,7 +39,6 @@ from controllers.labs.kind import (
     SUCCEEDED,
     WAITING,
     LabRecord,
-    last_synced,
     record_name,
     record_of_lab,
     records_of_worker,
@@ -52,9 +52,12 @@ from lrm.api.call import API, Api, call_of
 from lrm.api.codec import negotiate, read_body, read_object, respond
 from lrm.api.requests import check_namespace
 from lrm.api.status import About, RequestError, answer_of, bad_request
-from lrm.errors import CacheBehind, Cause, LrmError, ResourceNotFound
+from lrm.cache import Item
+from lrm.errors import CacheBehind, Cause, LrmError, ResourceNotFound, Undecodable
 from lrm.model import rfc3339
 from storage.errors import StorageError
+
+log = structlog.get_logger(__name__)
 
 LONGEST_WAIT = 20.0
 """Seconds; proxies give up after thirty."""
@@ -90,12 +93,14 @@ async def list_labs(request: web.Request) -> web.Response:
     accepted, api, call = negotiate(request), request.app[API], call_of(request)
     synced = worker.status.labs_synced_at
     records = records_of_worker(api.cache, worker.namespace, worker.name)
-    labs = [_lab_document(record, last_synced(record.status, synced)) for record in records]
+    labs = [flat(record, synced) for record in records]
     headers = {}
     if synced is not None:
         headers["Age"] = str(max(0, round((api.clock.now() - synced).total_seconds())))
     else:
         call.warn("the labs of this worker were never synced")
+    if any(_is_of(item, worker) for item in api.cache.opaque()):
+        call.warn("labs whose records this version cannot decode are left out")
     if worker.status.labs_sync_error:
         call.warn(f"the last sync failed: {worker.status.labs_sync_error}")
     return await respond(accepted, labs, headers=headers)
@@ -178,7 +183,10 @@ async def bulk(request: web.Request) -> web.Response:
 
 
 async def import_lab(request: web.Request) -> web.Response:
-    """POST: make a lab of a topology, YAML or JSON, at most 512 KiB."""
+    """POST: make a lab of a topology, YAML or JSON, at most 512 KiB; `?name=` names the LabImport.
+
+    Who gives a name may ask again after a lost answer: 409 says that the order was taken.
+    """
     worker = await _worker(request, "write", "import labs to")
     accepted, seconds, api = negotiate(request), _wait(request), request.app[API]
     limit = min(TOPOLOGY_BYTES, api.settings.max_body_bytes)
@@ -192,7 +200,7 @@ async def import_lab(request: web.Request) -> web.Response:
     if not 1 <= len(title) <= TITLE_MOST:
         raise _unprocessable("title", f"a lab needs a title of 1 to {TITLE_MOST} characters: ?title= or lab.title")
     orders = Orders(api)
-    order = await orders.import_lab(worker, title, text)
+    order = await orders.import_lab(worker, title, text, name=request.query.get("name", ""))
     _note(request, order, "import")
     outcome = await orders.seen("labimports", order.look, seconds)
     made = api.cache.get(LabImport, order.resource.namespace, order.resource.name)
@@ -226,7 +234,7 @@ async def download(request: web.Request) -> web.Response:
 async def _worker(request: web.Request, verb: Verb, what: str) -> LabWorker:
     """The worker of the path, once its caller may do that and the cache holds all that was written before.
 
-    Raises 400, 403, `ResourceNotFound`, `CacheBehind`; with resourceVersion=0 the cache is taken as it is.
+    With resourceVersion=0 it is taken as it is. Raises 400, 403, `ResourceNotFound`, `Undecodable`, `CacheBehind`.
     """
     if "dryRun" in request.query:
         raise bad_request("dryRun is not for these endpoints: change the resources themselves to rehearse")
@@ -239,6 +247,9 @@ async def _worker(request: web.Request, verb: Verb, what: str) -> LabWorker:
         await api.cache.barrier(api.settings.barrier_seconds)
     elif not api.cache.synced:
         raise CacheBehind(f"the cache is not filled yet: {api.cache.error}")
+    item = api.cache.item(LAB_WORKER, namespace, name)
+    if item is not None and item.resource is None:
+        raise Undecodable(item.entry.key, item.error)
     worker = api.cache.get(LabWorker, namespace, name)
     if worker is None:
         found = (w for w in api.cache.all(LabWorker, namespace) if w.status.ec2.instance_id == name)
@@ -257,27 +268,15 @@ def _record(request: web.Request, worker: LabWorker, lab_id: str) -> LabRecord:
             call_of(request).about = About(LAB_RECORD.group, LAB_RECORD.plural, name, worker.namespace)
         record = record_of_lab(request.app[API].cache, worker.namespace, worker.name, lab_id)
     if record is None:
+        log.warning("labs.record_not_found", worker=worker.name, lab=lab_id[:80], advice="refresh the worker's labs")
         raise ResourceNotFound(LAB_RECORD.plural, f"{worker.name}-{lab_id[:80]}")
     return record
 
 
-def _lab_document(record: LabRecord, synced: datetime | None) -> dict[str, Any]:
-    """One lab under the keys that clients of the list know."""
-    status = record.status
-    times = {"created": status.cml_created_at, "modified": status.modified_at, "last_synced": synced}
-    return {
-        "id": record.spec.lab_id,
-        "title": status.title,
-        "description": status.description,
-        "notes": status.notes,
-        "state": status.state,
-        "owner": status.owner_fullname,
-        "owner_username": status.owner_username,
-        "node_count": status.node_count,
-        "link_count": status.link_count,
-        "groups": status.groups,
-        **{name: rfc3339(time) if time is not None else None for name, time in times.items()},
-    }
+def _is_of(item: Item, worker: LabWorker) -> bool:
+    """Whether an item is a record of a lab of this worker, by its name alone."""
+    lab_id = item.name.removeprefix(f"{worker.name}-")
+    return item.kind is LAB_RECORD and item.namespace == worker.namespace and is_lab_id(lab_id)
 
 
 def _wait(request: web.Request) -> float:

@@ -6,17 +6,13 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
+import yaml
 
 from equipment.kubectl import Kubectl
 from equipment.labs_daemon import LabsDaemon, labs_daemon
 from lrm.devservers import EtcdServer
 
-IMPORT = {
-    "apiVersion": "lab.neuroglia.io/v1",
-    "kind": "LabImport",
-    "metadata": {"name": "mine"},
-    "spec": {"workerRef": "w1", "title": "Mine", "topology": "lab: {version: 0.2.0}\nnodes: []\nlinks: []\n"},
-}
+MANIFEST = Path(__file__).parents[2] / "examples" / "manifests" / "labimport.yaml"
 
 
 @pytest.fixture
@@ -53,9 +49,11 @@ async def test_labs_are_operated_imported_deleted_and_brought_back(
     await patch('{"desiredState":"STARTED"}')
     await becomes(name, ".status.state", "STARTED")
 
-    await kubectl("apply", "-f", "-", given=IMPORT)
-    await becomes("li/mine", ".status.phase", "Imported")
-    assert "Mine" in {made.title for made in machine.labs.values()}
+    order = yaml.safe_load(MANIFEST.read_text())
+    order["spec"]["workerRef"] = "w1"
+    await kubectl("apply", "-f", "-", given=order)
+    await becomes("li/two-switches", ".status.phase", "Imported")
+    assert {made.title: len(made.links) for made in machine.labs.values()}["Two switches"] == 1
     assert "Imported" in await kubectl("get", "li")
 
     await kubectl("delete", name, "--timeout=30s")

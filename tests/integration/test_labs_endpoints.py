@@ -253,6 +253,28 @@ async def test_a_protected_record_and_one_on_its_way_are_refused(world: LabsWorl
     assert set(world.machine().labs) == {lab.id, leaving.id}
 
 
+async def test_what_cannot_be_decoded_is_told_and_not_taken_for_absent(world: LabsWorld, api: Served) -> None:
+    lab, other = await labs_of(world, "one", "other")
+    await world.storage.set(world.registry.key_of(await world.record(lab.id)), b'{"spec": 7}')
+    answer = await api.get(labs_path())
+    assert ([shown["id"] for shown in answer.body], "cannot decode" in answer.warnings[0]) == ([other.id], True)
+    await world.storage.set(world.registry.key_of(await world.get_worker()), b'{"spec": 7}')
+    assert (await api.get(labs_path())).status == 500
+
+
+async def test_a_daemon_that_stops_keeps_nobody_waiting(world: LabsWorld, api: Served) -> None:
+    (lab,) = await labs_of(world, "one")
+    world.fault("status", path=f"/labs/{lab.id}/state", status=500)
+    asked = asyncio.create_task(post(api, f"/{lab.id}/start"))
+
+    async def ordered() -> bool:
+        return (await world.record(lab.id)).spec.operation is not None
+
+    await until(ordered)
+    api.fanout.stop()
+    assert (await asked).status == 202
+
+
 # Many labs
 
 
@@ -320,6 +342,15 @@ async def test_an_import_whose_answer_is_lost_makes_one_lab(world: LabsWorld, ap
     world.fault("drop-answer", method="POST", path="/import", times=1)
     made = await post(api, "/import", TOPOLOGY)
     assert (made.status, list(world.machine().labs)) == (201, [made.body["lab_id"]])
+
+
+async def test_an_import_with_a_name_is_taken_once(world: LabsWorld, api: Served) -> None:
+    await world.worker()
+    made, again = [await post(api, "/import?name=mine", TOPOLOGY) for _ in range(2)]
+    assert (made.status, made.body["import"]) == (201, "mine")
+    assert (again.status, again.body["reason"]) == (409, "AlreadyExists")
+    assert (await post(api, "/import?name=No%20Name", TOPOLOGY)).status == 422
+    assert len(world.machine().labs) == 1
 
 
 async def test_what_is_no_topology_or_too_large_is_refused_and_not_kept(world: LabsWorld, api: Served) -> None:

@@ -102,7 +102,12 @@ UNLICENSED = {"total": replace(BIG, nodes=5)}
         ([place("w", used=Amount(cpu=sum([0.1] * 70)))], {}, "w", "ten sums of a tenth are one core"),
         ([place("w", used=Amount(memory=32 * GIB))], {}, Reasons.NO_CAPACITY_AVAILABLE, "no memory is left"),
         ([place("w", used=Amount(nodes=19))], {}, Reasons.NO_CAPACITY_AVAILABLE, "one node is left, and two needed"),
-        ([place("w", **FULL), place("v", **UNLICENSED)], {"need": Need(nodes=6)}, Reasons.NO_CAPACITY_AVAILABLE, "a licensed one is full"),
+        (
+            [place("w", **FULL), place("v", **UNLICENSED)],
+            {"need": Need(nodes=6)},
+            Reasons.NO_CAPACITY_AVAILABLE,
+            "a licensed one is full",
+        ),
         ([place("w", **UNLICENSED)], {"need": Need(nodes=6)}, Reasons.WORKER_NOT_LICENSED, "a licence would do"),
         ([place("w", **UNLICENSED)], {"need": Need(nodes=201)}, Reasons.TOO_LARGE, "a licence would not do"),
         (
