@@ -10,8 +10,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from datetime import datetime
 
-from controllers.instances.kind import LabInstanceRequest, placed
+from controllers.instances.kind import LabInstanceRequest
 from controllers.instances.phases import Conditions, Reasons
+from controllers.instances.places import wants_place
 from controllers.pools.kind import LabWorkerPool
 
 _NO_HELP = frozenset({Reasons.QUOTA_EXCEEDED, Reasons.TOO_LARGE, Reasons.WORKER_NOT_LICENSED})
@@ -22,21 +23,14 @@ def labs_for(
 ) -> int:
     """Slots that requests which wait want of this pool by then; `requests` are those Pending or Scheduling."""
     rivals = sorted((p for p in pools if p.spec.heeds_load and not p.deleting), key=lambda p: (p.namespace, p.name))
-    return sum(_slots(r) for r in requests if wants_room(r, until) and _pool_of(r, rivals) == pool.uid)
+    return sum(_slots(r) for r in requests if _wants_worker(r, until) and _pool_of(r, rivals) == pool.uid)
 
 
-def wants_room(request: LabInstanceRequest, until: datetime) -> bool:
-    """Whether a request without a place takes one on a worker by then, if there is one."""
-    spec, status = request.spec, request.status
-    if spec.runs_in != "CML" or spec.desired_phase != "Running" or placed(request):
+def _wants_worker(request: LabInstanceRequest, by: datetime) -> bool:
+    """Whether a request takes a place on a worker by then, if there is one."""
+    if request.spec.runs_in != "CML" or not wants_place(request, by, early=0):
         return False
-    if request.deleting or request.paused:
-        return False
-    if any(at is not None and at > until for at in (spec.scheduled_start_time, status.retry_at)):
-        return False
-    if request.ends_at is not None and request.ends_at <= until:
-        return False
-    assigned = status.condition(Conditions.WORKER_ASSIGNED)
+    assigned = request.status.condition(Conditions.WORKER_ASSIGNED)
     return assigned is None or assigned.status == "True" or assigned.reason not in _NO_HELP
 
 
