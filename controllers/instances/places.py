@@ -53,9 +53,7 @@ def place_of(worker: LabWorker, foreign: Amount) -> Place:
     """A worker as a place; `foreign` is what labs take there that are no instances'."""
     spec, status = worker.spec, worker.status
     cml, capacity = spec.cml, status.capacity
-    used = foreign
-    for allocation in status.allocations.values():
-        used += allocation
+    held = status.allocations.values()
     return Place(
         ref=WorkerRef(
             kind="LabWorker",
@@ -71,7 +69,12 @@ def place_of(worker: LabWorker, foreign: Amount) -> Place:
             spec.max_concurrent_labs,
             cml.max_nodes_licensed if status.cml.licensed else cml.max_nodes_unlicensed,
         ),
-        used=used,
+        used=Amount(
+            foreign.cpu + sum(a.cpu for a in held),
+            foreign.memory + sum(a.memory for a in held),
+            foreign.slots + sum(a.slots for a in held),
+            foreign.nodes + sum(a.nodes for a in held),
+        ),
         licensed_nodes=cml.max_nodes_licensed,
         shared=spec.shared,
         track=spec.lab_track,

@@ -32,9 +32,10 @@ from controllers.instances.places import (
 from controllers.instances.scheduler import Amount, Held, Place, Quota, Rules, Wanted, anyone_fits, plan
 from controllers.instances.scheduling import NoRoom, Waits
 from controllers.instances.settings import InstanceSettings
+from controllers.labs.kind import LabRecord
 from controllers.workers.kind import LabWorker
-from lrm.cache import Cache, Change
-from lrm.controller import Context
+from lrm.cache import Cache, CacheUpdate, Change
+from lrm.controller import Context, Key
 from storage.clock import Clock
 
 _TURN = 0.005
@@ -81,8 +82,10 @@ class Placing:
         self._asks: dict[str, _Ask] = {}
         self._turn = asyncio.Lock()
         self._last = ("", "")
-        self._seen: dict[tuple[str, str], tuple[LabWorker, Amount, Place]] = {}
-        """Workers as places, made anew only where something changed."""
+        self._workers: dict[Key, Place] = {}
+        """Workers as places, without promises, as of the last look; what changed since is in `_changed`."""
+        self._changed: set[Key] = {(worker.namespace, worker.name) for worker in cache.all(LabWorker)}
+        cache.subscribe(self._on_update)
         self._told_at = -1
         """The revision of the cache at which it was last said that there is room."""
 
@@ -138,7 +141,7 @@ class Placing:
         Said once for each state of the cache: whoever is told of one change looks at everything that waits.
         """
         now, early = self._clock.now(), self._settings.instances_early_start
-        if self._told_at == self._cache.revision or not gives_room(change, now, early):
+        if self._told_at == self._cache.revision or not self._anyone_waits() or not gives_room(change, now, early):
             return False
         self._prune()
         waiting = self._waiting({})
@@ -149,9 +152,21 @@ class Placing:
 
     def promised(self, uid: str) -> bool:
         """Whether a request is being given a place just now, by this leader."""
+        self._prune()
         return uid in self._promises
 
     # How it knows
+
+    def _on_update(self, update: CacheUpdate) -> None:
+        for change in update.changes:
+            if change.kind.model is LabWorker:
+                self._changed.add((change.item.namespace, change.item.name))
+            for item in (change.old, change.new):
+                if item is not None and isinstance(item.resource, LabRecord):
+                    self._changed.add((item.namespace, item.resource.spec.worker_ref))
+
+    def _anyone_waits(self) -> bool:
+        return any(self._cache.by_index(LabInstanceRequest, "phase", phase.value) for phase in WAITING)
 
     def _begin(self, ctx: Context) -> None:
         """A new term, or another line of the store's history, begins with nothing: it has passed a barrier."""
@@ -241,32 +256,33 @@ class Placing:
 
     def _known(self, waiting: Iterable[Wanted], asks: Mapping[str, _Ask]) -> tuple[list[Place], Rules]:
         """All places as they are with what was promised on them, and the rules."""
-        promised: dict[str, list[_Promise]] = {}
-        for promise in self._promises.values():
-            promised.setdefault(promise.place.uid, []).append(promise)
-        places: list[Place] = []
-        seen: dict[tuple[str, str], tuple[LabWorker, Amount, Place]] = {}
-        for worker in self._cache.all(LabWorker):
-            key, entries = (worker.namespace, worker.name), worker.status.allocations
-            foreign = foreign_labs(self._cache, *key)
-            before = self._seen.get(key)
-            if before is not None and before[0] is worker and before[1] == foreign:
-                seen[key] = before
-                place = before[2]
+        for key in self._changed:
+            worker = self._cache.get(LabWorker, *key)
+            if worker is None:
+                self._workers.pop(key, None)
             else:
-                place = place_of(worker, foreign)
-                seen[key] = (worker, foreign, place)
-            places.append(_with(place, (p for p in promised.get(worker.uid, ()) if p.request.uid not in entries)))
-        self._seen = seen
+                self._workers[key] = place_of(worker, foreign_labs(self._cache, *key))
+        self._changed.clear()
+        places = dict(self._workers)
         engine = engine_place(self._engine(), self._settings, self._used_on_engine())
         if engine is not None:
-            places.append(_with(engine, promised.get(ENGINE.uid, ())))
+            places[engine.order] = engine
+        for uid, promise in self._promises.items():
+            place = places.get((promise.place.namespace, promise.place.name))
+            if place is not None and not self._is_reserved(uid, promise.place):
+                places[place.order] = replace(place, used=place.used + promise.need)
         held = {
-            uid: Held(self._seen[worker.namespace, worker.name][2].ref, Amount() + worker.status.allocations[uid])
+            uid: Held(self._workers[worker.namespace, worker.name].ref, Amount() + worker.status.allocations[uid])
             for uid in asks
             for worker in self._allocations.holders(uid)
         }
-        return places, Rules(self._settings.instances_placement, self._quota(waiting), self._last, held)
+        rules = Rules(self._settings.instances_placement, self._quota(waiting), self._last, held)
+        return list(places.values()), rules
+
+    def _is_reserved(self, uid: str, place: WorkerRef) -> bool:
+        """Whether a promise is in the worker's books already."""
+        worker = self._cache.get(LabWorker, place.namespace, place.name) if place.kind == "LabWorker" else None
+        return worker is not None and uid in worker.status.allocations
 
     def _used_on_engine(self) -> Amount:
         used = Amount()
@@ -295,11 +311,3 @@ class Placing:
                 for request in self._cache.by_index(LabInstanceRequest, "phase", phase.value):
                     namespaces[request.namespace] += 1
         return Quota(per_student, per_namespace, students, namespaces)
-
-
-def _with(place: Place, promises: Iterable[_Promise]) -> Place:
-    """A place with what was promised on it besides."""
-    used = place.used
-    for promise in promises:
-        used += promise.need
-    return place if used is place.used else replace(place, used=used)

@@ -85,15 +85,28 @@ class Place:
     """For requests of every namespace."""
     track: str = ""
     pools: frozenset[str] = frozenset()
+    free: Amount = field(init=False)
+    order: tuple[str, str] = field(init=False)
+    """By which equals are told apart: namespace and name."""
 
-    @property
-    def free(self) -> Amount:
-        return self.total - self.used
+    fullness: float = field(init=False)
+    """0 to 1, by what is scarcest."""
 
-    @property
-    def order(self) -> tuple[str, str]:
-        """By which equals are told apart."""
-        return self.ref.namespace, self.ref.name
+    def __post_init__(self) -> None:
+        free = self.total - self.used
+        object.__setattr__(self, "free", free)
+        object.__setattr__(self, "order", (self.ref.namespace, self.ref.name))
+        object.__setattr__(self, "fullness", _fullness(self.total, free))
+
+
+def _fullness(total: Amount, free: Amount) -> float:
+    parts = (
+        (total.slots, free.slots),
+        (total.cpu, free.cpu),
+        (total.memory, free.memory),
+        (total.nodes, free.nodes),
+    )
+    return max((1 - left / whole for whole, left in parts if whole), default=0.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -215,6 +228,7 @@ class _Planning:
     def __init__(self, places: Sequence[Place], rules: Rules) -> None:
         self._places = places
         self._free = [place.free for place in places]
+        self._full = [place.fullness for place in places]
         self._rules = rules
         self._last = rules.last
         self._groups: dict[_Group, list[int]] = {}
@@ -233,7 +247,7 @@ class _Planning:
             if position is None:
                 refused.append(need)
                 return None
-            self._free[position] -= need
+            self._fill(position, self._free[position] - need)
         place = self._places[position]
         self._last = place.order
         return place.ref
@@ -248,7 +262,7 @@ class _Planning:
             if place.ref == held.ref and not place.closed:
                 free = self._free[position] + held.amount
                 if free.holds(need):
-                    self._free[position] = free - need
+                    self._fill(position, free - need)
                     return position
         return None
 
@@ -259,7 +273,7 @@ class _Planning:
         return self._groups[group]
 
     def _best(self, members: Iterable[int], need: Need) -> int | None:
-        places, free = self._places, self._free
+        places, free, full = self._places, self._free, self._full
         fitting = [i for i in members if free[i].holds(need) and not places[i].closed]
         if not fitting:
             return None
@@ -267,14 +281,13 @@ class _Planning:
             case "RoundRobin":
                 return min(fitting, key=lambda i: (places[i].order <= self._last, places[i].order))
             case "LeastUsed":
-                return min(fitting, key=lambda i: (_share(places[i].total, free[i], need), places[i].order))
+                return min(fitting, key=lambda i: (full[i], places[i].order))
             case "BestFit":
-                return min(fitting, key=lambda i: self._emptiness(i, need))
+                return min(fitting, key=lambda i: (-full[i], places[i].order))
 
-    def _emptiness(self, position: int, need: Need) -> tuple[bool, float, tuple[str, str]]:
-        """The less, the better the fit: places in use before empty ones, which may be stopped, then the fullest."""
-        place, free = self._places[position], self._free[position]
-        return free.slots >= place.total.slots, -_share(place.total, free, need), place.order
+    def _fill(self, position: int, free: Amount) -> None:
+        self._free[position] = free
+        self._full[position] = _fullness(self._places[position].total, free)
 
     def why_not(self, wanted: Wanted, need: Need) -> Waits:
         """Why it has no place: the reason that tells best what would help."""
@@ -345,18 +358,6 @@ def _at_least(need: Need, other: Need) -> bool:
         and need.slots >= other.slots
         and need.nodes >= other.nodes
     )
-
-
-def _share(total: Amount, free: Amount, need: Need) -> float:
-    """How full the place would be with it, 0 to 1: by what is scarcest there."""
-    share = (total.slots - free.slots + need.slots) / max(1, total.slots)
-    if total.cpu:
-        share = max(share, (total.cpu - free.cpu + need.cpu) / total.cpu)
-    if total.memory:
-        share = max(share, (total.memory - free.memory + need.memory) / total.memory)
-    if total.nodes:
-        share = max(share, (total.nodes - free.nodes + need.nodes) / total.nodes)
-    return share
 
 
 def _unknown_is_needed(place: Place, need: Need) -> bool:

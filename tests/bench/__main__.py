@@ -9,11 +9,13 @@ from dataclasses import replace
 
 import uvloop
 
+from bench.containers import containers
 from bench.fleet import fleet
 from bench.idle import idleness
 from bench.labs import labs
 from bench.report import FULL, QUICK, Figure, Size, machine, table
 from bench.restart import restarts
+from bench.scheduling import scheduling
 from bench.takeover import takeovers
 from bench.throughput import throughput
 
@@ -23,6 +25,8 @@ MEASUREMENTS: dict[str, Callable[[Size], Awaitable[list[Figure]]]] = {
     "idle": idleness,
     "throughput": throughput,
     "fleet": fleet,
+    "containers": containers,
+    "scheduling": scheduling,
     "labs": labs,
 }
 

@@ -154,6 +154,7 @@ async def test_the_engine_s_room_is_what_its_requests_leave() -> None:
     async with placing_scene() as scene:
         for n in range(6):
             await scene.ask(f"r{n}", runtime="Container", **CORE)
+            await scene.clock.advance(1)
         await scene.clock.advance(5)
         placed = [await scene.where(f"r{n}") for n in range(6)]
         assert placed == ["docker"] * 4 + ["NoCapacityAvailable"] * 2
