@@ -287,7 +287,7 @@ class CmlClient:
         return tuple(lab for lab in listing.labs.values() if lab.title == title)
 
     async def listen(self, opened: Callable[[], None], heard: Callable[[], None]) -> NoReturn:
-        """Keep the push channel open until it ends, and raise why (see push.py); one at a time."""
+        """Keep the push channel open until it ends, and raise why (see push.py)."""
         await self._push.listen(opened, heard)
 
     # Labs: changes

@@ -43,7 +43,7 @@ def tells_of_labs(message: Mapping[str, Any]) -> bool:
 
 
 class PushChannel:
-    """The channel of one client, opened by `listen`, one at a time."""
+    """The channel of one client, opened by `listen`."""
 
     def __init__(
         self, base: httpx.URL, transport: Transport, sessions: Sessions, clock: Clock, *, open_timeout: float
@@ -53,7 +53,7 @@ class PushChannel:
         self._sessions = sessions
         self._clock = clock
         self._open_timeout = open_timeout
-        self._http: aiohttp.ClientSession | None = None
+        self._open_now: set[aiohttp.ClientSession] = set()
         self._closed = False
 
     async def listen(self, opened: Callable[[], None], heard: Callable[[], None]) -> NoReturn:
@@ -74,8 +74,8 @@ class PushChannel:
     async def aclose(self) -> None:
         """End the channel with `CmlClosed`."""
         self._closed = True
-        if self._http is not None:
-            await self._http.close()
+        for http in tuple(self._open_now):
+            await http.close()
 
     async def _listen(self, opened: Callable[[], None], heard: Callable[[], None]) -> NoReturn:
         trace = aiohttp.TraceConfig()
@@ -89,7 +89,7 @@ class PushChannel:
         ) as http:
             if self._closed:
                 raise CmlClosed
-            self._http = http
+            self._open_now.add(http)
             try:
                 session, socket = await self._open(http)
                 async with socket:
@@ -97,7 +97,7 @@ class PushChannel:
                     opened()
                     await self._read(socket, heard)
             finally:
-                self._http = None
+                self._open_now.discard(http)
         await self._end(session, socket.close_code)
 
     async def _open(self, http: aiohttp.ClientSession) -> tuple[Session, aiohttp.ClientWebSocketResponse]:

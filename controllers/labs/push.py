@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Callable
 from typing import Any
 
 import structlog
@@ -66,7 +65,8 @@ class LabsPush:
         self._group: asyncio.TaskGroup | None = None
         self._listeners: dict[str, asyncio.Task[None]] = {}
         """By uid of the worker."""
-        self._open: set[str] = set()
+        self._open: set[object] = set()
+        """A token for each open channel: of one worker there are two for a moment, when one ends and one begins."""
         self._heard = 0
 
     async def run(self, term: Term) -> None:
@@ -78,7 +78,7 @@ class LabsPush:
             async with asyncio.TaskGroup() as self._group:
                 workers = [w for w in self._cache.all(LabWorker) if self._listens_to(w)]
                 for worker in workers:
-                    self._begin(worker, term_has_begun=len(workers))
+                    self._begin(worker, among=len(workers))
                 await term.wait_lost()
                 self._end_all()
         finally:
@@ -128,7 +128,7 @@ class LabsPush:
                 self._attend(*(item.resource if item is not None else None for item in (change.old, change.new)))
 
     def _attend(self, old: AnyResource | None, new: AnyResource | None) -> None:
-        """Begin or end to listen, as a worker now is; one that cannot be read is as it was."""
+        """Begin or end to listen, as a worker now is; one that cannot be read cannot be synced either."""
         if isinstance(old, LabWorker) and (new is None or new.uid != old.uid):
             self._give_up(old.uid)
         if isinstance(new, LabWorker):
@@ -137,10 +137,10 @@ class LabsPush:
             elif new.uid not in self._listeners:
                 self._begin(new)
 
-    def _begin(self, worker: LabWorker, *, term_has_begun: int = 0) -> None:
+    def _begin(self, worker: LabWorker, *, among: int = 1) -> None:
         if self._group is None:
             return
-        delay = _SPREAD * term_has_begun * random.random()  # noqa: S311 - spreads work, keeps no secret
+        delay = _SPREAD * among * random.random()  # noqa: S311 - spreads work, keeps no secret
         key = (worker.namespace, worker.name)
         task = self._group.create_task(self._listen(worker.uid, key, delay), name=f"pushes of {worker.name}")
         self._listeners[worker.uid] = task
@@ -166,17 +166,9 @@ class LabsPush:
                 self._term.check()
             except NotLeading:
                 return  # whoever leads now listens
-            began, reached = self._clock.monotonic(), False
-
-            def opened() -> None:
-                nonlocal reached
-                reached = True
-                self._open.add(uid)
-                self._hints.opened(uid, key)
-                log.debug("labs.push_opened", worker=key[1])
-
-            problem = await self._until_it_ends(worker, opened, lambda: self._hear(uid, key))
-            if reached and self._clock.monotonic() - began >= _LASTING:
+            began = self._clock.monotonic()
+            problem = await self._until_it_ends(worker)
+            if self._clock.monotonic() - began >= _LASTING:
                 retry, in_trouble = _RETRY_FIRST, False
             (log.debug if in_trouble else log.info)("labs.push_ended", worker=key[1], error=problem)
             in_trouble = True
@@ -184,8 +176,20 @@ class LabsPush:
             delay = retry * (0.5 + random.random() / 2)  # noqa: S311 - spreads work, keeps no secret
             retry = min(retry * 2, _RETRY_MOST)
 
-    async def _until_it_ends(self, worker: LabWorker, opened: Callable[[], None], heard: Callable[[], None]) -> str:
+    async def _until_it_ends(self, worker: LabWorker) -> str:
         """Why the channel ended; a mistake of ours is logged, and costs this worker its pushes for a while."""
+        uid, key, channel = worker.uid, (worker.namespace, worker.name), object()
+
+        def opened() -> None:
+            self._open.add(channel)
+            self._hints.opened(uid, key)
+            log.debug("labs.push_opened", worker=worker.name)
+
+        def heard() -> None:
+            if self._hints.heard(uid, key):
+                self._heard += 1
+                self._measures.hinted()
+
         try:
             await self._sessions.client_for(worker).listen(opened, heard)
         except CmlError as error:
@@ -194,9 +198,4 @@ class LabsPush:
             log.exception("labs.push_defect", worker=worker.name)
             return repr(error)
         finally:
-            self._open.discard(worker.uid)
-
-    def _hear(self, uid: str, key: Key) -> None:
-        if self._hints.heard(uid, key):
-            self._heard += 1
-            self._measures.hinted()
+            self._open.discard(channel)
