@@ -41,15 +41,28 @@ class SharedMoto:
     async def url(self) -> str:
         if self._running is None:
             self._running = await start_moto(self._folder / "moto.log", SystemClock())
-            # Its first answers take seconds, in which it loads what AWS knows: no test's deadline is to strike then.
-            async with boto(self._running[1]) as call:
-                await call("describe_images", ImageIds=[_MOTOS_OWN_AMI])
-                await call("describe_instance_types", InstanceTypes=["t3.micro"])
+            await asyncio.to_thread(_warm, self._running[1])
         return self._running[1]
 
     def end(self) -> None:
         if self._running is not None:
             self._running[0].kill()
+
+
+def _warm(url: str) -> None:
+    """Let moto load what AWS knows: its first answers take seconds, in which no test's deadline is to strike."""
+    client = boto3.client(
+        "ec2",
+        region_name=REGION,
+        endpoint_url=url,
+        aws_access_key_id="testing",
+        aws_secret_access_key="testing-secret",
+    )
+    try:
+        client.describe_images(ImageIds=[_MOTOS_OWN_AMI])
+        client.describe_instance_types(InstanceTypes=["t3.micro"])
+    finally:
+        client.close()
 
 
 @pytest.fixture(scope="session")
