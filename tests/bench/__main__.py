@@ -9,7 +9,6 @@ from dataclasses import replace
 
 import uvloop
 
-from bench.containers import containers
 from bench.fleet import fleet
 from bench.idle import idleness
 from bench.labs import labs
@@ -25,7 +24,6 @@ MEASUREMENTS: dict[str, Callable[[Size], Awaitable[list[Figure]]]] = {
     "idle": idleness,
     "throughput": throughput,
     "fleet": fleet,
-    "containers": containers,
     "scheduling": scheduling,
     "labs": labs,
 }
