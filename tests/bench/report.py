@@ -46,11 +46,15 @@ class Size:
     """Seconds for which an idle installation is looked at."""
     operations: int
     """Writes that are timed."""
+    containers: int
+    """Labs that are asked for at once."""
 
 
-FULL = Size(objects=5_000, daemons=3, runs=20, leases=(DEFAULT_LEASE, SHORT_LEASE), window=60, operations=2_000)
-QUICK = Size(objects=1_000, daemons=3, runs=3, leases=(SHORT_LEASE,), window=15, operations=500)
-TINY = Size(objects=40, daemons=2, runs=1, leases=(SHORTEST_LEASE,), window=0.5, operations=40)
+FULL = Size(
+    objects=5_000, daemons=3, runs=20, leases=(DEFAULT_LEASE, SHORT_LEASE), window=60, operations=2_000, containers=500
+)
+QUICK = Size(objects=1_000, daemons=3, runs=3, leases=(SHORT_LEASE,), window=15, operations=500, containers=50)
+TINY = Size(objects=40, daemons=2, runs=1, leases=(SHORTEST_LEASE,), window=0.5, operations=40, containers=3)
 
 
 @dataclass(frozen=True, slots=True)

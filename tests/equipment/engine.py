@@ -77,7 +77,7 @@ async def engine() -> AsyncIterator[Engine]:
                 environment = stack.enter_context(pytest.MonkeyPatch.context())
                 for name, value in {"DOCKER_HOST": host, **_TESTCONTAINERS}.items():
                     environment.setenv(name, value)
-            engine = stack.enter_context(_with_images(host))
+            engine = stack.enter_context(with_images(host))
         except (NotHere, ProcessError) as error:
             pytest.skip(f"Docker: {error}")
         yield engine
@@ -149,7 +149,7 @@ def _clear(host: str) -> None:
 
 
 @contextmanager
-def _with_images(host: str) -> Iterator[Engine]:
+def with_images(host: str) -> Iterator[Engine]:
     """An engine with our images for as long as this lasts."""
     client = _connect(host)
     engine = Engine(host, client)

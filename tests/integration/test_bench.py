@@ -8,9 +8,10 @@ import pytest
 
 from bench.__main__ import MEASUREMENTS, main
 from bench.report import TINY, Figure, table
+from equipment.engine import Engine
 
 
-async def test_every_measurement_runs_to_its_end_and_fills_its_rows() -> None:
+async def test_every_measurement_runs_to_its_end_and_fills_its_rows(engine: Engine) -> None:
     """All at once, which spoils the numbers: whether a target is met is for `make bench` to say."""
     parts = await asyncio.gather(*(measure(TINY) for measure in MEASUREMENTS.values()))
     assert all(parts)
