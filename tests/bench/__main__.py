@@ -9,6 +9,7 @@ from dataclasses import replace
 
 import uvloop
 
+from bench.containers import containers
 from bench.fleet import fleet
 from bench.idle import idleness
 from bench.labs import labs
@@ -24,6 +25,7 @@ MEASUREMENTS: dict[str, Callable[[Size], Awaitable[list[Figure]]]] = {
     "idle": idleness,
     "throughput": throughput,
     "fleet": fleet,
+    "containers": containers,
     "scheduling": scheduling,
     "labs": labs,
 }
