@@ -174,6 +174,25 @@ async def test_what_sts_refuses_was_certainly_not_launched(
     assert all(b"Action=AssumeRole" in request for request in seen), why
 
 
+async def test_a_profile_that_is_renewed_serves_its_role_without_a_restart(
+    aws_credentials: None, profiles: Path
+) -> None:
+    accounts, clock = {"partner": ROLE.model_copy(update={"profile": "exams"})}, LaterClock()
+    expired, answer = refusal("ExpiredToken", 400), given("ASIATHEIRS", timedelta(hours=1))
+    async with (
+        lying_server(expired, expired, answer, NOTHING_FOUND) as (url, seen),
+        Ec2(clock, accounts, endpoint_url=url) as ec2,
+    ):
+        for ahead in (0, 31):
+            clock.ahead = ahead
+            with pytest.raises(AwsAuthError):
+                await ec2.find_by_tags(PARTNER, {"a": "b"})
+            write_profiles(profiles, exams=CLASSES_NUMBER)
+        assert await ec2.find_by_tags(PARTNER, {"a": "b"}) == []
+    keys = [re.findall(r"Credential=(\w+)/", request.decode()) for request in seen]
+    assert keys == [[EXAMS_NUMBER], [EXAMS_NUMBER], [CLASSES_NUMBER], ["ASIATHEIRS"]]
+
+
 @pytest.mark.parametrize(
     ("account", "told"),
     [
