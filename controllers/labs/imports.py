@@ -60,6 +60,9 @@ IMPORT_CRASH_POINTS = (
 )
 """Where an import can be killed, in order."""
 
+_LOOKS = 10
+"""How often a lab is looked for before its import is sent again."""
+
 
 class LabImportsController(Controller[LabImport]):
     """See the module."""
@@ -145,7 +148,9 @@ class LabImportsController(Controller[LabImport]):
             else:
                 wait = self._settling(order, ctx)
                 if wait > 0:
-                    return Result.after(min(wait, self._settings.labs_step_interval))
+                    # A list of a big CML is heavy: ten looks are enough to be done soon after the lab is there.
+                    pause = max(self._settings.labs_step_interval, self._settings.labs_import_settle / _LOOKS)
+                    return Result.after(min(wait, pause))
         if order.status.lab_id is None:
             order = await self._send(order, worker, client, ctx)
         return await self._finish(order, worker, client, ctx)

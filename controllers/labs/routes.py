@@ -39,6 +39,7 @@ from controllers.labs.kind import (
     SUCCEEDED,
     WAITING,
     LabRecord,
+    printable,
     record_name,
     record_of_lab,
     records_of_worker,
@@ -268,7 +269,9 @@ def _record(request: web.Request, worker: LabWorker, lab_id: str) -> LabRecord:
             call_of(request).about = About(LAB_RECORD.group, LAB_RECORD.plural, name, worker.namespace)
         record = record_of_lab(request.app[API].cache, worker.namespace, worker.name, lab_id)
     if record is None:
-        log.warning("labs.record_not_found", worker=worker.name, lab=lab_id[:80], advice="refresh the worker's labs")
+        log.warning(
+            "labs.record_not_found", worker=worker.name, lab=printable(lab_id[:80]), advice="refresh the worker's labs"
+        )
         raise ResourceNotFound(LAB_RECORD.plural, f"{worker.name}-{lab_id[:80]}")
     return record
 
