@@ -157,11 +157,6 @@ class Container:
             ports=tuple(_bindings((document.get("NetworkSettings") or {}).get("Ports") or {})),
         )
 
-    @property
-    def lives(self) -> bool:
-        """Whether its processes run, or are held."""
-        return self.status in ("running", "paused", "restarting")
-
 
 @dataclass(frozen=True, slots=True)
 class Image:

@@ -269,7 +269,7 @@ class Engine:
             raise EngineUnavailable("it is not open")
         async with turns or self._turns:
             may()
-            with _translated():
+            with _translated(), _sense():
                 async with self._clock.timeout(seconds):
                     return await ask(self._docker)
 
