@@ -675,6 +675,7 @@ async def test_odd_json_anywhere_ends_in_a_model_or_in_our_own_error(cml: Script
     for path in ("/telemetry/events", "/system_information", f"/labs/{LAB}", f"/labs/{LAB}/state"):
         cml.on("GET", path, web.json_response(odd))
     cml.on("GET", f"/labs/{LAB}/check_if_converged", web.json_response(odd))
+    cml.on("GET", f"/labs/{LAB}/lab_element_state", web.json_response(odd))
     cml.on("GET", f"/labs/{LAB}/download", web.json_response(odd))
     cml.on("PUT", f"/labs/{LAB}/stop", web.json_response(odd, status=400))
     cml.on("DELETE", "/licensing/deregistration", web.json_response(odd, status=400))
@@ -695,6 +696,7 @@ async def test_odd_json_anywhere_ends_in_a_model_or_in_our_own_error(cml: Script
             client.lab(LAB),
             client.lab_state(LAB),
             client.converged(LAB),
+            client.node_states(LAB),
             client.download(LAB),
             client.stop_lab(LAB),
             client.deregister(),
