@@ -14,6 +14,7 @@ from typing import Any
 import boto3
 import pytest
 
+from controllers.aws.accounts import _core
 from controllers.aws.ec2 import Ec2, LaunchParameters
 from controllers.aws.place import Place
 from controllers.aws.settings import AwsAccount
@@ -50,8 +51,8 @@ class SharedMoto:
 
 
 def _warm(url: str) -> None:
-    """Let moto load what AWS knows: its first answers take seconds, in which no test's deadline is to strike."""
-    client = boto3.client(
+    """Let moto and this process's clients load what AWS knows: seconds in which no test's deadline is to strike."""
+    client = boto3.Session(botocore_session=_core()).client(
         "ec2",
         region_name=REGION,
         endpoint_url=url,

@@ -277,7 +277,7 @@ def run_cli(*arguments: str, **environment: str) -> subprocess.CompletedProcess[
     daemon = DaemonProcess(Path(), endpoint="http://127.0.0.1:1", root="/lrm")
     env = {name: value for name, value in {**daemon.environment, **environment}.items() if value != UNSET}
     return subprocess.run(
-        [sys.executable, "-m", "lrm", *arguments], env=env, capture_output=True, text=True, timeout=60, check=False
+        [sys.executable, "-m", "lrm", *arguments], env=env, capture_output=True, text=True, timeout=110, check=False
     )
 
 

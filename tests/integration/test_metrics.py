@@ -312,7 +312,7 @@ async def test_an_instance_that_has_ended_is_asked_for_until_that_is_told_and_no
         lost = two is not None and two.ec2.error is not None and two.ec2.error.reason == "InstanceNotFound"
         return one is not None and one.ec2.state == "terminated" and lost
 
-    await until(told, "that they have ended", 30)
+    await until(told, "that they have ended", 100)
     world.calls()
     await world.refresh()
     assert world.calls()["DescribeInstances"] == 1

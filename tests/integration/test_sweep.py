@@ -163,9 +163,10 @@ async def test_what_cannot_be_asked_or_read_proves_nothing(world: WorkersWorld) 
     orphan = await someone_elses(world, **ORPHAN)
     async with sweeping(world, sweep_interval=1) as sweep:
         await until(lambda: sweep.describe()["suspects"] == 1, "the first look")
-        await world.delete()
-        await world.gone()
-        broken = world.aws_fault("DescribeInstances", "server-error", times=0)
+    await world.delete()
+    await world.gone()
+    broken = world.aws_fault("DescribeInstances", "server-error", times=0)
+    async with sweeping(world, sweep_interval=1) as sweep:
         await until(lambda: "us-east-1" in sweep.describe()["regionErrors"], "a look that failed", timeout=60)
         assert (sweep.describe()["suspects"], orphans(sweep)) == (1, []), "neither confirmed nor cleared"
         world.shim.faults.remove(broken.id)

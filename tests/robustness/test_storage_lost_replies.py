@@ -220,7 +220,7 @@ async def test_an_error_is_never_an_empty_answer(scene: Scene) -> None:
         "keys": lambda: scene.storage.keys(f"{scene.root}/r/*"),
         "list": lambda: scene.storage.list(f"{scene.root}/r/"),
         "count": lambda: scene.storage.count(f"{scene.root}/r/"),
-        "revision": scene.storage.current_revision,
+        "revision": lambda: scene.storage.current_revision(),  # noqa: PLW0108 - of the storage of the moment
         "labels": lambda: scene.storage.list_with_labels(f"{scene.root}/r/", {}, lambda _: {}),
     }
     try:
