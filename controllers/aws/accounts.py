@@ -50,9 +50,8 @@ _STS = Config(connect_timeout=2, read_timeout=3, retries={"mode": "standard", "t
 _LOADER = botocore.loaders.create_loader()
 """Reads and keeps botocore's descriptions of the services: 0.2 s and many megabytes each, once per process."""
 
-
+# It would tell with its traceback each failure that is raised to whoever made the call, and told there once.
 logging.getLogger("botocore.credentials").setLevel(logging.ERROR)
-# It would tell each failure with its traceback, that is raised to whoever made the call, and told there once.
 
 
 @dataclass(frozen=True, slots=True)

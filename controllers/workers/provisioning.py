@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 from dataclasses import dataclass, replace
 
+from controllers.aws.calls import READ_TIMEOUT
 from controllers.aws.ec2 import LIVE_STATES, Ec2, Ec2Instance, LaunchParameters
 from controllers.aws.errors import (
     AwsAuthError,
@@ -29,6 +30,7 @@ from controllers.aws.errors import (
     AwsWrongState,
     Ec2NotFound,
 )
+from controllers.aws.place import Place
 from controllers.workers.decisions import (
     INSTALLATION_TAG,
     UID_TAG,
@@ -49,6 +51,7 @@ from controllers.workers.work import Change, Work, forget_instance
 from lrm.crashpoints import crash_point
 from lrm.errors import RetryLater
 from lrm.reconcile import Result
+from storage.clock import Clock
 
 CRASH_POINTS = (
     "workers.launch.looked",
@@ -66,6 +69,9 @@ UNDECODABLE_WORKER = "UndecodableWorker"
 
 _STATES = (*LIVE_STATES, "terminated")
 _SURPLUS_KEPT = 10
+_ELSEWHERE_TIMEOUT = 5.0
+"""Seconds that a launch waits for other regions and accounts to say what they have of the installation."""
+_SILENT_SECONDS = 30.0
 _EMPTY = frozenset({Phase.PENDING, Phase.PROVISIONING_EC2, Phase.EC2_READY, Phase.STARTING})
 """Nothing was on the instance yet: where it ended and another one carries the uid, that one takes its place."""
 
@@ -124,6 +130,8 @@ class Provisioner:
         self.looks = Ec2Looks(ec2, settings, installation)
         # Counting instances and recording one more is one step, else N launches at once would each find room.
         self._brake = asyncio.Lock()
+        self._silent_until: dict[Place, float] = {}
+        """Until when, monotonic, a place that gave no answer is not asked how many instances it has."""
 
     async def see(self, work: Work) -> Sighting | None:
         """Look, and do what follows in every phase: end the surplus, mark, record. None when EC2 could not be asked.
@@ -348,20 +356,35 @@ class Provisioner:
             if w.status.ec2.instance_id and w.status.ec2.state != "terminated"
         }
         underway = sum(in_doubt(w.status.ec2, work.due_by, self._settings.worker_trace_timeout) for w in concerned)
-        for place in sorted({w.spec.place for w in concerned} | {work.worker.spec.place}):
-            work.ctx.check_leading()
-            try:
-                found = await self._ec2.find_by_tags(place, {INSTALLATION_TAG: self._installation})
-            except AwsError:
-                if place == work.worker.spec.place:
-                    raise
-                # A place that does not answer must not stop the others: its workers' statuses are counted.
-                continue
-            ids |= {i.id for i in found if i.state != "shutting-down"}
+        here = work.worker.spec.place
+        work.ctx.check_leading()
+        ids |= await self._ours(here)
+        async with asyncio.TaskGroup() as tasks:
+            elsewhere = {w.spec.place for w in concerned} - {here}
+            asked = [tasks.create_task(self._ours_elsewhere(place, work.ctx.clock)) for place in sorted(elsewhere)]
+        ids = ids.union(*(task.result() for task in asked))
         if len(ids) + underway >= most:
             raise Held(
                 Reasons.MAX_INSTANCES, f"the installation has reached its limit of {most} instances (LRM_MAX_INSTANCES)"
             )
+
+    async def _ours(self, place: Place, timeout: float = READ_TIMEOUT) -> set[str]:
+        """Ids of the installation's instances that cost something in a place. Raises `AwsError`."""
+        found = await self._ec2.find_by_tags(place, {INSTALLATION_TAG: self._installation}, timeout=timeout)
+        return {i.id for i in found if i.state != "shutting-down"}
+
+    async def _ours_elsewhere(self, place: Place, clock: Clock) -> set[str]:
+        """The same of a place that must not stop a launch in another; none if it gives no answer.
+
+        Then its workers' statuses are what is counted, and others do not wait for it again at once.
+        """
+        if clock.monotonic() < self._silent_until.get(place, 0.0):
+            return set()
+        try:
+            return await self._ours(place, _ELSEWHERE_TIMEOUT)
+        except AwsError:
+            self._silent_until[place] = clock.monotonic() + _SILENT_SECONDS
+            return set()
 
     async def _after_mismatch(self, work: Work) -> None:
         """The token is spent: it belongs to another launch, or to an instance that has ended. Look, then go on."""

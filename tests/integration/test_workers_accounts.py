@@ -93,6 +93,20 @@ async def test_what_happens_to_one_account_concerns_no_worker_of_another(world: 
     await world.until(lambda w: not trouble(w), "the recovery", "w2")
 
 
+async def test_accounts_that_hang_keep_nobody_from_launching_in_another(world: WorkersWorld) -> None:
+    numbers = {"exams": EXAMS_NUMBER, "classes": CLASSES_NUMBER, "partner": PARTNER_NUMBER}
+    for name in numbers:
+        await world.create(name, account=name)
+    for name in numbers:
+        await world.phase("ReadyUnlicensed", name=name)
+    hanging = {"action": "*", "fault": "dropped", "seconds": 600, "times": 0}
+    faults = [world.shim.faults.add({**hanging, "account": number}) for number in numbers.values()]
+    await until(lambda: all(fault.hits for fault in faults), "calls that hang")
+    await world.create()
+    # One after the other, for the 20 s that a read may take, they would hold its first look at the limit up for 60.
+    await world.phase("ReadyUnlicensed")
+
+
 async def test_an_account_that_the_settings_lack_is_told_and_taken_when_they_have_it(
     monkeypatch: pytest.MonkeyPatch, moto_url: str, profiles: Path
 ) -> None:
