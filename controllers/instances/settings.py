@@ -57,7 +57,9 @@ class InstanceSettings(LrmSettings):
     )
 
     docker_host: str = Field(
-        "", description="The engine for containers, unix:///path or tcp://host:port; empty: there is none."
+        "",
+        pattern=r"^((unix:///|tcp://|https?://)\S+)?$",
+        description="The engine for containers, unix:///path or tcp://host:port; empty: there is none.",
     )
     docker_cpu: Cores = Field(
         0, ge=0, description="Cores that labs on the engine may reserve in all; 0: as many as it has."

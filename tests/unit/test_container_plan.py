@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from pydantic import ValidationError
 
 from controllers.containers.documents import ATTEMPT_LABEL, Binding, Container, EngineInfo, Image, Labels, Thing
 from controllers.containers.errors import EngineError, EngineFailed, EngineNotFound, EngineRefused
@@ -162,3 +163,14 @@ def test_the_engines_clock_is_read_with_its_nanoseconds() -> None:
 )
 def test_what_a_failed_pull_says_for_good(error: EngineError, reason: str | None, why: str) -> None:
     assert refusal_of(error) == reason, why
+
+
+@pytest.mark.parametrize("host", ["", "unix:///var/run/docker.sock", "tcp://engine.example.edu:2376"])
+def test_an_engines_address_is_taken(host: str) -> None:
+    assert InstanceSettings(docker_host=host).docker_host == host
+
+
+@pytest.mark.parametrize("host", ["docker", "/var/run/docker.sock", "unix://", "ssh://engine", "tcp://a b"])
+def test_what_is_no_engines_address_is_refused_when_the_settings_are_read(host: str) -> None:
+    with pytest.raises(ValidationError, match="docker_host"):
+        InstanceSettings(docker_host=host)
