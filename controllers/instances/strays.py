@@ -106,27 +106,27 @@ class StrayLabs:
     async def look(self, term: Term) -> None:
         """Find the strays of now; delete those that were strays at the last look as well."""
         await self._cache.barrier()
-        before, self._suspects = self._suspects, self._found()
-        for record in self._cache.all(LabRecord):
-            why = self._suspects.get(record.uid)
-            if why is not None and before.get(record.uid) == why:
+        found = self._found()
+        before, self._suspects = self._suspects, {record.uid: why for record, why in found}
+        for record, why in found:
+            if before.get(record.uid) == why:
                 await self._remove(record, why, term)
 
-    def _found(self) -> dict[str, str]:
-        """Why each is a stray now, by uid of the record."""
+    def _found(self) -> list[tuple[LabRecord, str]]:
+        """The strays of now, each with why it is one."""
         items = self._cache.items(self._cache.registry.of(LabInstanceRequest))
         unread = next((i for i in items if i.resource is None), None)
         if unread is not None:
             self._told(f"LabInstanceRequest {unread.namespace}/{unread.name} cannot be decoded: any lab may be its own")
-            return {}
-        labs = [r for r in self._cache.all(LabRecord) if not r.deleting and uid_of_title(r.status.title)]
-        found = {r.uid: why for r in labs if (why := self._why_stray(r))}
-        unclaimed = [uid for uid, why in found.items() if why == _UNCLAIMED]
-        if are_too_many(len(unclaimed), len(labs)):
+            return []
+        labs = [r for r in self._cache.all(LabRecord) if uid_of_title(r.status.title) and not r.deleting]
+        found = [(record, why) for record in labs if (why := self._why_stray(record))]
+        unclaimed = sum(why == _UNCLAIMED for _, why in found)
+        if are_too_many(unclaimed, len(labs)):
             self._told(
-                f"{len(unclaimed)} of {len(labs)} labs have no LabInstanceRequest: none is removed, look at the store"
+                f"{unclaimed} of {len(labs)} labs have no LabInstanceRequest: none is removed, look at the store"
             )
-            return {uid: why for uid, why in found.items() if why != _UNCLAIMED}
+            return [(record, why) for record, why in found if why != _UNCLAIMED]
         self._told("")
         return found
 

@@ -24,6 +24,8 @@ LONGEST_NOTES = 32768
 _DEEPEST = 40
 _MOST_VALUES = 50_000
 _MIB = 1024 * 1024
+_LONGEST_REASON = 500
+"""Characters of what is told; a reason may quote what it complains of."""
 _UNLICENSED = frozenset({"external_connector", "unmanaged_switch"})
 """Definitions of nodes that CML does not count against its licence."""
 _CPUS, _RAM = 128, 1_048_576
@@ -97,7 +99,7 @@ def _parse(text: str) -> Any:
     try:
         documents = load_documents(text, max_depth=_DEEPEST, max_nodes=_MOST_VALUES, max_documents=1)
     except YamlError as error:
-        raise TopologyError(f"it is no YAML that is accepted: {error}") from None
+        raise TopologyError(f"it is no YAML that is accepted: {error}"[:_LONGEST_REASON]) from None
     return documents[0] if documents else None
 
 

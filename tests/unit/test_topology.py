@@ -99,3 +99,9 @@ NODE = {"id": "n0", "label": "r1", "node_definition": "iosv", "x": 0, "y": 0}
 def test_what_is_no_topology_is_refused_with_its_place(text: str, told: str) -> None:
     with pytest.raises(TopologyError, match=told):
         check(text)
+
+
+def test_what_is_told_does_not_quote_without_end() -> None:
+    with pytest.raises(TopologyError) as refused:
+        check("".join(f"{'k' * 100_000}: {n}\n" for n in range(2)))
+    assert len(str(refused.value)) <= 500
