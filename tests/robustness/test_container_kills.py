@@ -6,6 +6,9 @@ same engine.
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
+import random
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -72,3 +75,36 @@ async def test_a_removal_killed_at(point: str, lrm: ContainersDaemon, engine: En
     await lrm.start_ready(60)
     await lrm.cleaned("lab", "Completed")
     assert engine.leftovers(f"{UID_LABEL}={uid}") == []
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(600)
+async def test_a_daemon_killed_at_random_moments_doubles_and_leaves_nothing(
+    lrm: ContainersDaemon, engine: Engine
+) -> None:
+    """Labs are made, stopped and deleted while the daemon is killed ten times; then each runs once, or not at all."""
+    rng, uids, deleted = random.Random(5), dict[str, str](), set[str]()
+    await lrm.start_ready(60)
+    for round_ in range(10):
+        for n in range(2):
+            name = f"lab{round_}{n}"
+            uids[name] = (await lrm.create(instance(name, engine)))["metadata"]["uid"]
+        for name in rng.sample(sorted(uids), 1):
+            deleted.add(name)
+            await lrm.request("DELETE", f"{INSTANCES}/{name}")
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(rng.uniform(0.2, 4.0)):
+                await lrm.process.wait()
+        lrm.process.kill()
+        await lrm.start_ready(60)
+    for name, uid in uids.items():
+        if name in deleted:
+            await lrm.gone(name, 120)
+            assert engine.leftovers(f"{UID_LABEL}={uid}") == [], name
+        else:
+            running = await lrm.phase(name, "Running", 120)
+            assert containers_of(engine, uid) == [running["status"]["containerId"]], name
+            await lrm.request("DELETE", f"{INSTANCES}/{name}")
+    for name in uids:
+        await lrm.gone(name, 120)
+    assert [uid for uid in uids.values() if engine.leftovers(f"{UID_LABEL}={uid}")] == []
