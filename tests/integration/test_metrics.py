@@ -224,6 +224,7 @@ async def test_expired_credentials_are_told_and_forgotten_when_they_return(world
     assert (status.metrics.ec2.error, status.metrics.cloud_watch.error) == (None, None)
 
 
+@pytest.mark.slow
 async def test_a_fleet_that_is_throttled_for_long_asks_slower_not_more_and_recovers_by_one_refresh(
     shim: AwsShim,
 ) -> None:
