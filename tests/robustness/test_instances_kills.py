@@ -26,7 +26,7 @@ from storage.etcd import EtcdStorage
 
 MAKING = (*CRASH_POINTS[: CRASH_POINTS.index("instances.ending")], *MAKING_CRASH_POINTS)
 REMOVING = (*CRASH_POINTS[CRASH_POINTS.index("instances.ending") :], *REMOVING_CRASH_POINTS)
-SAMPLE = {"instances.placed", "instances.cml-imported", "instances.cml-wiped", "instances.cleaned"}
+SAMPLE = {"instances.cml-imported", "instances.cml-wiped", "instances.cleaned"}
 
 
 @dataclass
