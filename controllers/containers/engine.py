@@ -13,7 +13,7 @@ import json
 import socket
 import struct
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator, Mapping
-from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager, nullcontext
+from contextlib import asynccontextmanager, contextmanager
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
@@ -43,6 +43,7 @@ AT_ONCE = 16
 """Calls at a time. Measured: more make nothing faster, for the engine starts containers one after the other anyway."""
 _STOPS_AT_ONCE = 64
 """They mostly wait for a container's own end."""
+_PULLS_AT_ONCE = 8
 _LOGS_AT_ONCE = 64
 _READ = 30.0
 """Seconds for a read."""
@@ -70,6 +71,7 @@ class Engine:
         self._installation = installation
         self._turns = asyncio.Semaphore(AT_ONCE)
         self._stops = asyncio.Semaphore(_STOPS_AT_ONCE)
+        self._pulls = asyncio.Semaphore(_PULLS_AT_ONCE)
         self._followers = asyncio.Semaphore(_LOGS_AT_ONCE)
         self._docker: Docker | None = None
         self._log_docker: Docker | None = None
@@ -179,7 +181,7 @@ class Engine:
             async for _ in progress:
                 pass
 
-        await self._call(pull, seconds=seconds, turns=nullcontext())
+        await self._call(pull, seconds=seconds, turns=self._pulls)
 
     # Streams
 
@@ -263,7 +265,7 @@ class Engine:
         *,
         seconds: float,
         may: May = _always,
-        turns: AbstractAsyncContextManager[Any] | None = None,
+        turns: asyncio.Semaphore | None = None,
     ) -> T:
         if self._docker is None:
             raise EngineUnavailable("it is not open")

@@ -154,7 +154,8 @@ class ContainerRuntime:
                 await self._remove(container, ctx)
                 crash_point("containers.container-removed")
             for thing in things:
-                if thing.kind != "container":
+                # Volumes go with their container; what is left of them is for the next step.
+                if thing.kind == "network" or (thing.kind == "volume" and not containers):
                     await self._remove(thing, ctx)
                     crash_point("containers.network-removed")
             return not things or not await self._things(engine, request.uid)
