@@ -63,6 +63,10 @@ class Ec2:
         self._sts.close()
         self._accounts.close()
 
+    def knows(self, place: Place) -> bool:
+        """Whether the settings say what the place's account is; else nothing is ever asked or done there."""
+        return place.account in self._accounts.names
+
     async def check_owner(self, place: Place, owner: str, *, timeout: float = READ_TIMEOUT) -> None:
         """Raise `AwsWrongAccount` unless the credentials for the place are those of the account numbered `owner`.
 

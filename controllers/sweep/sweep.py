@@ -200,7 +200,7 @@ class Sweep:
     async def _take_turn(self, term: Term) -> float:
         """Remember the places in use, and sweep if it is due; seconds until the next turn."""
         state = await self._recall()
-        used = {w.spec.place for w in self._cache.all(LabWorker)}
+        used = {w.spec.place for w in self._cache.all(LabWorker) if self._ec2.knows(w.spec.place)}
         if not used <= state.places:
             state.places |= used
             await self._write_down(state, term)
@@ -374,7 +374,9 @@ class Sweep:
     def _on_update(self, update: CacheUpdate) -> None:
         for change in update.changes:
             worker = change.new.resource if change.new is not None else None
-            if isinstance(worker, LabWorker) and worker.spec.place not in self._state.places:
+            if not isinstance(worker, LabWorker) or worker.spec.place in self._state.places:
+                continue
+            if self._ec2.knows(worker.spec.place):  # where nothing can be launched there is nothing to look for
                 self._new_place.set()
 
 

@@ -252,6 +252,7 @@ async def test_the_state_of_a_sweep_that_knew_one_account_is_read(
     ) as world:
         [sweep] = world.others
         await until(lambda: sweep.describe()["sweeps"] > 0, "a sweep")
+        await world.create("typo", account="patner")
         await world.create(account="partner")
         await until(lambda: sweep.describe()["regions"] == ["us-east-1", "partner/us-east-1"], "the new place")
         assert sweep.describe()["error"] == ""
