@@ -177,7 +177,7 @@ def _instances(
         ),
         "Container": containers,
     }
-    placing = Placing(cache, allocations, settings, clock, engine=containers.capacity)
+    placing = Placing(cache, allocations, settings, clock, engine=containers.capacity, hints=hints)
     collectors = []
     if containers.engine is not None:
         collectors.append(Collector(containers.engine, cache, clock, observe_only=settings.observe_only))

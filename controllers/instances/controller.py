@@ -22,7 +22,7 @@ from controllers.instances.kind import (
     placed,
 )
 from controllers.instances.notes import completing, entering, note_exit, sighted, tell
-from controllers.instances.phases import WAITING, Conditions, Phase, Reasons
+from controllers.instances.phases import Conditions, Phase, Reasons
 from controllers.instances.runtime import (
     InstanceError,
     LabFailed,
@@ -97,7 +97,7 @@ class InstancesController(Controller[LabInstanceRequest]):
         return (
             Trigger(LabWorker, self._by_worker),
             Trigger(LabRecord, self._by_record),
-            Trigger(LabInstanceRequest, self._by_room),
+            Trigger(LabInstanceRequest, self._placer.wakes),
         )
 
     def settled(self, request: LabInstanceRequest) -> bool:
@@ -111,25 +111,14 @@ class InstancesController(Controller[LabInstanceRequest]):
                 LabInstanceRequest, "worker", f"{change.item.namespace}/{change.item.name}"
             ):
                 yield _key(request)
-        yield from self._by_room(change)
+        yield from self._placer.wakes(change)
 
     def _by_record(self, change: Change) -> Iterable[Key]:
         record = change.new.resource if change.new else change.old.resource if change.old else None
         if isinstance(record, LabRecord) and record.status.title.startswith("lrm-"):
             for request in self._cache.by_index(LabInstanceRequest, "uid", record.status.title.removeprefix("lrm-")):
                 yield _key(request)
-        yield from self._by_room(change)
-
-    def _by_room(self, change: Change) -> Iterable[Key]:
-        """Everything that waits, when there may be room; a request's own change does not wake itself."""
-        if not self._placer.frees(change):
-            return
-        item = change.item
-        for phase in WAITING:
-            for request in self._cache.by_index(LabInstanceRequest, "phase", phase.value):
-                itself = change.kind.model is LabInstanceRequest and (item.namespace, item.name) == _key(request)
-                if request.status.need is not None and not itself:
-                    yield _key(request)
+        yield from self._placer.wakes(change)
 
     # The life
 

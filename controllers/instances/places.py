@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 
 from controllers.instances.kind import LabInstanceRequest, WorkerRef, placed
 from controllers.instances.phases import PLACED, WAITING
@@ -23,6 +23,7 @@ from controllers.workers.kind import LabWorker, serving
 from controllers.workers.phases import Conditions
 from lrm.cache import Cache, Change
 
+_LONG_AGO = datetime.min.replace(tzinfo=UTC)
 ENGINE = WorkerRef(kind="Engine", name="docker")
 """The place of everything that runs in a container."""
 
@@ -114,40 +115,32 @@ def counts(request: LabInstanceRequest) -> bool:
     return request.status.phase in PLACED
 
 
-def due_at(request: LabInstanceRequest, early: float) -> datetime | None:
-    """When it may begin, `early` seconds ahead of its schedule; None is any time."""
-    planned = request.spec.scheduled_start_time
-    return planned - timedelta(seconds=early) if planned else None
-
-
 def wants_place(request: LabInstanceRequest, now: datetime, early: float) -> bool:
-    """Whether it takes a place as soon as there is one."""
-    spec, status = request.spec, request.status
-    due, ends = due_at(request, early), request.ends_at
-    return (
-        status.phase in WAITING
-        and not placed(request)
-        and not request.deleting
-        and not request.paused
-        and spec.desired_phase == "Running"
-        and (due is None or due <= now)
-        and (status.retry_at is None or status.retry_at <= now)
-        and (ends is None or now < ends)
-    )
+    """Whether it takes a place as soon as there is one; it may begin `early` seconds ahead of its schedule."""
+    return waits(request) and wanted_of(request, early).is_ready(now)
 
 
-def wanted_of(request: LabInstanceRequest, now: datetime, early: float) -> Wanted:
+def waits(request: LabInstanceRequest) -> bool:
+    """Whether it has no place and may want one, now or later."""
+    return request.status.phase in WAITING and not request.deleting and not placed(request)
+
+
+def wanted_of(request: LabInstanceRequest, early: float) -> Wanted:
     """A request without a place, as the scheduler knows it."""
-    spec = request.spec
-    created = request.metadata.creation_timestamp or now
+    spec, status = request.spec, request.status
+    created = request.metadata.creation_timestamp or status.prepared_at or _LONG_AGO
+    planned = spec.scheduled_start_time
+    due = planned - timedelta(seconds=early) if planned else None
     return Wanted(
         uid=request.uid,
         namespace=request.namespace,
         student=student_of(request),
         runtime=spec.runs_in,
-        since=(spec.scheduled_start_time or created, created, request.uid),
-        need=request.status.need,
-        ready=wants_place(request, now, early),
+        since=(planned or created, created, request.uid),
+        need=status.need,
+        ready=not request.paused and spec.desired_phase == "Running",
+        begins=max((at for at in (due, status.retry_at) if at is not None), default=None),
+        ends=request.ends_at,
         track=spec.lab_track,
         pool=spec.pool,
     )

@@ -16,26 +16,26 @@ from dataclasses import dataclass, replace
 
 from controllers.instances.allocations import Allocations
 from controllers.instances.kind import LabInstanceRequest, Need, WorkerRef, placed
-from controllers.instances.phases import PLACED, WAITING, Reasons
+from controllers.instances.phases import PLACED, Reasons
 from controllers.instances.places import (
     ENGINE,
     EngineTold,
-    counts,
     engine_place,
     foreign_labs,
     gives_room,
     place_of,
     student_of,
+    waits,
     wanted_of,
     wants_place,
 )
-from controllers.instances.scheduler import Amount, Held, Place, Quota, Rules, Wanted, anyone_fits, plan
+from controllers.instances.scheduler import Amount, Held, Place, Quota, Rules, Wanted, plan, who_fits
 from controllers.instances.scheduling import NoRoom, Waits
 from controllers.instances.settings import InstanceSettings
 from controllers.labs.kind import LabRecord
 from controllers.workers.kind import LabWorker
 from lrm.cache import Cache, CacheUpdate, Change
-from lrm.controller import Context, Key
+from lrm.controller import Context, Hints, Key
 from storage.clock import Clock
 
 _TURN = 0.005
@@ -71,12 +71,15 @@ class Placing:
         clock: Clock,
         *,
         engine: EngineTold = lambda: None,
+        hints: Hints | None = None,
     ) -> None:
+        """`hints` are the controller's, for what no change of the store tells; `engine`, what it has."""
         self._cache = cache
         self._allocations = allocations
         self._settings = settings
         self._clock = clock
         self._engine = engine
+        self._hints = hints or Hints()
         self._epoch: tuple[int, int] | None = None
         self._promises: dict[str, _Promise] = {}
         self._asks: dict[str, _Ask] = {}
@@ -86,8 +89,12 @@ class Placing:
         """Workers as places, without promises, as of the last look; what changed since is in `_changed`."""
         self._changed: set[Key] = {(worker.namespace, worker.name) for worker in cache.all(LabWorker)}
         cache.subscribe(self._on_update)
-        self._told_at = -1
-        """The revision of the cache at which it was last said that there is room."""
+        self._waiting: dict[str, tuple[Key, Wanted]] = {}
+        """Everything that waits, by uid."""
+        for request in cache.all(LabInstanceRequest):
+            self._note(request)
+        self._woken_at = -1
+        """The revision of the cache at which it was last said who has a place now."""
 
     # What the controller asks
 
@@ -126,7 +133,7 @@ class Placing:
         try:
             await self._allocations.reserve(place, request, need, ctx)
         except NoRoom:
-            self._promises.pop(request.uid, None)
+            self._withdraw(request)
             raise
 
     async def release(self, request: LabInstanceRequest, ctx: Context) -> None:
@@ -135,20 +142,16 @@ class Placing:
         self._promises.pop(request.uid, None)
         await self._allocations.release(request, ctx)
 
-    def frees(self, change: Change) -> bool:
-        """Whether a change gives a place to something that waits.
+    def wakes(self, change: Change) -> list[Key]:
+        """Those that wait and have a place after a change.
 
-        Said once for each state of the cache: whoever is told of one change looks at everything that waits.
+        All of them for each state of the cache, once: whoever is told of one of its changes knows them.
         """
         now, early = self._clock.now(), self._settings.instances_early_start
-        if self._told_at == self._cache.revision or not self._anyone_waits() or not gives_room(change, now, early):
-            return False
-        self._prune()
-        waiting = self._waiting({})
-        if not waiting or not anyone_fits(waiting, *self._known(waiting, {})):
-            return False
-        self._told_at = self._cache.revision
-        return True
+        if not self._waiting or self._woken_at == self._cache.revision or not gives_room(change, now, early):
+            return []
+        self._woken_at = self._cache.revision
+        return self._who_fits()
 
     def promised(self, uid: str) -> bool:
         """Whether a request is being given a place just now, by this leader."""
@@ -161,19 +164,26 @@ class Placing:
         for change in update.changes:
             if change.kind.model is LabWorker:
                 self._changed.add((change.item.namespace, change.item.name))
-            for item in (change.old, change.new):
-                if item is not None and isinstance(item.resource, LabRecord):
-                    self._changed.add((item.namespace, item.resource.spec.worker_ref))
+            old, new = (item.resource if item else None for item in (change.old, change.new))
+            if isinstance(old, LabInstanceRequest):
+                self._waiting.pop(old.uid, None)
+            if isinstance(new, LabInstanceRequest):
+                self._note(new)
+            for record in (old, new):
+                if isinstance(record, LabRecord):
+                    self._changed.add((record.namespace, record.spec.worker_ref))
 
-    def _anyone_waits(self) -> bool:
-        return any(self._cache.by_index(LabInstanceRequest, "phase", phase.value) for phase in WAITING)
+    def _note(self, request: LabInstanceRequest) -> None:
+        if waits(request):
+            wanted = wanted_of(request, self._settings.instances_early_start)
+            self._waiting[request.uid] = ((request.namespace, request.name), wanted)
 
     def _begin(self, ctx: Context) -> None:
         """A new term, or another line of the store's history, begins with nothing: it has passed a barrier."""
         [guard] = ctx.guards()
         epoch = (guard.create_revision, self._cache.storage.generation)
         if epoch != self._epoch:
-            self._epoch, self._last, self._told_at = epoch, ("", ""), -1
+            self._epoch, self._last, self._woken_at = epoch, ("", ""), -1
             self._promises.clear()
 
     def _prune(self) -> None:
@@ -202,8 +212,15 @@ class Placing:
         if promise.need == need and self._can_keep(promise):
             self._promises[request.uid] = _Promise(promise.place, need, request)
             return promise.place
-        del self._promises[request.uid]
+        self._withdraw(request)
         return None
+
+    def _withdraw(self, request: LabInstanceRequest) -> None:
+        """A promise is not taken up: no change tells those that it kept waiting, so they are told here."""
+        del self._promises[request.uid]
+        for key in self._who_fits():
+            if key != (request.namespace, request.name):
+                self._hints.tell(key)
 
     def _can_keep(self, promise: _Promise) -> bool:
         uid, place = promise.request.uid, self._place_named(promise.place)
@@ -225,7 +242,7 @@ class Placing:
         """Decide for everybody who has asked."""
         self._prune()
         asks = dict(self._asks)
-        waiting = self._waiting(asks)
+        waiting = self._all_waiting(asks)
         places, rules = self._known(waiting, asks)
         began = self._clock.monotonic()
         for uid, decision in plan(waiting, places, rules, asks.keys()):
@@ -242,17 +259,20 @@ class Placing:
             self._promises[ask.request.uid] = _Promise(decision, need, ask.request)
             self._last = (decision.namespace, decision.name)
 
-    def _waiting(self, asks: Mapping[str, _Ask]) -> list[Wanted]:
+    def _all_waiting(self, asks: Mapping[str, _Ask]) -> list[Wanted]:
         """All that wait and were promised nothing; those who ask are as they say, and ready."""
-        now, early = self._clock.now(), self._settings.instances_early_start
-        found = [replace(wanted_of(ask.request, now, early), ready=True) for ask in asks.values()]
-        for phase in WAITING:
-            found += (
-                wanted_of(request, now, early)
-                for request in self._cache.by_index(LabInstanceRequest, "phase", phase.value)
-                if request.uid not in asks and request.uid not in self._promises and counts(request)
-            )
-        return found
+        early = self._settings.instances_early_start
+        asking = (wanted_of(ask.request, early) for ask in asks.values())
+        return [
+            *(replace(wanted, ready=True, begins=None, ends=None) for wanted in asking),
+            *(w for uid, (_, w) in self._waiting.items() if uid not in asks and uid not in self._promises),
+        ]
+
+    def _who_fits(self) -> list[Key]:
+        """Those that wait and would have a place if all of them asked now."""
+        self._prune()
+        waiting = self._all_waiting({})
+        return [self._waiting[uid][0] for uid in who_fits(waiting, *self._known(waiting, {}))]
 
     def _known(self, waiting: Iterable[Wanted], asks: Mapping[str, _Ask]) -> tuple[list[Place], Rules]:
         """All places as they are with what was promised on them, and the rules."""
@@ -276,7 +296,7 @@ class Placing:
             for uid in asks
             for worker in self._allocations.holders(uid)
         }
-        rules = Rules(self._settings.instances_placement, self._quota(waiting), self._last, held)
+        rules = Rules(self._clock.now(), self._settings.instances_placement, self._quota(waiting), self._last, held)
         return list(places.values()), rules
 
     def _is_reserved(self, uid: str, place: WorkerRef) -> bool:

@@ -120,10 +120,19 @@ class Wanted:
     since: tuple[datetime, datetime, str]
     """Its rank: scheduled or else created at, created at, uid."""
     need: Need | None
-    ready: bool
-    """Whether it would take a place now; if not, it still counts for quotas."""
+    ready: bool = True
+    """Whether it would take a place, in its time; if not, it still counts for quotas."""
+    begins: datetime | None = None
+    """Not before; its schedule, or the delay before another try."""
+    ends: datetime | None = None
+    """When its time is over, of one that ran before."""
     track: str = ""
     pool: str | None = None
+
+    def is_ready(self, now: datetime) -> bool:
+        """Whether it takes a place now, if there is one."""
+        begun = self.begins is None or self.begins <= now
+        return self.ready and begun and (self.ends is None or now < self.ends)
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,6 +158,7 @@ class Quota:
 class Rules:
     """What settings and earlier decisions say."""
 
+    now: datetime
     policy: Policy = "BestFit"
     quota: Quota = field(default_factory=Quota)
     last: tuple[str, str] = ("", "")
@@ -166,7 +176,7 @@ def plan(
     """
     left = set(asked)
     planning, count = _Planning(places, rules), _QuotaCount(rules.quota)
-    for wanted in sorted(waiting, key=lambda w: w.since):
+    for wanted in _in_order(waiting):
         if not left:
             return
         told = wanted.uid in left
@@ -177,7 +187,7 @@ def plan(
                 yield wanted.uid, exceeded
             continue
         need = wanted.need
-        if not wanted.ready or need is None:
+        if need is None or not wanted.is_ready(rules.now):
             continue
         chosen = planning.place(wanted, need)
         if chosen is not None:
@@ -186,14 +196,19 @@ def plan(
             yield wanted.uid, planning.why_not(wanted, need)
 
 
-def anyone_fits(waiting: Iterable[Wanted], places: Sequence[Place], rules: Rules) -> bool:
-    """Whether a plan for all that wait would give a place to at least one."""
+def who_fits(waiting: Iterable[Wanted], places: Sequence[Place], rules: Rules) -> Iterator[str]:
+    """The uids of those to whom a plan for all that wait gives a place."""
     planning, count = _Planning(places, rules), _QuotaCount(rules.quota)
-    return any(
-        wanted.ready and wanted.need is not None and planning.place(wanted, wanted.need) is not None
-        for wanted in sorted(waiting, key=lambda w: w.since)
-        if count.exceeded_by(wanted) is None
-    )
+    for wanted in _in_order(waiting):
+        need = wanted.need
+        if count.exceeded_by(wanted) is not None or need is None or not wanted.is_ready(rules.now):
+            continue
+        if planning.place(wanted, need) is not None:
+            yield wanted.uid
+
+
+def _in_order(waiting: Iterable[Wanted]) -> list[Wanted]:
+    return sorted(waiting, key=lambda wanted: wanted.since)
 
 
 class _QuotaCount:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Protocol
 
 from controllers.instances.kind import LabInstanceRequest, WorkerRef
 from lrm.cache import Change
-from lrm.controller import Context
+from lrm.controller import Context, Key
 
 
 class NoRoom(Exception):  # noqa: N818 - it says what happened
@@ -40,6 +41,6 @@ class Placer(Protocol):
         """Give back whatever is reserved for it, wherever; without a write where nothing is."""
         ...
 
-    def frees(self, change: Change) -> bool:
-        """Whether a change may give room to something that waits."""
+    def wakes(self, change: Change) -> Iterable[Key]:
+        """The requests that wait and have a place after a change."""
         ...

@@ -96,7 +96,7 @@ class _Scene:
         worker = await self.client.update_status(worker, lambda w: w.status.allocations.popitem())
         await self.cache.barrier()
         began = _CLOCK.monotonic()
-        if not any(self.placing.frees(change) for change in self.heard):
+        if not any(self.placing.wakes(change) for change in self.heard):
             raise RuntimeError("nothing was measured: the change gave room to nobody")
         spent = _CLOCK.monotonic() - began
         await self.client.update_status(worker, lambda w: w.status.allocations.update(held))

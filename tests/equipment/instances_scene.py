@@ -33,7 +33,7 @@ from controllers.workers.kind import LAB_WORKER
 from equipment.pools_scene import Died, Forgetful
 from lrm.cache import Cache, Change
 from lrm.client import Client
-from lrm.controller import Context, Hints
+from lrm.controller import Context, Hints, Key
 from lrm.election import StaticElection
 from lrm.errors import ResourceNotFound
 from lrm.reconcile import Runner
@@ -130,13 +130,17 @@ class Places:
     slots: dict[str, int]
     held: dict[str, str] = field(default_factory=dict)
     """uid → place."""
+    waiting: set[Key] = field(default_factory=set)
+    """Who was told to wait."""
     full: str = "NoCapacityAvailable"
 
     async def choose(self, request: LabInstanceRequest, ctx: Context) -> WorkerRef | Waits:  # noqa: ARG002 - part of the contract
         mine = self.held.get(request.uid)
         for name, slots in self.slots.items():
             if name == mine or (mine is None and Counter(self.held.values())[name] < slots):
+                self.waiting.discard((request.namespace, request.name))
                 return WorkerRef(kind="LabWorker", namespace="default", name=name, uid=f"u-{name}")
+        self.waiting.add((request.namespace, request.name))
         return Waits(self.full, "every place is taken")
 
     async def reserve(self, place: WorkerRef, request: LabInstanceRequest, ctx: Context) -> None:
@@ -150,10 +154,10 @@ class Places:
     async def release(self, request: LabInstanceRequest, ctx: Context) -> None:  # noqa: ARG002 - part of the contract
         self.held.pop(request.uid, None)
 
-    def frees(self, change: Change) -> bool:
+    def wakes(self, change: Change) -> list[Key]:
         old, new = (item.resource if item else None for item in (change.old, change.new))
         had, has = (isinstance(r, LabInstanceRequest) and r.status.worker_ref is not None for r in (old, new))
-        return had and not has
+        return sorted(self.waiting) if had and not has else []
 
 
 @dataclass

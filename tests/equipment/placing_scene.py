@@ -33,7 +33,7 @@ from equipment.instances_scene import Outside
 from equipment.pools_scene import Forgetful
 from lrm.cache import Cache, CacheUpdate
 from lrm.client import Client
-from lrm.controller import Context, Controller
+from lrm.controller import Context, Controller, Hints
 from lrm.election import StaticElection
 from lrm.errors import ResourceNotFound
 from lrm.reconcile import Runner
@@ -138,10 +138,13 @@ class PlacingScene:
         election = StaticElection(self.storage, self.clock, root="/lrm", lock_name=INSTANCES, identity="test")
         term = await election.acquire()
         allocations = Allocations(self.cache)
-        self.placing = Placing(self.cache, allocations, self.settings, self.clock, engine=lambda: self.engine)
+        hints = Hints()
+        self.placing = Placing(
+            self.cache, allocations, self.settings, self.clock, engine=lambda: self.engine, hints=hints
+        )
         runtimes = {"Container": self.outside, "CML": self.outside}
         controllers: list[Controller[Any]] = [
-            InstancesController(self.cache, self.placing, runtimes, self.settings),
+            InstancesController(self.cache, self.placing, runtimes, self.settings, hints=hints),
             AllocationsController(self.cache, allocations, self.placing.promised),
         ]
         self.runners = [Runner(c, self.client, self.cache, self.clock) for c in controllers]

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from controllers.instances.kind import Need, WorkerRef
 from controllers.instances.phases import Reasons
 from controllers.instances.places import ENGINE
-from controllers.instances.scheduler import Amount, Held, Place, Quota, Rules, Wanted, anyone_fits, plan
+from controllers.instances.scheduler import Amount, Held, Place, Quota, Rules, Wanted, plan, who_fits
 from controllers.instances.scheduling import Waits
 
 NOON = datetime(2026, 1, 1, 12, tzinfo=UTC)
@@ -42,7 +42,6 @@ def wanted(uid: str, minute: int = 0, need: Need | None = None, **traits: Any) -
         "runtime": "CML",
         "since": (at, at, uid),
         "need": need or Need(cpu=1, memory=GIB, nodes=2),
-        "ready": True,
     }
     return Wanted(**{**lab, **traits})
 
@@ -50,7 +49,7 @@ def wanted(uid: str, minute: int = 0, need: Need | None = None, **traits: Any) -
 def decide(
     waiting: Sequence[Wanted], places: Sequence[Place], rules: Rules | None = None
 ) -> dict[str, WorkerRef | Waits]:
-    return dict(plan(waiting, places, rules or Rules(), [w.uid for w in waiting]))
+    return dict(plan(waiting, places, rules or Rules(NOON), [w.uid for w in waiting]))
 
 
 def told(decision: WorkerRef | Waits) -> str:
@@ -198,12 +197,12 @@ def test_least_used_takes_the_emptiest_by_what_is_scarcest_there() -> None:
         place("nodes", used=Amount(nodes=17, slots=1)),
         place("memory", used=Amount(memory=12 * GIB, slots=1)),
     ]
-    assert told(decide([wanted("a")], places, Rules("LeastUsed"))["a"]) == "memory"
+    assert told(decide([wanted("a")], places, Rules(NOON, "LeastUsed"))["a"]) == "memory"
 
 
 def test_round_robin_goes_on_from_the_last_and_begins_again() -> None:
     places = [place("w2"), place("w1"), place("w3", used=BIG), place("w4")]
-    rules = Rules("RoundRobin", last=("default", "w1"))
+    rules = Rules(NOON, "RoundRobin", last=("default", "w1"))
     labs = [wanted(uid, n) for n, uid in enumerate("abcd")]
     assert list(names(decide(labs, places, rules)).values()) == ["w2", "w4", "w1", "w2"]
 
@@ -211,7 +210,7 @@ def test_round_robin_goes_on_from_the_last_and_begins_again() -> None:
 def test_a_reservation_of_its_own_is_kept_while_it_can_be() -> None:
     mine = place("mine", used=BIG)
     free = place("free", used=Amount(slots=1))
-    held = Rules(held={"a": Held(mine.ref, Amount(cpu=1, memory=GIB, slots=1, nodes=2))})
+    held = Rules(NOON, held={"a": Held(mine.ref, Amount(cpu=1, memory=GIB, slots=1, nodes=2))})
     assert told(decide([wanted("a")], [mine, free], held)["a"]) == "mine"
     assert told(decide([wanted("a")], [replace(mine, closed="Draining"), free], held)["a"]) == "free"
     assert told(decide([wanted("a", need=Need(cpu=2))], [mine, free], held)["a"]) == "free"
@@ -223,7 +222,7 @@ def test_those_that_run_count_first_and_then_those_that_wait_oldest_first() -> N
     ann = {"student": "ann@x.edu"}
     quota = Quota(per_student=3, students={("default", "ann@x.edu"): 1})
     labs = [wanted("d", 3, **ann), wanted("c", 2, **ann), wanted("a", 0, **ann), wanted("bob", 4)]
-    assert names(decide(labs, [place("w")], Rules(quota=quota))) == {
+    assert names(decide(labs, [place("w")], Rules(NOON, quota=quota))) == {
         "a": "w",
         "c": "w",
         "d": Reasons.QUOTA_EXCEEDED,
@@ -241,7 +240,7 @@ def test_those_that_run_count_first_and_then_those_that_wait_oldest_first() -> N
 def test_one_that_waits_counts_for_the_quota_whatever_it_waits_for(first: dict[str, Any], why: str) -> None:
     ann = {"student": "ann@x.edu"}
     labs = [wanted("a", 0, **ann, **first), wanted("b", 1, **ann)]
-    decisions = decide(labs, [place("w")], Rules(quota=Quota(per_student=1)))
+    decisions = decide(labs, [place("w")], Rules(NOON, quota=Quota(per_student=1)))
     assert told(decisions["b"]) == Reasons.QUOTA_EXCEEDED, why
 
 
@@ -249,22 +248,22 @@ def test_a_quota_is_a_students_in_a_namespace_or_a_namespaces() -> None:
     ann = {"student": "ann@x.edu"}
     shared = [place("w", shared=True)]
     labs = [wanted("a", 0, **ann), wanted("b", 1, **ann, namespace="other")]
-    assert names(decide(labs, shared, Rules(quota=Quota(per_student=1)))) == {"a": "w", "b": "w"}
+    assert names(decide(labs, shared, Rules(NOON, quota=Quota(per_student=1)))) == {"a": "w", "b": "w"}
     labs = [wanted("a", 0), wanted("b", 1), wanted("c", 2, namespace="other")]
-    rules = Rules(quota=Quota(per_namespace=3, namespaces={"default": 2}))
+    rules = Rules(NOON, quota=Quota(per_namespace=3, namespaces={"default": 2}))
     assert names(decide(labs, shared, rules)) == {"a": "w", "b": Reasons.QUOTA_EXCEEDED, "c": "w"}
 
 
 def test_more_run_than_a_lowered_quota_allows_and_none_is_promised_more() -> None:
     quota = Quota(per_student=1, students={("default", "ann@x.edu"): 3})
-    decisions = decide([wanted("a", student="ann@x.edu")], [place("w")], Rules(quota=quota))
+    decisions = decide([wanted("a", student="ann@x.edu")], [place("w")], Rules(NOON, quota=quota))
     assert told(decisions["a"]) == Reasons.QUOTA_EXCEEDED
 
 
 def test_who_is_not_asked_for_takes_room_before_and_is_told_no_reason() -> None:
     labs = [wanted("a", 0), wanted("b", 1, Need(cpu=99)), wanted("c", 2), wanted("d", 3)]
     one_slot = [place("w", total=replace(BIG, slots=1))]
-    assert names(dict(plan(labs, one_slot, Rules(), ["c"]))) == {"a": "w", "c": Reasons.NO_CAPACITY_AVAILABLE}
+    assert names(dict(plan(labs, one_slot, Rules(NOON), ["c"]))) == {"a": "w", "c": Reasons.NO_CAPACITY_AVAILABLE}
 
 
 # Against a plain planner
@@ -312,6 +311,8 @@ def all_waiting(draw: st.DrawFn) -> list[Wanted]:
             track=draw(st.sampled_from(["", "", "t"])),
             pool=draw(st.sampled_from([None, None, "p"])),
             ready=draw(st.sampled_from([True, True, True, False])),
+            begins=draw(st.sampled_from([None, None, NOON, NOON + timedelta(seconds=1)])),
+            ends=draw(st.sampled_from([None, None, NOON, NOON + timedelta(seconds=1)])),
         )
         for n in range(draw(st.integers(0, 8)))
     ]
@@ -319,6 +320,7 @@ def all_waiting(draw: st.DrawFn) -> list[Wanted]:
 
 RULES = st.builds(
     Rules,
+    st.just(NOON),
     st.sampled_from(["BestFit", "LeastUsed", "RoundRobin"]),
     st.builds(Quota, st.integers(0, 3), st.integers(0, 4), st.just({("default", "ann"): 1}), st.just({"default": 1})),
 )
@@ -361,7 +363,7 @@ def test_a_plan_overdraws_nothing_leaves_out_nothing_that_fits_and_keeps_the_quo
             continue
         students[student] = students.get(student, 0) + 1
         namespaces[namespace] = namespaces.get(namespace, 0) + 1
-        if not lab.ready:
+        if not lab.ready or lab.begins not in (None, NOON) or lab.ends == NOON:
             assert decision is None
         elif isinstance(decision, WorkerRef):
             assert may_take(lab, where[decision.name], free[decision.name])
@@ -370,7 +372,7 @@ def test_a_plan_overdraws_nothing_leaves_out_nothing_that_fits_and_keeps_the_quo
             assert isinstance(decision, Waits)
             assert decision.reason != Reasons.QUOTA_EXCEEDED
             assert not any(may_take(lab, p, free[p.ref.name]) for p in places)
-    assert anyone_fits(waiting, places, rules) == any(isinstance(d, WorkerRef) for d in decisions.values())
+    assert set(who_fits(waiting, places, rules)) == {u for u, d in decisions.items() if isinstance(d, WorkerRef)}
     shuffled = list(waiting)
     chance.shuffle(shuffled)
     assert decide(shuffled, places, rules) == decisions
