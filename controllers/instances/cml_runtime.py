@@ -198,12 +198,12 @@ class CmlRuntime:
             self._doubts[request.uid] = ctx.clock.monotonic() + self._late_import
             return self._starting(f"it is looked for: {error}")
         except (CmlRefused, CmlInvalid) as error:
-            del self._doubts[request.uid]
+            self._doubts.pop(request.uid, None)
             raise Refused(Reasons.REFUSED, f"the CML of {worker.name} does not take the topology: {error}") from error
         except CmlError:
-            del self._doubts[request.uid]  # it was certainly not carried out
+            self._doubts.pop(request.uid, None)  # it was certainly not carried out
             raise
-        del self._doubts[request.uid]
+        self._doubts.pop(request.uid, None)
         crash_point("instances.cml-imported")
         warnings = "; ".join(made.warnings)[:500]
         if warnings:
