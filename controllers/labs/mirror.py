@@ -116,7 +116,7 @@ class Mirror:
             return
         self.created += 1
         self.telling.created(made)
-        self.ctx.log.info("labs.record_created", lab=lab.id, title=printable(lab.title), state=lab.state)
+        self.ctx.log.debug("labs.record_created", lab=lab.id, title=printable(lab.title), state=lab.state)
         crash_point("labs.record-created")
 
     async def _update(self, record: LabRecord, lab: Lab) -> None:

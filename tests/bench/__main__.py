@@ -18,6 +18,7 @@ from bench.restart import restarts
 from bench.scheduling import scheduling
 from bench.takeover import takeovers
 from bench.throughput import throughput
+from lrm.logs import configure_logs
 
 MEASUREMENTS: dict[str, Callable[[Size], Awaitable[list[Figure]]]] = {
     "takeover": takeovers,
@@ -61,4 +62,5 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
+    configure_logs("console", "warning")  # what runs in this process would fill the screen
     sys.exit(main())
