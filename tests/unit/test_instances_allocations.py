@@ -16,7 +16,8 @@ import pytest
 from controllers.instances import controller as instances_module
 from controllers.instances.allocations import Allocations
 from controllers.instances.kind import INSTANCES, LabInstanceRequest, Need, WorkerRef
-from controllers.instances.scheduling import NoRoom
+from controllers.instances.placing import Placing
+from controllers.instances.scheduling import NoRoom, Waits
 from controllers.workers.kind import LabWorker
 from controllers.workers.status import Allocation
 from equipment.placing_scene import MIB, PlacingScene, SizedOutside, placing_scene
@@ -343,6 +344,10 @@ class _Context:
     def __post_init__(self) -> None:
         self.client = self.scene.client.bind(owner=INSTANCES, fence=None)
         self.clock = self.scene.clock
+        self.term = 1
+
+    def guards(self) -> tuple[Guard, ...]:
+        return (Guard("/lrm/leader/instances", self.term),)
 
 
 def _ref(worker: LabWorker) -> WorkerRef:
@@ -353,6 +358,80 @@ def _ref(worker: LabWorker) -> WorkerRef:
         uid=worker.uid,
         instance_id=worker.status.ec2.instance_id or "",
     )
+
+
+# Promises
+
+
+async def _wants(scene: PlacingScene, name: str, **spec: Any) -> LabInstanceRequest:
+    """A request that is prepared, and that nobody has looked at since."""
+    await scene.ask(name, **spec)
+    client = scene.client.bind(owner=INSTANCES, fence=None)
+    return await client.update_status(await scene.get(name), lambda r: setattr(r.status, "need", Need(cpu=1)))
+
+
+def _placing(scene: PlacingScene) -> Placing:
+    return Placing(scene.cache, Allocations(scene.cache), scene.settings, scene.clock, engine=lambda: scene.engine)
+
+
+async def test_whoever_is_told_to_wait_is_one_that_the_cache_shows_as_waiting() -> None:
+    """Else the change that gives him room could pass before anybody knows that he waits."""
+    async with placing_scene(lead=False) as scene:
+        placing, context = _placing(scene), _Context(scene)
+        request = await _wants(scene, "a")
+        assert scene.cache.revision < request.revision
+        decision = await placing.choose(request, context)  # type: ignore[arg-type]
+        assert isinstance(decision, Waits)
+        assert scene.cache.revision >= request.revision
+
+
+async def test_a_promise_is_kept_until_its_request_wants_no_place_and_not_beyond_the_term() -> None:
+    async with placing_scene(lead=False) as scene:
+        worker = await scene.worker("w", slots=1)
+        placing, context = _placing(scene), _Context(scene)
+        young = await _wants(scene, "young")
+        assert await placing.choose(young, context) == _ref(worker)  # type: ignore[arg-type]
+        before = {"scheduledStartTime": scene.clock.now() - timedelta(hours=1)}
+        old = await _wants(scene, "old", **before)
+        assert isinstance(await placing.choose(old, context), Waits)  # type: ignore[arg-type]
+        assert await placing.choose(young, context) == _ref(worker)  # type: ignore[arg-type]
+        context.term = 2
+        assert await placing.choose(old, context) == _ref(worker)  # type: ignore[arg-type]
+        assert isinstance(await placing.choose(young, context), Waits)  # type: ignore[arg-type]
+        tomorrow = scene.clock.now() + timedelta(days=1)
+        await scene.client.update(old, lambda r: setattr(r.spec, "scheduled_start_time", tomorrow))
+        await scene.clock.settle()
+        assert await placing.choose(young, context) == _ref(worker)  # type: ignore[arg-type]
+        assert not placing.promised(old.uid)
+        with pytest.raises(NoRoom, match="not promised"):
+            await placing.reserve(_ref(worker), await scene.get("old"), context)  # type: ignore[arg-type]
+
+
+async def test_those_who_ask_at_once_are_decided_together_in_their_order() -> None:
+    async with placing_scene(lead=False) as scene:
+        await scene.worker("w", slots=2)
+        placing, context = _placing(scene), _Context(scene)
+        requests = []
+        for n in range(5):
+            requests.append(await _wants(scene, f"r{n}"))
+            await scene.clock.advance(1)
+        decisions = await asyncio.gather(*(placing.choose(r, context) for r in reversed(requests)))  # type: ignore[arg-type]
+        assert [isinstance(d, WorkerRef) for d in decisions] == [False, False, False, True, True]
+
+
+async def test_one_who_gives_up_asking_leaves_no_promise_and_holds_up_nobody() -> None:
+    async with placing_scene(lead=False) as scene:
+        await scene.worker("w", slots=1)
+        placing, context = _placing(scene), _Context(scene)
+        first, second = await _wants(scene, "a"), await _wants(scene, "b", scheduledStartTime=scene.clock.now())
+        await scene.clock.settle()
+        asking = [asyncio.create_task(placing.choose(r, context)) for r in (first, second)]  # type: ignore[arg-type]
+        await asyncio.sleep(0)
+        asking[0].cancel()
+        await scene.client.delete(first)
+        await asyncio.wait(asking)
+        assert isinstance(await placing.choose(second, context), WorkerRef)  # type: ignore[arg-type]
+        assert not placing.promised(first.uid)
 
 
 # What a dead leader leaves
