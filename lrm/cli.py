@@ -57,10 +57,12 @@ def serve() -> None:
     from lrm.api.app import ApiError
     from lrm.daemon import run_daemon
     from lrm.election import Deposed
+    from lrm.limits import raise_open_files
     from lrm.logs import configure_logs
 
     settings, plugins = _configuration()
     configure_logs(settings.log_format, settings.log_level, instance=settings.instance_id)
+    raise_open_files()
     try:
         _run(run_daemon(settings, plugins))
     except (ApiError, Deposed) as error:
