@@ -91,7 +91,7 @@ class LabImportsController(Controller[LabImport]):
             return Result.done()  # somebody else's finalizer holds it
         if order.status.phase == FAILED and not ended(order):
             order = await self._enter(order, ctx, PENDING, "SpecChanged", "its spec has changed")
-        if not ended(order) and waits_to_be_asked(order) and order.status.sent_at is None:
+        if not ended(order) and waits_to_be_asked(order):
             order = await self._enter(order, ctx, HELD, "Held", "kept until the annotation asks for it")
         elif not ended(order):
             return await self._carry_out(order, ctx)

@@ -93,8 +93,9 @@ def mark_of(order: LabImport) -> str:
 
 
 def waits_to_be_asked(order: LabImport) -> bool:
-    """Whether it is held and nobody has asked for it yet."""
-    return order.spec.held and order.metadata.annotations.get(IMPORT_ANNOTATION, "false") == "false"
+    """Whether it is held and nobody has asked for it yet; what was sent is taken to its end."""
+    asked = order.metadata.annotations.get(IMPORT_ANNOTATION, "false") != "false"
+    return order.spec.held and not asked and order.status.sent_at is None
 
 
 def ended(order: LabImport) -> bool:

@@ -54,6 +54,9 @@ def test_one_that_is_held_waits_for_the_annotation() -> None:
     for value, waits in (("false", True), ("true", False), ("now", False)):
         kept.metadata.annotations[IMPORT_ANNOTATION] = value
         assert waits_to_be_asked(kept) is waits
+    kept.metadata.annotations.clear()
+    kept.status.sent_at = NOW
+    assert not waits_to_be_asked(kept), "CML may have the lab"
 
 
 def test_one_that_failed_begins_anew_when_its_spec_changes() -> None:
