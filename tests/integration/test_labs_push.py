@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import AsyncIterator
 
 import pytest
@@ -180,3 +181,53 @@ async def test_push_can_be_switched_off(monkeypatch: pytest.MonkeyPatch) -> None
         await world.sync()
         assert world.machine().counts["GET /ws/ui"] == 0
         assert world.push.describe() == {"name": "labs-push", "lock": "labs", "listeners": 0, "open": 0, "hints": 0}
+
+
+SEEDS = [pytest.param(seed, marks=[] if seed < 2 else [pytest.mark.soak]) for seed in range(20)]
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+async def test_whatever_happens_to_the_channel_the_mirror_is_right_in_the_end(world: LabsWorld, seed: int) -> None:
+    """Labs come, change and go while the channel breaks and lists fail; nothing but pushes and retries brings syncs."""
+    chance = random.Random(seed)
+    await listened(world)
+    machine = world.machine()
+
+    def add() -> None:
+        if len(machine.labs) < 8:
+            machine.add_lab(f"new {chance.random()}", nodes=1)
+
+    def rename() -> None:
+        for lab in chance.sample(sorted(machine.labs.values(), key=lambda lab: lab.id), min(2, len(machine.labs))):
+            world.edit(lab, title=f"renamed {chance.random()}")
+
+    def turn() -> None:
+        for lab in list(machine.labs.values())[:2]:
+            machine.force(lab, chance.choice(["STARTED", "STOPPED", "DEFINED_ON_CORE"]))
+
+    def remove() -> None:
+        if machine.labs:
+            machine.remove(chance.choice(list(machine.labs.values())))
+
+    def end_channel() -> None:
+        machine.directory.close_sessions()
+        machine.push({})
+
+    def spoil_list() -> None:
+        world.fault(chance.choice(["html", "truncate", "empty", "drop"]), path="/labs", times=1)
+
+    def spoil_tiles() -> None:
+        world.fault(chance.choice(["html", "half", "empty"]), path="/populate_lab_tiles", times=1)
+
+    steps = [add, rename, turn, remove, spoil_list, spoil_tiles] * 5 + [end_channel] * 2
+    for step in chance.sample(steps, len(steps)):
+        step()
+        if chance.random() < 0.5:
+            await world.clock.sleep(chance.random() / 10)
+    world.simulator.faults.clear()
+
+    def mirrored() -> bool:
+        there = {lab.id: (lab.title, lab.state) for lab in machine.labs.values()}
+        return {r.spec.lab_id: (r.status.title, r.status.state) for r in world.known()} == there
+
+    await until(mirrored, f"the mirror of {len(machine.labs)} labs", timeout=90)
