@@ -311,6 +311,7 @@ def _concerns(worker: AnyResource | None) -> object:
         asked_for(worker),
         can_be_asked(worker),
         worker.status.phase == Phase.DRAINING,
+        bool(worker.status.allocations),
         (ready.status, ready.last_transition_time) if ready else None,
     )
 

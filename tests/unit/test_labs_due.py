@@ -6,6 +6,7 @@ from datetime import UTC, datetime, timedelta
 
 import pytest
 
+from controllers.labs.controller import _concerns
 from controllers.labs.due import apart, at_rest, due_in, interval_of
 from controllers.labs.kind import LabOperation, LabRecord, LabRecordSpec
 from controllers.labs.settings import LabsSettings
@@ -185,3 +186,9 @@ def test_a_worker_on_which_nobody_works_is_asked_less_often(
 def test_the_interval_for_quiet_workers_shortens_none() -> None:
     settings = LabsSettings(labs_refresh_interval=4 * HOUR)
     assert interval_of(serving(), [lab()], settings, NOW) == 4 * HOUR
+
+
+def test_a_quiet_worker_is_looked_at_again_when_something_is_placed_there() -> None:
+    """Its next sync was planned for a quiet worker; what changes that must wake it."""
+    assert _concerns(serving(allocations={"u": Allocation()})) != _concerns(serving())
+    assert _concerns(serving(labs_count=7)) == _concerns(serving()), "what a sync writes wakes nobody"
