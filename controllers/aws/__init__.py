@@ -1,1 +1,1 @@
-"""EC2 as the controllers see it (`ec2`), what can go wrong there (`errors`), and a simulated one (`simulator`)."""
+"""AWS as the controllers see it (`ec2`, `cloudwatch`), in which account (`accounts`), and simulated (`simulator`)."""

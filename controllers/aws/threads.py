@@ -4,7 +4,7 @@ Promises: at most `slots` calls run at once; the event loop never waits for one;
 of time leaves at once, what its call returns later is dropped, and a call that has not yet begun to send never does
 (`Ticket`). Does not promise to stop a blocking call: it keeps its slot until its own socket timeout ends it. The
 threads are daemons, so that a hanging peer cannot hold up the end of the process, as `ThreadPoolExecutor` lets it.
-Called by `controllers.aws.ec2`.
+Called by `controllers.aws.calls`.
 """
 
 from __future__ import annotations
