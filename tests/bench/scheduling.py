@@ -47,7 +47,7 @@ async def scheduling(size: Size) -> list[Figure]:
     async with _scene(workers, free=True) as scene:
         cold, *decisions = [await scene.decide(scene.requests[0]) for _ in range(1 + size.operations // 20)]
     async with _scene(workers, free=False, waiting=min(WAITING, size.objects)) as scene:
-        changes = [await scene.hear(n % workers) for n in range(max(2, size.operations // 100))]
+        _, *changes = [await scene.hear(n % workers) for n in range(1 + size.operations // 20)]
         waiting = len(scene.requests)
     return [
         Figure(

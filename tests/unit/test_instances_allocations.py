@@ -89,6 +89,7 @@ async def test_a_stranger_s_lab_takes_a_slot_and_its_nodes_until_it_stops() -> N
         await scene.ask("small", environment={"NODES": "2"})
         assert await scene.where("big") == "NoCapacityAvailable"
         assert await scene.where("small") == "w"
+        assert (await scene.get("big")).status.phase_history == []
         await scene.end_foreign_lab(stranger)
         assert await scene.where("big") == "w"
         assert stopped.status.state == "STOPPED"
@@ -489,8 +490,10 @@ async def test_nothing_is_given_back_while_a_request_cannot_be_read() -> None:
         await scene.clock.advance(5)
         request = await scene.get("a")
         key = scene.registry.key_of(request)
+        await scene.stop()
         await scene.storage.update(key, b'{"later": "version"}', expected_revision=request.revision)
-        await scene.clock.advance(700)
+        await scene.lead()
+        await scene.clock.advance(30)
         assert list((await scene.get_worker("w")).status.allocations) == [request.uid]
 
 
