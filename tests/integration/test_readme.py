@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from equipment.engine import Engine
 from lrm.processes import free_port
 
 ROOT = Path(__file__).parents[2]
@@ -88,14 +89,14 @@ def test_every_setting_that_it_names_exists() -> None:
 
 
 @pytest.mark.timeout(300)
-def test_the_demo_shows_all_its_claims() -> None:
+def test_the_demo_shows_all_its_claims(engine: Engine) -> None:
     done = subprocess.run(
         [sys.executable, str(ROOT / "examples" / "demo.py")],
-        env=environment(),
+        env={**environment(), "LRM_DOCKER_HOST": engine.host, "LRM_DEMO_IMAGE": engine.busybox_image},
         capture_output=True,
         text=True,
         timeout=200,
         check=False,
     )
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
-    assert "all 8 claims were observed" in done.stdout
+    assert "all 15 claims were observed" in done.stdout
