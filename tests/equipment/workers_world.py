@@ -325,6 +325,8 @@ async def workers_world(
     """
     for name, value in ((PASSWORD_ENV, cml_options.password), (TOKEN_ENV, TOKEN), (BAD_TOKEN_ENV, "INVALID00")):
         monkeypatch.setenv(name, value)
+    # Tests of workers reserve for requests that do not exist, which would be given back after two looks.
+    monkeypatch.setattr("controllers.instances.allocations._LOOK_AGAIN", 3600.0)
     store = storage or MemoryStorage()
     clock, registry = SetClock(), Registry(plugin.kinds, root=root)
     cache, client = Cache(store, registry, clock), Client(store, registry, clock)

@@ -162,7 +162,7 @@ async def test_what_nobody_claims_is_removed_at_the_second_look_a_minute_later(w
     assert collector.describe()["suspects"] == 3
     key = f"/lrm/r/labinstancerequests/default/{claimed.name}"
     await world.cache.storage.set(key, b"{not json")
-    await world.cache.barrier()
+    await world.cache.barrier(30)
     await clock.advance(120)
     await collector.look(world.term)
     assert await left() == (3, 0)

@@ -137,22 +137,26 @@ async def test_a_licence_token_corrected_while_the_wrong_one_is_sent_is_tried(
 async def test_a_lost_launch_is_not_repeated_once_nobody_wants_the_worker_ready(
     monkeypatch: pytest.MonkeyPatch, moto_url: str, wish: str
 ) -> None:
-    slow = {"worker_poll_interval": 1.0, "worker_trace_timeout": 2, "worker_ec2_deadline": 5}
-    async with workers_world(monkeypatch, moto_url, **slow) as world:
+    # Nothing is looked at again before the wish changes.
+    async with workers_world(monkeypatch, moto_url, worker_poll_interval=600, jump_hold=0.5) as world:
         world.aws_fault("RunInstances", "dropped")
         await world.create()
         await world.until(lambda w: w.status.ec2.sent_at is not None and w.status.ec2.last_error is not None, "lost")
+        world.shorten(worker_poll_interval=0.05, worker_trace_timeout=1)
         await world.wish(wish)
         at_rest = await world.until(lambda w: w.status.ec2.sent_at is None, "the doubt over")
         assert at_rest.status.phase == "ProvisioningEC2"
         assert at_rest.status.ec2.launch is None
+        world.shorten(worker_trace_timeout=60)
         await world.quiet()
         async with world.counting() as writes:
             await world.looked_again(3)
         assert not writes
         assert world.instances() == []
         assert world.shim.calls["RunInstances"] == 1
-        await until(lambda: world.clock.now() > at_rest.status.phase_history[-1].at + timedelta(seconds=5), "5 s")
+        world.clock.offset = timedelta(hours=1)
+        await until(world.runners[0]._jumps.lately, "the step of the clock seen")
+        await until(lambda: not world.runners[0]._jumps.lately(), "the clock believed")
         await world.wish("Ready")
         worker = await world.phase("ReadyUnlicensed")
         assert "Failed" not in history(worker), "the time at rest counts to no deadline"
