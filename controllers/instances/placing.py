@@ -139,7 +139,9 @@ class Placing:
     async def release(self, request: LabInstanceRequest, ctx: Context) -> None:
         """Give back whatever is promised to it or reserved for it, wherever; without a write where nothing is."""
         self._begin(ctx)
-        self._promises.pop(request.uid, None)
+        self._prune()
+        if request.uid in self._promises:
+            self._withdraw(request)
         await self._allocations.release(request, ctx)
 
     def wakes(self, change: Change) -> list[Key]:
@@ -199,8 +201,8 @@ class Placing:
             current = item.resource
             if not isinstance(current, LabInstanceRequest):
                 continue  # this version cannot read what it has become
-            # What asked is written only in the very state that asked: one that the cache shows later decides.
-            later = current.revision >= asked.revision
+            # A place is written down only in the very state that asked: one that the cache shows later decides.
+            later = current.revision > asked.revision
             if current.uid != uid or placed(current) or (later and not wants_place(current, now, early)):
                 del self._promises[uid]
 

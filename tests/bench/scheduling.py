@@ -116,7 +116,7 @@ async def _scene(workers: int, *, free: bool, waiting: int = 1) -> AsyncIterator
         await storage.create(registry.key_of(request), LAB_INSTANCE_REQUEST.encode(request))
     cache, client = Cache(storage, registry, _CLOCK), Client(storage, registry, _CLOCK, owner=INSTANCES)
     term = await StaticElection(storage, _CLOCK, root="/lrm", lock_name=INSTANCES, identity="bench").acquire()
-    placing = Placing(cache, Allocations(cache), InstanceSettings(instances_most_per_student=0), _CLOCK)
+    placing = Placing(cache, Allocations(cache), InstanceSettings(), _CLOCK)
     context = Context(
         client=client,
         cache=cache,
