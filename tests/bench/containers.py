@@ -1,9 +1,9 @@
 """Many labs in containers requested at once: is it the engine that limits, or lrm?
 
-The same containers (limits, network, labels: from the same plan) are made twice on the same engine: by a bare loop over
-aiodocker with as many calls at a time as lrm makes, and by a daemon that is asked for lab instances through its API.
-The engine's starts are what takes the time; what lrm adds to them is the figure. Then nothing is asked of anybody, and
-what is asked of the engine meanwhile is counted.
+The same containers (limits, network, labels: from the same plan) are made on the same engine by a bare loop over
+aiodocker with as many calls at a time as lrm makes, before and after (a machine's pace changes), and between by a
+daemon that is asked for lab instances through its API. The engine's starts are what takes the time; what lrm adds to
+them is the figure. Then nothing is asked of anybody, and what is asked of the engine meanwhile is counted.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import aiohttp
 from aiodocker import Docker
 
 from bench.report import Figure, Size
+from bench.stage import cpu_seconds
 from controllers.containers.documents import Image
 from controllers.containers.engine import AT_ONCE
 from controllers.containers.plan import container_of, network_of
@@ -29,7 +30,7 @@ from controllers.instances.settings import InstanceSettings
 from equipment import fetch_docker
 from equipment.containers_daemon import INSTANCES, ContainersDaemon, instance
 from equipment.engine import Engine, private_engine, with_images
-from equipment.engine_proxy import engine_proxy
+from equipment.engine_proxy import EngineProxy, engine_proxy
 from equipment.etcd import scratch_dir
 from equipment.waiting import until
 from lrm.devservers import EtcdServer
@@ -55,21 +56,30 @@ async def containers(size: Size) -> list[Figure]:
             private_engine(fetch_docker.bring_engine())
         )
         engine = stack.enter_context(with_images(host))
-        bare = await _bare(engine, count)
-        proxy = await stack.enter_async_context(engine_proxy(folder, host))
+        before = await _bare(engine, count)
         etcd = await stack.enter_async_context(EtcdServer(folder / "etcd"))
-        async with ContainersDaemon.at(
-            folder, etcd.endpoint, "/lrm", engine, **{**_SETTINGS, "LRM_DOCKER_HOST": proxy.host}
-        ) as daemon:
+        async with ContainersDaemon.at(folder, etcd.endpoint, "/lrm", engine, **_SETTINGS) as daemon:
             await daemon.start_ready(60)
             took = await _requested(daemon, engine, count)
+            used = cpu_seconds(daemon.process.pid)
+        proxy = await stack.enter_async_context(engine_proxy(folder, host))
+        counted = {**_SETTINGS, "LRM_DOCKER_HOST": proxy.host}
+        async with ContainersDaemon.at(folder, etcd.endpoint, "/lrm", engine, **counted) as daemon:
+            await daemon.start_ready(60)
+            await until(lambda: proxy.asked["GET /containers/json"] >= 1, "the daemon has looked at the engine")
+            await _quiet(proxy)
             proxy.asked.clear()
             await asyncio.sleep(size.window)
             about_labs = sum(n for asked, n in proxy.asked.items() if "*" in asked)
             whole = Counter(proxy.asked)
             cleaned = await _deleted(daemon, count)
         left = engine.leftovers("lrm/created-by=lrm")
-    told = f"{count} labs: {took:.1f} s, the bare loop {bare:.1f} s, {AT_ONCE} calls at a time"
+        after = await _bare(engine, count)
+    bare = (before + after) / 2
+    told = (
+        f"{count} labs: {took:.1f} s, the bare loop {before:.1f} s before and {after:.1f} s after, "
+        f"{AT_ONCE} calls at a time; the daemon used {used:.1f} s of a core"
+    )
     idle = f"{size.window:g} s with {count} running; of the engine itself {sum(whole.values())} calls"
     return [
         Figure("containers: requested at once, all Running, to a bare loop", took / bare, "times", RATIO, told=told),
@@ -133,6 +143,14 @@ async def _deleted(daemon: ContainersDaemon, count: int) -> float:
         await _all(delete, range(count), at_once=_POSTS_AT_ONCE)
         await _until_none(session, "")
         return time.monotonic() - began
+
+
+async def _quiet(proxy: EngineProxy) -> None:
+    """Until a new daemon has looked at what it found, and asks for no more."""
+    before = -1
+    while before != (now := sum(proxy.asked.values())):
+        before = now
+        await asyncio.sleep(3)
 
 
 async def _until_none(session: aiohttp.ClientSession, selector: str) -> None:
