@@ -252,7 +252,8 @@ class PlacingScene:
                 if uid not in placed or placed[uid].uid != worker.uid
             ]
         for request in requests:
-            if request.status.phase in WAITING and not request.deleting:
+            over = request.ends_at is not None and request.ends_at <= self.clock.now()
+            if request.status.phase in WAITING and not request.deleting and not over:
                 assigned = request.status.condition("WorkerAssigned")
                 reason = assigned.reason if assigned else "nothing"
                 told = f"{request.name} waits ({request.status.phase}, {reason})"
