@@ -26,6 +26,8 @@ class ContainersDaemon(DaemonProcess):
         values = {
             "LRM_DOCKER_HOST": engine.host,
             "LRM_DOCKER_STOP_GRACE": "1",
+            "LRM_DOCKER_CPU": "100",
+            "LRM_INSTANCES_MOST_PER_STUDENT": "0",
             "LRM_INSTANCES_STEP_INTERVAL": "0.2",
             "AWS_REGION": "us-east-1",
             "AWS_EC2_METADATA_DISABLED": "true",
