@@ -491,9 +491,11 @@ class InstancesController(Controller[LabInstanceRequest]):
         if before is None or before.reason != waits.reason:
             calm = waits.reason in (Reasons.NOT_YET_DUE, Reasons.BACKING_OFF)
             ctx.events.record(waiting, "Normal" if calm else "Warning", waits.reason, waits.message)
-        if waits.until is None:
-            return Result.after(self._settings.instances_rest_interval)
-        return Result.after(min(max((waits.until - ctx.clock.now()).total_seconds(), 0.01), _LONGEST_WAIT))
+        now = ctx.clock.now()
+        # What began and lost its place waits no longer than it may run.
+        times = [(at - now).total_seconds() for at in (waits.until, request.ends_at) if at is not None]
+        look = _LONGEST_WAIT if waits.until is not None else self._settings.instances_rest_interval
+        return Result.after(max(min([look, *times]), 0.01))
 
     async def _unschedule(self, request: LabInstanceRequest, ctx: Context, waits: Waits) -> _Next:
         """Back to waiting; whatever an earlier try reserved is given back first."""

@@ -246,6 +246,22 @@ async def test_a_worker_that_is_lost_under_a_running_lab(policy: str, fate: str)
             at_rest(scene)
 
 
+async def test_what_lost_its_worker_and_finds_no_other_ends_when_its_time_is_over() -> None:
+    async with instances_scene(slots={"w1": 1}) as scene:
+        await scene.make(restartPolicy="OnFailure", durationMinutes=10)
+        running = await scene.until_phase("Running")
+        assert running.ends_at is not None
+        scene.places.slots.clear()
+        scene.outside.lose("w1")
+        scene.hints.tell(("default", "a"))
+        await scene.clock.advance((running.ends_at - scene.now).total_seconds() - 2)
+        assert await scene.phase() == "Pending"
+        await scene.clock.advance(3)
+        done = await scene.get()
+        assert (done.status.phase, condition(done, "TimedOut")) == ("Completed", ("True", "DurationElapsed"))
+        at_rest(scene)
+
+
 async def test_what_fails_again_and_again_is_given_up_after_its_retries() -> None:
     async with instances_scene(instances_retries=2, instances_retry_delay=10) as scene:
         scene.outside.troubles["provision"] = LabFailed("ContainerFailed", "exit code 3", exit_code=3)
