@@ -156,7 +156,7 @@ class LabsController(Controller[LabWorker]):
                 worker, mirror = await self._sync(worker, ctx, span)
         except GuardFailed:
             return Result.done()  # the worker went or was made anew meanwhile; its deletion wakes us
-        except Exception as error:
+        except BaseException as error:  # a deadline that is over is a cancellation here
             self.hints.failed(worker.uid)
             self._measures.sync_failed(ctx.clock.monotonic() - began, getattr(error, "reason", type(error).__name__))
             raise

@@ -84,6 +84,19 @@ async def test_what_was_missed_while_no_channel_was_open_is_seen_when_it_opens_a
     await until(lambda: len(world.known()) == 1, "a look after the channel was opened again")
 
 
+async def test_a_push_whose_sync_failed_is_not_forgotten(world: LabsWorld) -> None:
+    await listened(world)
+    fault = world.fault("html", path="/labs", status=200)
+    world.machine().add_lab("pushed")
+
+    async def told() -> bool:
+        return "HTML" in ((await world.get_worker()).status.labs_sync_error or "")
+
+    await until(told)
+    world.simulator.faults.clear(fault)
+    await until(lambda: len(world.known()) == 1, "the next try, long before the interval is over", timeout=30)
+
+
 async def test_a_cml_without_the_channel_is_mirrored_all_the_same(world: LabsWorld) -> None:
     world.fault("status", path="/ws/ui", status=404)
     world.machine().add_lab("polled")
