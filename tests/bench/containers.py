@@ -22,7 +22,7 @@ from aiodocker import Docker
 
 from bench.report import Figure, Size
 from bench.stage import cpu_seconds
-from controllers.containers.documents import Image
+from controllers.containers.documents import CREATED_BY_LABEL, Image
 from controllers.containers.engine import AT_ONCE
 from controllers.containers.plan import container_of, network_of
 from controllers.instances.kind import LabInstanceRequest
@@ -36,6 +36,7 @@ from equipment.waiting import until
 from lrm.devservers import EtcdServer
 
 RATIO = 1.25
+_OURS = f"{CREATED_BY_LABEL}=lrm"
 _PATIENCE = 1800
 _POSTS_AT_ONCE = 32
 _SETTINGS = {
@@ -56,6 +57,7 @@ async def containers(size: Size) -> list[Figure]:
             private_engine(fetch_docker.bring_engine())
         )
         engine = stack.enter_context(with_images(host))
+        others = set(engine.leftovers(_OURS))
         before = await _bare(engine, count)
         etcd = await stack.enter_async_context(EtcdServer(folder / "etcd"))
         async with ContainersDaemon.at(folder, etcd.endpoint, "/lrm", engine, **_SETTINGS) as daemon:
@@ -73,7 +75,7 @@ async def containers(size: Size) -> list[Figure]:
             about_labs = sum(n for asked, n in proxy.asked.items() if "*" in asked)
             whole = Counter(proxy.asked)
             cleaned = await _deleted(daemon, count)
-        left = engine.leftovers("lrm/created-by=lrm")
+        left = set(engine.leftovers(_OURS)) - others
         after = await _bare(engine, count)
     bare = (before + after) / 2
     told = (
