@@ -26,6 +26,7 @@ INSTANCES: list[Exception] = [
     lrm.errors.Fenced("no"),
     lrm.errors.CacheBehind("late"),
     lrm.errors.HistoryGone("gone"),
+    lrm.errors.NotOpen("starting"),
     storage.errors.NotFound(ENTRY.key),
     storage.errors.AlreadyExists(ENTRY),
     storage.errors.Conflict(ENTRY.key, ENTRY),
@@ -71,7 +72,7 @@ def test_each_is_expected_and_has_a_code_of_its_own_kind(error: Exception) -> No
 def test_only_what_is_certainly_not_written_says_come_again_on_a_write() -> None:
     """Kubernetes clients repeat any verb on a Retry-After."""
     told = {type(e).__name__ for e in INSTANCES if answer_of(e, "id", writing=True).retry_after is not None}
-    assert told == {"NotLeading", "Fenced", "CacheBehind", "Unavailable", "NoSpace"}
+    assert told == {"NotLeading", "Fenced", "CacheBehind", "NotOpen", "Unavailable", "NoSpace"}
 
 
 def test_an_unknown_outcome_is_504_without_advice() -> None:
