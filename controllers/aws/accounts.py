@@ -42,8 +42,18 @@ _CREDENTIALS_KEPT = 30.0
 """Seconds before credentials are read again, however often AWS refuses them."""
 _SESSION_NAME = "lrm"
 """Under which the account's own log of calls shows who assumed the role."""
-_DAEMONS_OWN = frozenset({"iam-role", "container-role", "env"})
-"""Where botocore looks on when a profile has no credentials: what it finds there is the daemon's own."""
+_PROFILES_OWN = frozenset(
+    {
+        "assume-role",
+        "assume-role-with-web-identity",
+        "config-file",
+        "custom-process",
+        "login",
+        "shared-credentials-file",
+        "sso",
+    }
+)
+"""How botocore gets what the profile itself says. All else, of which it knows ever more, may be the daemon's own."""
 _STS = Config(connect_timeout=2, read_timeout=3, retries={"mode": "standard", "total_max_attempts": 1})
 """Together less than a creating call may take: its signature waits for a role's credentials."""
 
@@ -220,6 +230,6 @@ def _check_profile(core: botocore.session.Session, profile: str, place: Place) -
         found = core.get_credentials()
     except ProfileNotFound:
         raise AwsAuthError("ProfileNotFound", f"there is no profile {profile!r}", place=place) from None
-    if found is None or found.method in _DAEMONS_OWN:
+    if found is None or found.method not in _PROFILES_OWN:
         message = f"the profile {profile!r} has no credentials of its own"
         raise AwsAuthError("NoCredentialsError", message, place=place)

@@ -218,6 +218,27 @@ async def test_a_profile_without_credentials_never_becomes_the_daemons_own_accou
             await ec2.run_instance(HERE, launch("own"))
 
 
+@pytest.mark.parametrize(
+    ("variable", "content"),
+    [
+        ("BOTO_CONFIG", "[Credentials]\naws_access_key_id = testing\naws_secret_access_key = s\n"),
+        ("AWS_CREDENTIAL_FILE", "AWSAccessKeyId=testing\nAWSSecretKey=s\n"),
+    ],
+)
+async def test_files_of_older_tools_are_no_profiles_credentials(
+    aws_shim: AwsShim, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, variable: str, content: str
+) -> None:
+    config, old = tmp_path / "config", tmp_path / "old"
+    config.write_text("[profile exams]\nregion = us-east-1\n")
+    old.write_text(content)
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(config))
+    monkeypatch.setenv(variable, str(old))
+    async with Ec2(SystemClock(), {"exams": AwsAccount(profile="exams")}, endpoint_url=aws_shim.url) as ec2:
+        with pytest.raises(AwsAuthError, match="'exams' has no credentials of its own"):
+            await ec2.run_instance(EXAMS, launch("stray"))
+    assert not aws_shim.calls
+
+
 async def test_a_profile_that_is_written_later_is_taken_without_a_restart(
     fleet: Ec2, aws_shim: AwsShim, profiles: Path
 ) -> None:
