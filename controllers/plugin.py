@@ -12,6 +12,7 @@ from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any
 
+from controllers.aws.accounts import Accounts
 from controllers.aws.cloudwatch import CloudWatch
 from controllers.aws.ec2 import Ec2
 from controllers.aws.settings import AwsSettings
@@ -24,6 +25,7 @@ from controllers.instances.admission import admission
 from controllers.instances.allocations import Allocations, AllocationsController
 from controllers.instances.cml_runtime import CmlRuntime
 from controllers.instances.controller import InstancesController
+from controllers.instances.deadlines import DeadlinesController
 from controllers.instances.kind import LAB_INSTANCE_REQUEST, LabInstanceRequest
 from controllers.instances.phases import WAITING
 from controllers.instances.placing import Placing
@@ -73,9 +75,10 @@ async def controllers(context: PluginContext) -> AsyncIterator[Sequence[Controll
     """Open the clients of EC2 and CML, give the controllers, close the clients at the end."""
     settings: ControllersSettings = context.settings
     hints = Hints()
+    accounts = Accounts(settings.aws_accounts, context.clock)
     async with (
-        Ec2(context.clock, settings.aws_accounts) as ec2,
-        CloudWatch(context.clock, settings.aws_accounts) as cloud_watch,
+        Ec2(context.clock, accounts) as ec2,
+        CloudWatch(context.clock, accounts) as cloud_watch,
         CmlSessions(settings, context.secrets, context.clock) as sessions,
         _containers(context, hints) as containers,
         asyncio.TaskGroup() as tasks,
@@ -185,6 +188,7 @@ def _instances(
     return (
         *collectors,
         InstancesController(cache, placing, runtimes, settings, hints=hints),
+        DeadlinesController(),
         AllocationsController(cache, allocations, placing.promised),
         StrayLabs(
             cache,

@@ -73,9 +73,9 @@ class Making:
 
 
 class Accounts:
-    """All of them; the methods are for any thread."""
+    """All of them, for all services of a daemon; the methods are for any thread, and only `client` waits."""
 
-    def __init__(self, accounts: Mapping[str, AwsAccount], clock: Clock, *, endpoint_url: str | None) -> None:
+    def __init__(self, accounts: Mapping[str, AwsAccount], clock: Clock, *, endpoint_url: str | None = None) -> None:
         self._accounts = {
             name: _Account(meaning, clock, endpoint_url) for name, meaning in {"": None, **accounts}.items()
         }
@@ -105,6 +105,10 @@ class Accounts:
         return account
 
 
+_Key = tuple[str, str, Effect]
+"""Of a client: region, service, class of calls."""
+
+
 class _Account:
     """One of them: a session, and a client for each region, service and class of calls."""
 
@@ -112,26 +116,43 @@ class _Account:
         self._meaning = meaning
         self._clock = clock
         self._endpoint_url = endpoint_url
+        self._signing = threading.Lock()
+        """Held while a session or a client is made, for as long as a profile's program or STS takes."""
         self._lock = threading.Lock()
+        """Held for a moment, while what is kept changes."""
         self._session: boto3.Session | None = None
         self._since = 0.0
-        self._clients: dict[tuple[str, str, Effect], Any] = {}
+        self._clients: dict[_Key, Any] = {}
 
     def client(self, place: Place, service: str, effect: Effect, making: Making) -> Any:
         key = (place.region, service, effect)
-        with self._lock:
-            client = self._clients.get(key)
-            if client is None:
-                if self._session is None:
-                    self._session = self._sign_in(place)
-                    self._since = self._clock.monotonic()
-                create: Any = self._session.client  # the stubs know one overload for each service, and no name of any
-                client = create(
-                    service, region_name=place.region, endpoint_url=self._endpoint_url, config=making.config
-                )
-                making.prepare(client)
-                self._clients[key] = client
+        client = self._kept(key)
+        if client is not None:
             return client
+        with self._signing:
+            client = self._kept(key)  # somebody may have made it meanwhile
+            if client is None:
+                client = self._made(key, place, making)
+            return client
+
+    def _kept(self, key: _Key) -> Any:
+        with self._lock:
+            return self._clients.get(key)
+
+    def _made(self, key: _Key, place: Place, making: Making) -> Any:
+        session = self._session
+        if session is None:
+            session = self._sign_in(place)
+            with self._lock:
+                self._session, self._since = session, self._clock.monotonic()
+        create: Any = session.client  # the stubs know one overload for each service, and no name of any
+        region, service, _ = key
+        client = create(service, region_name=region, endpoint_url=self._endpoint_url, config=making.config)
+        making.prepare(client)
+        with self._lock:
+            if self._session is session:  # else its credentials were refused meanwhile: it serves this call alone
+                self._clients[key] = client
+        return client
 
     def forget(self) -> None:
         """Sign in anew at the next call, unless that was done just now. Calls under way end with what they have."""
@@ -141,8 +162,9 @@ class _Account:
                 self._clients.clear()
 
     def close(self) -> None:
-        # Without the lock, which a slow sign-in may hold: this is the event loop.
-        for client in list(self._clients.values()):
+        with self._lock:
+            clients = list(self._clients.values())
+        for client in clients:
             client.close()
 
     def _sign_in(self, place: Place) -> boto3.Session:
@@ -209,6 +231,13 @@ class _Role(CredentialProvider):
         if isinstance(told, AwsAuthError) or not isinstance(error, ClientError):
             message += f": {told.message}"  # else it is AWS's own text, which quotes requests
         return kind(told.code, message, operation="AssumeRole", place=self._place, request_id=told.request_id)
+
+
+def accounts_of(
+    accounts: Accounts | Mapping[str, AwsAccount] | None, clock: Clock, endpoint_url: str | None
+) -> Accounts:
+    """Those that are shared, or some of a service's own."""
+    return accounts if isinstance(accounts, Accounts) else Accounts(accounts or {}, clock, endpoint_url=endpoint_url)
 
 
 def unknown(place: Place) -> AwsUnknownAccount:

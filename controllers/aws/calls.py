@@ -99,9 +99,9 @@ class AwsCalls:
             raise kind("NoAnswer", "the answer is not from AWS", operation=operation, place=place)
         return answer
 
-    async def renew_credentials(self, place: Place) -> None:
+    def renew_credentials(self, place: Place) -> None:
         """Have the account's credentials read anew, unless they just were, although AWS does not refuse them."""
-        await self._threads[place.account].run(lambda: self._accounts.refused(place))
+        self._accounts.refused(place)
 
     async def pages(
         self, place: Place, operation: str, request: Mapping[str, Any], part: str, deadline: float

@@ -14,7 +14,7 @@ from datetime import timedelta
 from types import TracebackType
 from typing import Any, Self
 
-from controllers.aws.accounts import Accounts
+from controllers.aws.accounts import Accounts, accounts_of
 from controllers.aws.calls import READ_TIMEOUT, AwsCalls
 from controllers.aws.errors import AwsAuthError, AwsServerError
 from controllers.aws.place import Place
@@ -57,11 +57,15 @@ class CloudWatch:
     """The client; used on one event loop, by any number of tasks."""
 
     def __init__(
-        self, clock: Clock, accounts: Mapping[str, AwsAccount] | None = None, *, endpoint_url: str | None = None
+        self,
+        clock: Clock,
+        accounts: Accounts | Mapping[str, AwsAccount] | None = None,
+        *,
+        endpoint_url: str | None = None,
     ) -> None:
-        """`accounts`: by name, beside the one of the daemon's own credentials."""
+        """`accounts`: those that all services share, or by name, beside the one of the daemon's own credentials."""
         self._clock = clock
-        self._accounts = Accounts(accounts or {}, clock, endpoint_url=endpoint_url)
+        self._accounts = accounts_of(accounts, clock, endpoint_url)
         self._calls = AwsCalls("cloudwatch", clock, self._accounts)
 
     async def __aenter__(self) -> Self:

@@ -13,7 +13,7 @@ from collections.abc import AsyncIterator, Collection, Iterable, Mapping
 from types import TracebackType
 from typing import Any, Self
 
-from controllers.aws.accounts import Accounts
+from controllers.aws.accounts import Accounts, accounts_of
 from controllers.aws.calls import CREATE_TIMEOUT, READ_TIMEOUT, WRITE_TIMEOUT, AwsCalls
 from controllers.aws.errors import (
     AwsBadInput,
@@ -41,11 +41,15 @@ class Ec2:
     """The client; used on one event loop, by any number of tasks."""
 
     def __init__(
-        self, clock: Clock, accounts: Mapping[str, AwsAccount] | None = None, *, endpoint_url: str | None = None
+        self,
+        clock: Clock,
+        accounts: Accounts | Mapping[str, AwsAccount] | None = None,
+        *,
+        endpoint_url: str | None = None,
     ) -> None:
-        """`accounts`: by name, beside the one of the daemon's own credentials."""
+        """`accounts`: those that all services share, or by name, beside the one of the daemon's own credentials."""
         self._clock = clock
-        self._accounts = Accounts(accounts or {}, clock, endpoint_url=endpoint_url)
+        self._accounts = accounts_of(accounts, clock, endpoint_url)
         self._calls = AwsCalls("ec2", clock, self._accounts)
         self._sts = AwsCalls("sts", clock, self._accounts)
 
@@ -78,7 +82,7 @@ class Ec2:
         if not account:
             raise AwsServerError("NoAnswer", "the answer names no account", operation=operation, place=place)
         if account != owner:
-            await self._sts.renew_credentials(place)
+            self._sts.renew_credentials(place)
             message = f"the credentials are those of account {account}, and not of {owner}"
             raise AwsWrongAccount("WrongAccount", message, operation=operation, place=place)
 

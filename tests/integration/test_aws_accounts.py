@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import re
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
+from botocore.config import Config
 
+from controllers.aws.accounts import Accounts, Making
 from controllers.aws.calls import IN_FLIGHT
+from controllers.aws.cloudwatch import CloudWatch, cpu
 from controllers.aws.ec2 import Ec2, Ec2Instance
 from controllers.aws.errors import (
     AwsAuthError,
@@ -19,6 +23,7 @@ from controllers.aws.errors import (
     AwsUnavailable,
     AwsWrongAccount,
     Ec2NotFound,
+    Effect,
 )
 from controllers.aws.settings import AwsAccount
 from controllers.aws.simulator import AwsShim
@@ -263,3 +268,39 @@ async def test_credentials_of_another_account_are_told_and_read_again(aws_shim: 
         with pytest.raises(AwsWrongAccount, match=f"of account {EXAMS_NUMBER}, and not of {CLASSES_NUMBER}"):
             await ec2.check_owner(EXAMS, CLASSES_NUMBER)
         await ec2.check_owner(EXAMS, CLASSES_NUMBER)
+
+
+async def test_all_services_of_an_account_have_its_role_assumed_once(aws_shim: AwsShim, profiles: Path) -> None:
+    clock = LaterClock()
+    accounts = Accounts(ACCOUNTS, clock, endpoint_url=aws_shim.url)
+    async with Ec2(clock, accounts) as ec2, CloudWatch(clock, accounts) as cloud_watch:
+        await ec2.run_instance(PARTNER, launch("role"))
+        await cloud_watch.latest(PARTNER, [cpu(ABSENT)])
+        assert aws_shim.calls["AssumeRole"] == 1
+        aws_shim.worlds.forget_roles()
+        clock.ahead = 31
+        with pytest.raises(AwsAuthError):
+            await ec2.describe_instance(PARTNER, ABSENT)
+        await cloud_watch.latest(PARTNER, [cpu(ABSENT)])
+    assert aws_shim.calls["AssumeRole"] == 2, "what one service was refused, none of them uses again"
+
+
+async def test_a_profiles_program_that_never_ends_keeps_nobody_from_renewing_credentials(
+    aws_credentials: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    config, pipe = tmp_path / "config", tmp_path / "pipe"
+    os.mkfifo(pipe)
+    config.write_text(f"[profile exams]\nregion = us-east-1\ncredential_process = cat {pipe}\n")
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(config))
+    accounts = Accounts({"exams": AwsAccount(profile="exams")}, SystemClock())
+    made = asyncio.create_task(asyncio.to_thread(accounts.client, EXAMS, "sts", Effect.READ, Making(Config(), str)))
+    end = await asyncio.to_thread(pipe.open, "w")  # opens when the program reads
+    try:
+        async with asyncio.timeout(30):
+            await asyncio.to_thread(accounts.refused, EXAMS)
+        assert not made.done()
+    finally:
+        end.write('{"Version": 1, "AccessKeyId": "k", "SecretAccessKey": "s"}')
+        end.close()
+        await made
+    accounts.close()
