@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -27,6 +27,9 @@ INSTANCE_FINALIZER = "lab.neuroglia.io/lab-instance"
 
 MINUTES_MOST = 7 * 24 * 60
 """Minutes that any installation may allow; its own limit is a setting."""
+START_YEARS = (2000, 2200)
+"""In which a lab may be scheduled to start."""
+_FIRST_MOMENT, _LAST_MOMENT = datetime.min.replace(tzinfo=UTC), datetime.max.replace(tzinfo=UTC)
 TOPOLOGY_MOST = 512 * 1024
 """Characters of an inline topology: with all else it must fit into a stored value, 1 MiB."""
 _ENVIRONMENT_MOST = 32 * 1024
@@ -161,7 +164,7 @@ class WorkerRef(Model):
     namespace: str = ""
     name: str
     uid: str = ""
-    """Of the LabWorker; another worker of that name is another place."""
+    """Of the LabWorker or the engine; another one of that name is another place. Empty: any engine."""
     instance_id: str = ""
     """The EC2 instance then: on another one, whatever was there is gone."""
 
@@ -258,7 +261,20 @@ class LabInstanceRequest(Resource[LabInstanceRequestSpec, LabInstanceRequestStat
         started, planned = self.status.started_at, self.spec.scheduled_start_time
         if started is None:
             return None
-        return max(started, planned or started) + timedelta(minutes=self.spec.duration_minutes)
+        return _shifted(max(started, planned or started), timedelta(minutes=self.spec.duration_minutes))
+
+    def due_at(self, early: float) -> datetime | None:
+        """From when on it may begin, `early` seconds ahead of its schedule; None when it has none."""
+        planned = self.spec.scheduled_start_time
+        return None if planned is None else _shifted(planned, -timedelta(seconds=early))
+
+
+def _shifted(at: datetime, by: timedelta) -> datetime:
+    """The sum, or the first or last moment that there is: what is stored may hold any time."""
+    try:
+        return at + by
+    except OverflowError:
+        return _LAST_MOMENT if by > timedelta(0) else _FIRST_MOMENT
 
 
 def placed(request: LabInstanceRequest) -> bool:
@@ -292,6 +308,10 @@ def validate(new: LabInstanceRequest, old: LabInstanceRequest | None) -> Iterato
     if spec.runs_in == "Container" and (spec.pool or spec.lab_track):
         field = "spec.pool" if spec.pool else "spec.labTrack"
         yield Cause(field, "FieldValueInvalid", "a container runs on the engine, which has no track and no pool")
+    planned, (first, last) = spec.scheduled_start_time, START_YEARS
+    known = old is not None and planned == old.spec.scheduled_start_time
+    if planned is not None and not known and not first <= planned.year <= last:
+        yield Cause("spec.scheduledStartTime", "FieldValueInvalid", f"it must lie in the years {first} to {last}")
     if old is not None:
         yield from _fixed(spec, old)
 

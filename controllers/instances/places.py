@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 
+from controllers.containers.documents import EngineInfo
 from controllers.instances.kind import LabInstanceRequest, WorkerRef, placed
 from controllers.instances.phases import PLACED, WAITING
 from controllers.instances.scheduler import UNBOUNDED_NODES, Amount, Place, Wanted
@@ -25,10 +26,10 @@ from lrm.cache import Cache, Change
 
 _LONG_AGO = datetime.min.replace(tzinfo=UTC)
 ENGINE = WorkerRef(kind="Engine", name="docker")
-"""The place of everything that runs in a container."""
+"""The place of everything that runs in a container; with it goes the uid of the engine that answers."""
 
-EngineTold = Callable[[], Amount | None]
-"""Cores and bytes of the engine's machine; None while it does not answer, or none is configured."""
+EngineTold = Callable[[], EngineInfo | None]
+"""What the engine tells of itself; None while it does not answer, or none is configured."""
 
 _OWN_TITLE = re.compile(r"lrm-[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 """Titles of instances' labs, of other installations' too; a reservation stands for them, not their record."""
@@ -83,17 +84,17 @@ def place_of(worker: LabWorker, foreign: Amount) -> Place:
     )
 
 
-def engine_place(told: Amount | None, settings: InstanceSettings, used: Amount) -> Place | None:
+def engine_place(told: EngineInfo | None, settings: InstanceSettings, used: Amount) -> Place | None:
     """The engine as a place, within what the settings leave to labs; None while there is none."""
     if told is None:
         return None
     total = Amount(
-        settings.docker_cpu or told.cpu,
+        settings.docker_cpu or told.cpus,
         settings.docker_memory or told.memory,
         settings.docker_slots,
         UNBOUNDED_NODES,
     )
-    return Place(ref=ENGINE, closed="", total=total, used=used)
+    return Place(ref=ENGINE.model_copy(update={"uid": told.id}), closed="", total=total, used=used)
 
 
 def foreign_labs(cache: Cache, namespace: str, name: str) -> Amount:
@@ -129,17 +130,15 @@ def wanted_of(request: LabInstanceRequest, early: float) -> Wanted:
     """A request without a place, as the scheduler knows it."""
     spec, status = request.spec, request.status
     created = request.metadata.creation_timestamp or status.prepared_at or _LONG_AGO
-    planned = spec.scheduled_start_time
-    due = planned - timedelta(seconds=early) if planned else None
     return Wanted(
         uid=request.uid,
         namespace=request.namespace,
         student=student_of(request),
         runtime=spec.runs_in,
-        since=(planned or created, created, request.uid),
+        since=(spec.scheduled_start_time or created, created, request.uid),
         need=status.need,
         ready=not request.paused and spec.desired_phase == "Running",
-        begins=max((at for at in (due, status.retry_at) if at is not None), default=None),
+        begins=max((at for at in (request.due_at(early), status.retry_at) if at is not None), default=None),
         ends=request.ends_at,
         track=spec.lab_track,
         pool=spec.pool,

@@ -9,6 +9,7 @@ import pytest
 
 from controllers.instances.kind import LAB_INSTANCE_REQUEST, LabInstanceRequest
 from controllers.instances.phases import FINAL, PLACED, TRANSITIONS, WAITING, Phase
+from controllers.instances.places import wanted_of
 from lrm.errors import Invalid
 from lrm.writes import Put, for_create, for_update
 
@@ -52,6 +53,8 @@ def request(**spec: Any) -> LabInstanceRequest:
         pytest.param({"resources": {"memory": "1Ki"}}, "spec.resources.memory", id="less than an engine takes"),
         pytest.param({"resources": {"memory": "100m"}}, "spec.resources.memory", id="a part of a byte"),
         pytest.param({"scheduledStartTime": "2026-03-01T10:00:00"}, "spec.scheduledStartTime", id="no zone"),
+        pytest.param({"scheduledStartTime": "0001-01-01T00:00:00Z"}, "spec.scheduledStartTime", id="no year of ours"),
+        pytest.param({"scheduledStartTime": "9999-12-31T23:59:59Z"}, "spec.scheduledStartTime", id="nor is this"),
         pytest.param({"privileged": True}, "spec.privileged", id="there is no such flag"),
     ],
 )
@@ -124,6 +127,23 @@ def test_a_wish_to_stop_is_not_taken_back() -> None:
     old.status.phase = "Stopping"
     with pytest.raises(Invalid, match="create another one"):
         for_update(LAB_INSTANCE_REQUEST, old, new)
+
+
+@pytest.mark.parametrize(
+    ("stored", "due", "ends"),
+    [
+        ("0001-01-01T00:04:00Z", "0001-01-01T00:00:00Z", "2026-03-01T10:00:00Z"),
+        ("9999-12-31T23:30:00Z", "9999-12-31T23:25:00Z", "9999-12-31T23:59:59.999999Z"),
+    ],
+)
+def test_any_time_that_is_stored_already_can_be_worked_with(stored: str, due: str, ends: str) -> None:
+    old = request()
+    old.spec.scheduled_start_time, old.status.started_at = datetime.fromisoformat(stored), NOW
+    begins = wanted_of(old, 300).begins
+    assert (begins, old.due_at(300), old.ends_at) == (*[datetime.fromisoformat(due)] * 2, datetime.fromisoformat(ends))
+    longer = old.thaw()
+    longer.spec.duration_minutes = 90
+    assert isinstance(for_update(LAB_INSTANCE_REQUEST, old, longer), Put), "what it has kept it may keep"
 
 
 def test_every_phase_stands_in_the_table_and_every_way_ends() -> None:
