@@ -43,6 +43,7 @@ from controllers.labs.imports_kind import (
 )
 from controllers.labs.kind import LABS, printable
 from controllers.labs.settings import LabsSettings
+from controllers.labs.shares import FULL_AGAIN, Shares
 from controllers.workers.kind import LabWorker, serving
 from controllers.workers.phases import Phase
 from lrm.cache import Cache, Change
@@ -62,6 +63,8 @@ IMPORT_CRASH_POINTS = (
 
 _LOOKS = 10
 """How often a lab is looked for before its import is sent again."""
+_TO_ONE_CML = 2
+"""Imports to one worker that are in hand at once."""
 
 
 class LabImportsController(Controller[LabImport]):
@@ -70,12 +73,17 @@ class LabImportsController(Controller[LabImport]):
     name = LAB_IMPORTS
     lock_name = LABS
     model = LabImport
+    workers = 16
     resync = 3600.0
+
+    hints: Shares
+    """Of the workers' CMLs: a slow one does not hold up the imports to the others."""
 
     def __init__(self, *, cache: Cache, sessions: CmlSessions, settings: LabsSettings) -> None:
         self._cache = cache
         self._sessions = sessions
         self._settings = settings
+        self.hints = Shares(_TO_ONE_CML)
 
     def triggers(self) -> Sequence[Trigger]:
         """A worker that serves again, or is gone, concerns the imports that wait for it."""
@@ -104,8 +112,13 @@ class LabImportsController(Controller[LabImport]):
         if isinstance(place, Away):
             await self._tell(order, ctx, place.reason, place.message)
             return Result.after(self.resync)
+        with self.hints.one_of(place.worker.uid, (order.namespace, order.name)) as let_in:
+            return await self._try(order, place.worker, ctx) if let_in else Result.after(FULL_AGAIN)
+
+    async def _try(self, order: LabImport, worker: LabWorker, ctx: Context) -> Result:
+        """Go on with an import; what CML says to it is told."""
         try:
-            return await self._import(order, place.worker, ctx)
+            return await self._import(order, worker, ctx)
         except CmlOutcomeUnknown as error:
             await self._tell(order, ctx, "OutcomeUnknown", f"it is looked for: {error}")
             return Result.after(self._settings.labs_step_interval)

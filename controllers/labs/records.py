@@ -45,6 +45,7 @@ from controllers.labs.kind import (
 )
 from controllers.labs.measures import LabMeasures
 from controllers.labs.settings import LabsSettings
+from controllers.labs.shares import FULL_AGAIN, Shares
 from controllers.labs.wishes import Wish, open_wish, tell_operation, unsettled, withdraw
 from controllers.workers.kind import LabWorker
 from lrm.cache import Cache, Change
@@ -63,6 +64,8 @@ DELETION_CRASH_POINTS = (
 """Where the deletion of a lab can be killed, in order."""
 STEP_CRASH_POINT = "labs.step-sent"
 """Where a wish can be killed: CML has taken the step, the record does not know it."""
+_OF_ONE_CML = 4
+"""Records of one worker that are in hand at once."""
 
 
 class _Note(NamedTuple):
@@ -82,8 +85,11 @@ class LabRecordsController(Controller[LabRecord]):
     lock_name = LABS
     model = LabRecord
     finalizer = LAB_FINALIZER
-    workers = 8
+    workers = 32
     resync = 3600.0
+
+    hints: Shares
+    """Of the workers' CMLs: a slow one does not hold up the labs of the others."""
 
     def __init__(
         self, *, cache: Cache, sessions: CmlSessions, settings: LabsSettings, measures: LabMeasures | None = None
@@ -92,6 +98,7 @@ class LabRecordsController(Controller[LabRecord]):
         self._sessions = sessions
         self._settings = settings
         self._measures = measures or LabMeasures()
+        self.hints = Shares(_OF_ONE_CML)
 
     def triggers(self) -> Sequence[Trigger]:
         """A worker that can be asked again, or is gone, concerns the records that wait for it."""
@@ -119,6 +126,11 @@ class LabRecordsController(Controller[LabRecord]):
         if isinstance(home, Away):
             await self._tell(record, ctx, _Note(wish, home.reason, home.message, WAITING))
             return Result.after(self.resync)
+        with self.hints.one_of(home.worker.uid, (record.namespace, record.name)) as let_in:
+            return await self._fulfil(record, wish, home, ctx) if let_in else Result.after(FULL_AGAIN)
+
+    async def _fulfil(self, record: LabRecord, wish: Wish, home: Home, ctx: Context) -> Result:
+        """One step towards what is wished; what CML says to it is told."""
         try:
             return await self._approach(record, wish, home, ctx)
         except (CmlNotFound, CmlRefused) as error:
@@ -140,6 +152,12 @@ class LabRecordsController(Controller[LabRecord]):
         if isinstance(home, Away):
             await self._tell(record, ctx, _Note(None, home.reason, home.message))
             return Result.after(self.resync)
+        with self.hints.one_of(home.worker.uid, (record.namespace, record.name)) as let_in:
+            return await self._remove(record, home, ctx) if let_in else Result.after(FULL_AGAIN)
+
+    async def _remove(self, record: LabRecord, home: Home, ctx: Context) -> Result:
+        """One step towards the lab's end; what CML says to it is told."""
+        lab_id = record.spec.lab_id
         try:
             if await self._delete(record, home, ctx):
                 crash_point("labs.lab-gone")

@@ -163,3 +163,20 @@ async def test_another_verb_under_the_same_id_is_refused(world: LabsWorld) -> No
     await operate(world, record, "1", "Start")
     with pytest.raises(Invalid, match=r"spec\.operation\.id"):
         await operate(world, record, "1", "Stop")
+
+
+async def test_a_slow_cml_holds_up_its_own_labs_alone(world: LabsWorld) -> None:
+    _, record = await mirrored(world)
+    await world.worker("slow")
+    labs = [world.machine("slow").add_lab(f"Lab {n}") for n in range(40)]
+    await world.sync("slow")
+    rule = world.fault("delay", worker="slow", method="PUT", path="/labs/*/start", seconds=50)
+    for waiting in (await world.records("slow")).values():
+        await operate(world, waiting, "1", "Start")
+    await world.cache.barrier(30)
+    queue = world.records_runner.queue
+    await until(lambda: rule.hits == queue.processing == 4 and not len(queue), "four of the slow one alone in hand")
+    await operate(world, record, "1", "Start")
+    assert (await told(world, record, "1")).result == "Succeeded"
+    assert {lab.state for lab in labs} == {"DEFINED_ON_CORE"}, "the slow one has not answered yet"
+    world.simulator.faults.clear()
