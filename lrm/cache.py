@@ -67,17 +67,22 @@ class Change:
 class CacheUpdate:
     """All changes of one revision; `relisted` means that history before it is not known to the cache.
 
-    `reset` means that the store began another line: revisions of before say nothing any more.
+    `reset` means that the store began another line: revisions of before say nothing any more. `missed` means that the
+    subscriber failed in the update before, which is `relisted` for it then: it cannot know what of it was not heard.
     """
 
     revision: int
     changes: tuple[Change, ...]
     relisted: bool = False
     reset: bool = False
+    missed: bool = False
 
 
 Subscriber = Callable[[CacheUpdate], None]
-"""Called in order, on the event loop, after the cache holds the changes; must not block or raise."""
+"""Called in order, on the event loop, after the cache holds the changes; must not block or raise.
+
+One that raises all the same is logged once, costs nobody else anything, and is told at once that it missed something.
+"""
 
 
 @dataclass
@@ -115,6 +120,8 @@ class Cache:
         self._clock = clock
         self._shelves = {kind.plural: _Shelf(kind) for kind in registry}
         self._subscribers: list[Subscriber] = []
+        self._mistakes: set[str] = set()
+        """Subscribers that have raised, so that each is logged once."""
         self._waiters: list[tuple[int, asyncio.Future[None]]] = []
         self._watch: Watch | None = None
         self._watching = asyncio.Event()
@@ -400,10 +407,24 @@ class Cache:
     def _publish(self, update: CacheUpdate) -> None:
         self.revision = update.revision
         for subscriber in tuple(self._subscribers):
-            subscriber(update)
+            if not self._told(subscriber, update):
+                missed = CacheUpdate(update.revision, (), relisted=True, reset=update.reset, missed=True)
+                self._told(subscriber, missed)
         for revision, waiter in self._waiters:
             if revision <= self.revision and not waiter.done():
                 waiter.set_result(None)
+
+    def _told(self, subscriber: Subscriber, update: CacheUpdate) -> bool:
+        """Whether a subscriber took an update: its mistake must end neither the cache nor the daemon."""
+        try:
+            subscriber(update)
+        except Exception:
+            who = getattr(subscriber, "__qualname__", repr(subscriber))
+            if who not in self._mistakes:
+                log.exception("cache.mistake", subscriber=who, revision=update.revision)
+            self._mistakes.add(who)
+            return False
+        return True
 
     def _fail_waiters(self, error: Exception) -> None:
         for _, waiter in self._waiters:

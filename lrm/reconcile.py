@@ -212,6 +212,7 @@ class Runner(Generic[R]):
             self._watermark.clear()
             if self._bookmark:
                 self._bookmark.rebase()
+        if update.reset or update.missed:
             self._first_pass(None)
         # What a list tells is of its last event; the first that was missed came right after what was seen before.
         missed = 1 if update.reset else self._seen + 1 if update.relisted else 0

@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 
 import pytest
+from structlog.testing import capture_logs
 
 from equipment.widget import NOTES, WIDGETS, Note, Widget, registry, widget
 from lrm.cache import Cache, CacheUpdate
@@ -237,3 +238,28 @@ async def test_a_reset_that_another_was_told_of_is_noticed_though_revisions_have
             while not any(u.reset for u in updates):
                 await asyncio.sleep(0.01)
         assert [w.name for w in cache.all(Widget)] == [w.name for w in kept]
+
+
+async def test_a_subscribers_mistake_costs_nobody_else_and_it_is_told_that_it_missed_something() -> None:
+    heard: list[CacheUpdate] = []
+
+    def mistaken(update: CacheUpdate) -> None:
+        heard.append(update)
+        if update.changes:
+            raise OverflowError("date value out of range")
+
+    async with running(MemoryStorage()) as (cache, client, updates):
+        end = cache.subscribe(mistaken)
+        later: list[CacheUpdate] = []
+        cache.subscribe(later.append)
+        with capture_logs() as logs:
+            for name in ("one", "two"):
+                made = await client.create(widget(name))
+                await cache.wait_for(made.revision, 30)
+        end()
+        names = [[c.item.name for u in found for c in u.changes] for found in (updates, later, heard)]
+        assert names == [["one", "two"]] * 3
+        assert [bool(u.changes) for u in heard if u.changes or u.missed] == [True, False] * 2
+        assert all(u.relisted for u in heard if u.missed)
+        assert [entry["event"] for entry in logs] == ["cache.mistake"], "each is logged once"
+        assert not cache.error

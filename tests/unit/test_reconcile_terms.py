@@ -263,6 +263,24 @@ async def test_a_controllers_mistakes_end_neither_its_runner_nor_the_cache() -> 
         assert not it.running.done()
 
 
+async def test_a_runner_that_failed_over_an_update_looks_at_everything_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[str] = []
+
+    async def step(w: Widget, _ctx: Context) -> Result:
+        seen.append(w.name)
+        return Result.done()
+
+    async with world(WidgetController(step), widget("old")) as it:
+        await it.until(lambda: seen == ["old"])
+        with monkeypatch.context() as broken:
+            broken.setattr(it.runner, "_on_own_change", None)  # what is not callable stands for any defect
+            await it.client.create(widget("new"))
+            await it.until(lambda: sorted(seen) == ["new", "old", "old"])
+        await it.client.create(widget("later"))
+        await it.until(lambda: seen[3:] == ["later"])
+        assert not it.running.done()
+
+
 class Late(MemoryStorage):
     """A store whose live watches deliver nothing until they are let."""
 
