@@ -12,6 +12,7 @@ from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any
 
+from controllers.admission import place_admission
 from controllers.aws.accounts import Accounts
 from controllers.aws.cloudwatch import CloudWatch
 from controllers.aws.ec2 import Ec2
@@ -21,7 +22,7 @@ from controllers.containers.collector import Collector
 from controllers.containers.runtime import ContainerRuntime
 from controllers.imports.controller import ImportsController
 from controllers.imports.kind import LAB_WORKER_IMPORT
-from controllers.instances.admission import admission
+from controllers.instances.admission import admission as instance_admission
 from controllers.instances.allocations import Allocations, AllocationsController
 from controllers.instances.cml_runtime import CmlRuntime
 from controllers.instances.controller import InstancesController
@@ -57,11 +58,14 @@ from controllers.workers.controller import WorkersController
 from controllers.workers.kind import LAB_WORKER
 from controllers.workers.provisioning import Provisioner
 from controllers.workers.settings import WorkerSettings
+from lrm.admission import Admission
+from lrm.cache import Cache
 from lrm.client import Client
 from lrm.controller import Hints, Key
 from lrm.led import Led
 from lrm.plugin import DevPlan, DevService, Plugin, PluginContext
 from lrm.reconcile import Controller
+from storage.clock import Clock
 
 
 class ControllersSettings(
@@ -70,12 +74,17 @@ class ControllersSettings(
     """Everything that the kinds' controllers can be told."""
 
 
+def admission(settings: ControllersSettings, cache: Cache, clock: Clock) -> Admission:
+    """What the API says of the kinds' objects before they are stored."""
+    return {**instance_admission(settings, cache, clock), **place_admission(settings)}
+
+
 @asynccontextmanager
 async def controllers(context: PluginContext) -> AsyncIterator[Sequence[Controller[Any] | Led]]:
     """Open the clients of EC2 and CML, give the controllers, close the clients at the end."""
     settings: ControllersSettings = context.settings
     hints = Hints()
-    accounts = Accounts(settings.aws_accounts, context.clock)
+    accounts = Accounts(settings.aws_accounts, context.clock, regions=settings.aws_regions)
     async with (
         Ec2(context.clock, accounts) as ec2,
         CloudWatch(context.clock, accounts) as cloud_watch,
@@ -180,7 +189,7 @@ def _instances(
         ),
         "Container": containers,
     }
-    placing = Placing(cache, allocations, settings, clock, engine=containers.capacity, hints=hints)
+    placing = Placing(cache, allocations, settings, clock, engine=containers.told, hints=hints)
     collectors = []
     if containers.engine is not None:
         collectors.append(Collector(containers.engine, cache, clock, observe_only=settings.observe_only))

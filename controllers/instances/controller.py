@@ -21,7 +21,7 @@ from controllers.instances.kind import (
     over,
     placed,
 )
-from controllers.instances.notes import completing, entering, note_exit, sighted, tell
+from controllers.instances.notes import completing, ending, entering, note_exit, sighted, tell, timing_out
 from controllers.instances.phases import Conditions, Phase, Reasons
 from controllers.instances.runtime import (
     InstanceError,
@@ -140,7 +140,7 @@ class InstancesController(Controller[LabInstanceRequest]):
             if request.status.phase in (Phase.PROVISIONING, Phase.RUNNING):
                 request = await self._end(request, ctx, Phase.STOPPING, Reasons.DELETING, "it is being deleted")
                 continue
-            following = await self._clean(request, ctx)
+            following = await self._clean_in_time(request, ctx)
             if isinstance(following, Result):
                 return following
             request = following
@@ -174,12 +174,12 @@ class InstancesController(Controller[LabInstanceRequest]):
         """Wait for its time, its quota and a place; what it left elsewhere is cleaned up first."""
         if request.status.need is not None and request.status.observed_generation != request.metadata.generation:
             return await self._write(request, ctx, lambda r: setattr(r.status, "need", None))
-        if placed(request):
-            return await self._clean(request, ctx)
         if request.spec.desired_phase == "Stopped":
             return await self._end(request, ctx, Phase.STOPPING, Reasons.STOP_REQUESTED, "it is not wanted any more")
-        if request.ends_at is not None and ctx.clock.now() >= request.ends_at and not ctx.wall_jumped:
+        if self._time_is_over(request, ctx):
             return await self._time_out(request, ctx, Phase.STOPPING)
+        if placed(request):
+            return await self._clean_in_time(request, ctx)
         if request.status.need is None:
             request = await self._prepare(request, ctx)
         waits = self._not_yet(request, ctx) or await self._placer.choose(request, ctx)
@@ -212,7 +212,7 @@ class InstancesController(Controller[LabInstanceRequest]):
             status.worker_ref = place
             status.attempt += 1
             status.provisioning_started_at = now
-            status.retry_at = None
+            status.retry_at = status.ending_started_at = None
             status.container_id = status.cml_lab_id = status.access_url = None
             status.ports = []
             status.exit_code = status.oom_killed = None
@@ -225,18 +225,14 @@ class InstancesController(Controller[LabInstanceRequest]):
 
     async def _provisioning(self, request: LabInstanceRequest, ctx: Context) -> _Next:
         """One step further, within the deadline."""
-        now, status = ctx.clock.now(), request.status
+        now = ctx.clock.now()
         if request.spec.desired_phase == "Stopped":
             return await self._end(request, ctx, Phase.STOPPING, Reasons.STOP_REQUESTED, "it is not wanted any more")
-        left = _left(now, status.provisioning_started_at, self._settings.instances_provisioning_timeout)
-        if left <= 0 and not ctx.wall_jumped:
-            ready = status.condition(Conditions.READY)
-            message = f"not Running within {self._settings.instances_provisioning_timeout:.0f} s: "
-            return await self._fail(
-                request, ctx, Refused(Reasons.PROVISIONING_TIMEOUT, message + (ready.message if ready else ""))
-            )
         if ctx.observe_only:
             return Result.after(self._settings.instances_rest_interval)
+        left = self._left(request, ctx)
+        if left <= 0 and not ctx.wall_jumped:
+            return await self._not_in_time(request, ctx)
         seen = await self._runtime(request).provision(request, ctx)
         crash_point("instances.provisioned")
         if seen.state is State.STARTING:
@@ -258,17 +254,16 @@ class InstancesController(Controller[LabInstanceRequest]):
 
     async def _running(self, request: LabInstanceRequest, ctx: Context) -> _Next:
         """Until its time is over, it is asked to stop, or it ends by itself."""
-        now, ends = ctx.clock.now(), request.ends_at
         if request.spec.desired_phase == "Stopped":
             return await self._end(request, ctx, Phase.STOPPING, Reasons.STOP_REQUESTED, "it is not wanted any more")
-        if ends is not None and now >= ends and not ctx.wall_jumped:
+        if self._time_is_over(request, ctx):
             return await self._time_out(request, ctx, Phase.TIMEOUT)
-        left = max((ends - now).total_seconds(), 1.0) if ends else _LONGEST_WAIT
+        left = max(self._left(request, ctx), 1.0)
         try:
-            seen = await self._runtime(request).look(request, ctx)
-        except NotNow as error:
-            await self._held_up(request, ctx, error)
-            return Result.after(min(error.again, left))
+            async with ctx.clock.timeout(left):
+                seen = await self._runtime(request).look(request, ctx)
+        except TimeoutError:
+            return request  # its time is over, or nearly
         if seen.state is State.ENDED:
             return await self._exited(request, ctx, seen)
         well = seen.state is State.RUNNING
@@ -280,14 +275,8 @@ class InstancesController(Controller[LabInstanceRequest]):
 
     async def _ending(self, request: LabInstanceRequest, ctx: Context) -> _Next:
         """Clean up; within the deadline it is Completed, after it Failed, and cleaning up goes on."""
-        left = _left(ctx.clock.now(), request.status.ending_started_at, self._settings.instances_stopping_timeout)
-        if left <= 0 and placed(request) and not ctx.wall_jumped:
-            cleanup = request.status.condition(Conditions.CLEANUP_COMPLETED)
-            message = f"not cleaned up within {self._settings.instances_stopping_timeout:.0f} s: "
-            error = Refused(Reasons.STOPPING_TIMEOUT, message + (cleanup.message if cleanup else ""))
-            return await self._fail(request, ctx, error)
         if placed(request):
-            return await self._clean(request, ctx)
+            return await self._clean_in_time(request, ctx)
         return await self._write(request, ctx, completing(ctx))
 
     async def _failed(self, request: LabInstanceRequest, ctx: Context) -> _Next:
@@ -330,6 +319,16 @@ class InstancesController(Controller[LabInstanceRequest]):
         crash_point("instances.prepared")
         return prepared_request
 
+    async def _clean_in_time(self, request: LabInstanceRequest, ctx: Context) -> _Next:
+        """The same, until its deadline: then it is Failed, so that somebody looks."""
+        final = request.status.phase in (Phase.FAILED, Phase.COMPLETED)
+        if final or self._left(request, ctx) > 0 or ctx.wall_jumped or ctx.observe_only:
+            return await self._clean(request, ctx)
+        cleanup = request.status.condition(Conditions.CLEANUP_COMPLETED)
+        message = f"not cleaned up within {self._settings.instances_stopping_timeout:.0f} s: "
+        error = Refused(Reasons.STOPPING_TIMEOUT, message + (cleanup.message if cleanup else ""))
+        return await self._fail(request, ctx, error)
+
     async def _clean(self, request: LabInstanceRequest, ctx: Context) -> _Next:
         """One step; once nothing is left the place is given back, and what was ending has ended."""
         if ctx.observe_only:
@@ -367,8 +366,8 @@ class InstancesController(Controller[LabInstanceRequest]):
             reason = Reasons.CLEANUP_FAILED if why else Reasons.CLEANING_UP
             tell(r, ctx, Conditions.CLEANUP_COMPLETED, False, (reason, why or "its lab is being removed"))
 
-        await self._write(request, ctx, note)
-        return Result.after(again)
+        after = await self._write(request, ctx, note)
+        return Result.after(min(again, max(self._left(after, ctx), 1.0)))
 
     async def _exited(self, request: LabInstanceRequest, ctx: Context, seen: Sighting) -> LabInstanceRequest:
         def note(r: LabInstanceRequest) -> None:
@@ -378,34 +377,27 @@ class InstancesController(Controller[LabInstanceRequest]):
         return await self._end(request, ctx, Phase.STOPPING, Reasons.EXITED, seen.message or "it ended by itself")
 
     async def _time_out(self, request: LabInstanceRequest, ctx: Context, phase: Phase) -> LabInstanceRequest:
-        message = f"its {request.spec.duration_minutes} minutes are over"
-        return await self._end(request, ctx, phase, Reasons.DURATION_ELAPSED, message, timed_out=True)
+        ended = await self._write(request, ctx, timing_out(request, phase, ctx))
+        crash_point("instances.ending")
+        return ended
 
     async def _end(
-        self,
-        request: LabInstanceRequest,
-        ctx: Context,
-        phase: Phase,
-        reason: str,
-        message: str,
-        *,
-        timed_out: bool = False,
+        self, request: LabInstanceRequest, ctx: Context, phase: Phase, reason: str, message: str
     ) -> LabInstanceRequest:
-        """Begin its end; nothing outside was touched yet."""
-        now = ctx.clock.now()
-
-        def end(r: LabInstanceRequest) -> None:
-            entering(phase, reason, ctx)(r)
-            r.status.ending_started_at = now
-            r.status.retry_at = None
-            tell(r, ctx, Conditions.READY, False, (reason, message))
-            if timed_out:
-                tell(r, ctx, Conditions.TIMED_OUT, True, (reason, message))
-
-        ended = await self._write(request, ctx, end)
+        ended = await self._write(request, ctx, ending(phase, ctx, (reason, message)))
         ctx.events.record(ended, "Normal", reason, message)
         crash_point("instances.ending")
         return ended
+
+    async def _not_in_time(self, request: LabInstanceRequest, ctx: Context) -> LabInstanceRequest:
+        """Its deadline for Running has passed: where its worker does not even answer, another one may do better."""
+        ready, ref = request.status.condition(Conditions.READY), request.status.worker_ref
+        told = ready.message if ready else ""
+        message = f"not Running within {self._settings.instances_provisioning_timeout:.0f} s: {told}"
+        away = ready is not None and (ready.status, ready.reason) == ("Unknown", Reasons.WORKER_AWAY)
+        if away and ref is not None and ref.kind == "LabWorker":
+            return await self._again_or_fail(request, ctx, WorkerLost(Reasons.WORKER_AWAY, message), abandon=True)
+        return await self._fail(request, ctx, Refused(Reasons.PROVISIONING_TIMEOUT, message))
 
     async def _fail(self, request: LabInstanceRequest, ctx: Context, error: InstanceError) -> LabInstanceRequest:
         """Failed, with what a person must change; what is outside is cleaned up from there."""
@@ -435,25 +427,34 @@ class InstancesController(Controller[LabInstanceRequest]):
         return failed
 
     async def _again_or_fail(
-        self, request: LabInstanceRequest, ctx: Context, error: WorkerLost | LabFailed
+        self, request: LabInstanceRequest, ctx: Context, error: WorkerLost | LabFailed, *, abandon: bool = False
     ) -> LabInstanceRequest:
-        """Begin again after a delay, where that is wanted and can help."""
+        """Begin again after a delay, where that is wanted and can help.
+
+        `abandon` gives its place up unseen: what may be left there is a stray, and collected when its worker is back.
+        """
         spec, status, settings = request.spec, request.status, self._settings
         lost_early = isinstance(error, WorkerLost) and status.started_at is None
         wanted = lost_early or spec.restart_policy == "OnFailure"
         if not wanted or status.retry_count >= settings.instances_retries or spec.desired_phase == "Stopped":
             return await self._fail(request, ctx, error)
         delay = min(settings.instances_retry_delay * 2**status.retry_count, _RETRY_MOST)
-        at, why = ctx.clock.now() + timedelta(seconds=delay), str(error)[:1000]
+        now, why = ctx.clock.now(), str(error)[:1000]
 
         def again(r: LabInstanceRequest) -> None:
             note_exit(r, error)
             entering(Phase.PENDING, error.reason, ctx)(r)
             r.status.retry_count += 1
-            r.status.retry_at, r.status.error_message = at, why
+            r.status.retry_at, r.status.error_message = now + timedelta(seconds=delay), why
+            r.status.ending_started_at = now
+            if abandon:
+                r.status.worker_ref = None
+                tell(r, ctx, Conditions.RESOURCES_ALLOCATED, False, (error.reason, why))
             tell(r, ctx, Conditions.READY, False, (error.reason, why))
 
         waiting = await self._write(request, ctx, again)
+        if abandon:
+            await self._placer.release(waiting, ctx)
         ctx.events.record(waiting, "Warning", error.reason, f"{why}; it begins again in {delay:.0f} s")
         return waiting
 
@@ -464,8 +465,8 @@ class InstancesController(Controller[LabInstanceRequest]):
         def note(r: LabInstanceRequest) -> None:
             tell(r, ctx, kind, None if placed(r) else False, (error.reason, str(error)[:1000]))
 
-        await self._write(request, ctx, note)
-        return Result.after(error.again)
+        after = await self._write(request, ctx, note)
+        return Result.after(min(error.again, max(self._left(after, ctx), 1.0)))
 
     def _not_yet(self, request: LabInstanceRequest, ctx: Context) -> Waits | None:
         """Why it is not to have a place now, whatever is free."""
@@ -495,7 +496,7 @@ class InstancesController(Controller[LabInstanceRequest]):
         # What began and lost its place waits no longer than it may run.
         times = [(at - now).total_seconds() for at in (waits.until, request.ends_at) if at is not None]
         look = _LONGEST_WAIT if waits.until is not None else self._settings.instances_rest_interval
-        return Result.after(max(min([look, *times]), 0.01))
+        return Result.after(max(min([look, *times]), 1.0 if ctx.wall_jumped else 0.01))
 
     async def _unschedule(self, request: LabInstanceRequest, ctx: Context, waits: Waits) -> _Next:
         """Back to waiting; whatever an earlier try reserved is given back first."""
@@ -530,6 +531,21 @@ class InstancesController(Controller[LabInstanceRequest]):
         if runtime is None:
             raise NotNow(Reasons.ENGINE_UNAVAILABLE, "no engine is configured: set LRM_DOCKER_HOST", again=60.0)
         return runtime
+
+    def _time_is_over(self, request: LabInstanceRequest, ctx: Context) -> bool:
+        ends = request.ends_at
+        return ends is not None and ctx.clock.now() >= ends and not ctx.wall_jumped and not ctx.observe_only
+
+    def _left(self, request: LabInstanceRequest, ctx: Context) -> float:
+        """Seconds until the deadline of the phase that it is in, by a time in its status."""
+        now, status = ctx.clock.now(), request.status
+        if status.phase == Phase.RUNNING and request.ends_at is not None:
+            return (request.ends_at - now).total_seconds()
+        if status.phase == Phase.PROVISIONING:
+            return _left(now, status.provisioning_started_at, self._settings.instances_provisioning_timeout)
+        if placed(request):
+            return _left(now, status.ending_started_at, self._settings.instances_stopping_timeout)
+        return _LONGEST_WAIT
 
     def _begins_again(self, request: LabInstanceRequest) -> bool:
         """Whether a person has changed what failed, or asked for another try."""

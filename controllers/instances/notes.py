@@ -53,3 +53,28 @@ def note_exit(r: LabInstanceRequest, error: InstanceError) -> None:
     """How a lab that failed by itself has ended."""
     if isinstance(error, LabFailed):
         r.status.exit_code, r.status.oom_killed = error.exit_code, error.oom_killed or None
+
+
+def ending(phase: Phase, ctx: Context, why: tuple[str, str]) -> Mutate:
+    """Its end begins; nothing outside was touched yet."""
+    now = ctx.clock.now()
+
+    def end(r: LabInstanceRequest) -> None:
+        entering(phase, why[0], ctx)(r)
+        r.status.observed_generation = r.metadata.generation
+        r.status.ending_started_at = now
+        r.status.retry_at = None
+        tell(r, ctx, Conditions.READY, False, why)
+
+    return end
+
+
+def timing_out(request: LabInstanceRequest, phase: Phase, ctx: Context) -> Mutate:
+    """Its time is over."""
+    why = Reasons.DURATION_ELAPSED, f"its {request.spec.duration_minutes} minutes are over"
+
+    def time_out(r: LabInstanceRequest) -> None:
+        ending(phase, ctx, why)(r)
+        tell(r, ctx, Conditions.TIMED_OUT, True, why)
+
+    return time_out

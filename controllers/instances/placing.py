@@ -308,8 +308,11 @@ class Placing:
 
     def _used_on_engine(self) -> Amount:
         used = Amount()
+        told = self._engine()
         for request in self._cache.by_index(LabInstanceRequest, "worker", f"{ENGINE.namespace}/{ENGINE.name}"):
-            used += request.status.need or Need()
+            ref = request.status.worker_ref
+            if told is None or ref is None or ref.uid in ("", told.id):  # what is on another engine takes nothing here
+                used += request.status.need or Need()
         return used
 
     def _quota(self, waiting: Iterable[Wanted]) -> Quota:

@@ -15,7 +15,9 @@ from datetime import datetime
 from typing import Any
 
 from controllers.instances import controller as instances_module
+from controllers.instances import deadlines as deadlines_module
 from controllers.instances.controller import InstancesController
+from controllers.instances.deadlines import DeadlinesController
 from controllers.instances.kind import (
     INSTANCES,
     LAB_INSTANCE_REQUEST,
@@ -33,7 +35,7 @@ from controllers.workers.kind import LAB_WORKER
 from equipment.pools_scene import Died, Forgetful
 from lrm.cache import Cache, Change
 from lrm.client import Client
-from lrm.controller import Context, Hints, Key
+from lrm.controller import Context, Controller, Hints, Key
 from lrm.election import StaticElection
 from lrm.errors import ResourceNotFound
 from lrm.reconcile import Runner
@@ -61,6 +63,8 @@ class Outside:
         self.made: Counter[str] = Counter()
         self.troubles: dict[str, InstanceError] = {}
         """Raised by the step of that name (prepare, provision, look, clean) until it is taken out."""
+        self.slow: dict[str, float] = {}
+        """Seconds that the step of that name takes."""
         self.lost: set[str] = set()
         """Places that are gone for good."""
 
@@ -74,6 +78,7 @@ class Outside:
     async def provision(self, request: LabInstanceRequest, ctx: Context) -> Sighting:
         place = self._place(request)
         self._trouble("provision")
+        await ctx.clock.sleep(self.slow.get("provision", 0))
         lab = next(iter(self.of(request.uid)), None)
         if lab is None:
             ctx.check_leading(ctx.creating_timeout)
@@ -83,14 +88,16 @@ class Outside:
         lab.state = "up" if lab.state == "booting" else lab.state
         return self._sighting(lab)
 
-    async def look(self, request: LabInstanceRequest, ctx: Context) -> Sighting:  # noqa: ARG002 - part of the contract
+    async def look(self, request: LabInstanceRequest, ctx: Context) -> Sighting:
         self._place(request)
         self._trouble("look")
+        await ctx.clock.sleep(self.slow.get("look", 0))
         return self._sighting(self.of(request.uid)[0])
 
     async def clean(self, request: LabInstanceRequest, ctx: Context) -> bool:
         place = self._place(request)
         self._trouble("clean")
+        await ctx.clock.sleep(self.slow.get("clean", 0))
         ctx.check_leading()
         for lab in self.of(request.uid):
             assert lab.place == place, "cleaned up where it is not"
@@ -133,8 +140,11 @@ class Places:
     waiting: set[Key] = field(default_factory=set)
     """Who was told to wait."""
     full: str = "NoCapacityAvailable"
+    asked: int = 0
+    """How often a place was asked for."""
 
     async def choose(self, request: LabInstanceRequest, ctx: Context) -> WorkerRef | Waits:  # noqa: ARG002 - part of the contract
+        self.asked += 1
         mine = self.held.get(request.uid)
         for name, slots in self.slots.items():
             if name == mine or (mine is None and Counter(self.held.values())[name] < slots):
@@ -174,7 +184,6 @@ class InstancesScene:
     settings: InstanceSettings
     hints: Hints = field(default_factory=Hints)
     observe_only: bool = False
-    runner: Runner[LabInstanceRequest] | None = None
     running: asyncio.Task[None] | None = None
 
     async def lead(self) -> None:
@@ -182,9 +191,18 @@ class InstancesScene:
         election = StaticElection(self.storage, self.clock, root="/lrm", lock_name=INSTANCES, identity="test")
         term = await election.acquire()
         runtimes = {"Container": self.outside, "CML": self.outside}
-        controller = InstancesController(self.cache, self.places, runtimes, self.settings, hints=self.hints)
-        self.runner = Runner(controller, self.client, self.cache, self.clock, observe_only=self.observe_only)
-        self.running = asyncio.create_task(self.runner.run(term))
+        controllers: tuple[Controller[LabInstanceRequest], ...] = (
+            InstancesController(self.cache, self.places, runtimes, self.settings, hints=self.hints),
+            DeadlinesController(),
+        )
+        runners = [Runner(c, self.client, self.cache, self.clock, observe_only=self.observe_only) for c in controllers]
+
+        async def work() -> None:
+            async with asyncio.TaskGroup() as tasks:
+                for runner in runners:
+                    tasks.create_task(runner.run(term))
+
+        self.running = asyncio.create_task(work())
         await self.clock.settle()
 
     async def stop(self) -> None:
@@ -316,5 +334,6 @@ def dying_at(monkeypatch: Any, point: str) -> Counter[str]:
             died[name] += 1
             raise Died(name)
 
-    monkeypatch.setattr(instances_module, "crash_point", crash_point)
+    for module in (instances_module, deadlines_module):
+        monkeypatch.setattr(module, "crash_point", crash_point)
     return died

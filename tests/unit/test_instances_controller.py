@@ -11,8 +11,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from controllers.instances.controller import CRASH_POINTS
-from controllers.instances.runtime import LabFailed, Refused
+from controllers.instances.kind import LabInstanceRequest, LabInstanceRequestSpec
+from controllers.instances.runtime import LabFailed, NotNow, Refused
 from equipment.instances_scene import (
+    SPEC,
     InstancesScene,
     away,
     check_history,
@@ -21,7 +23,7 @@ from equipment.instances_scene import (
     instances_scene,
 )
 from lrm.errors import Forbidden, Invalid
-from lrm.resource import RETRY_ANNOTATION
+from lrm.resource import RETRY_ANNOTATION, ObjectMeta
 
 FATES = ("Completed", "Failed")
 
@@ -154,18 +156,54 @@ async def test_deadlines_survive_whoever_leads() -> None:
         assert await scene.phase() == "Timeout"
 
 
-async def test_what_does_not_come_up_in_time_fails_and_is_cleaned_up() -> None:
-    async with instances_scene(instances_provisioning_timeout=100) as scene:
+async def test_time_ends_on_time_however_busy_and_slow_all_else_is() -> None:
+    async with instances_scene(slots={"w1": 1000}, instances_provisioning_timeout=3600) as scene:
+        await scene.make("a", durationMinutes=10)
+        running = await scene.until_phase("Running")
+        assert running.ends_at is not None
+        await scene.clock.advance((running.ends_at - scene.now).total_seconds() - 20)
+        scene.outside.slow = {"provision": 30.0, "look": 30.0}
+        for n in range(100):
+            spec = LabInstanceRequestSpec.model_validate(SPEC)
+            await scene.client.create(LabInstanceRequest(metadata=ObjectMeta(name=f"class-{n}"), spec=spec))
+        await scene.clock.advance(19)
+        scene.hints.tell(("default", "a"))
+        await scene.clock.advance(2.5)
+        assert await scene.phase("a") == "Timeout"
+
+
+async def test_a_worker_that_stays_away_while_the_lab_is_made_costs_its_place_and_no_failure() -> None:
+    async with instances_scene(slots={"w1": 1, "w2": 1}, instances_provisioning_timeout=100) as scene:
         scene.outside.troubles["provision"] = away()
         await scene.make()
         await scene.clock.advance(99)
         held = await scene.get()
         assert held.status.phase == "Provisioning"
         assert condition(held, "Ready") == ("Unknown", "WorkerAway")
+        scene.places.slots.pop("w1")
+        await scene.clock.advance(5)
+        waiting = await scene.get()
+        assert (waiting.status.phase, waiting.status.retry_count) == ("Pending", 1)
+        assert (waiting.status.worker_ref, scene.places.held) == (None, {})
+        assert condition(waiting, "ResourcesAllocated")[0] == "False"
+        del scene.outside.troubles["provision"]
+        running = await scene.until_phase("Running")
+        assert running.status.worker_ref is not None
+        assert running.status.worker_ref.name == "w2"
+
+
+async def test_what_does_not_come_up_in_time_fails_and_is_cleaned_up() -> None:
+    async with instances_scene(instances_provisioning_timeout=100) as scene:
+        scene.outside.troubles["provision"] = NotNow("Refused", "it has no room", again=5.0)
+        await scene.make()
+        await scene.clock.advance(99)
+        held = await scene.get()
+        assert held.status.phase == "Provisioning"
+        assert condition(held, "Ready") == ("Unknown", "Refused")
         failed = await scene.until_phase("Failed", seconds=10)
         assert failed.status.failure is not None
         assert failed.status.failure.reason == "ProvisioningTimeout"
-        assert "does not answer" in failed.status.failure.message
+        assert "it has no room" in failed.status.failure.message
         await scene.clock.advance(5)
         assert condition(await scene.get(), "CleanupCompleted") == ("True", "CleanedUp")
         at_rest(scene)
@@ -260,6 +298,72 @@ async def test_what_lost_its_worker_and_finds_no_other_ends_when_its_time_is_ove
         done = await scene.get()
         assert (done.status.phase, condition(done, "TimedOut")) == ("Completed", ("True", "DurationElapsed"))
         at_rest(scene)
+
+
+@pytest.mark.parametrize("how", ["stopped", "over", "late"])
+async def test_what_cannot_be_cleaned_up_for_another_try_still_ends(how: str) -> None:
+    async with instances_scene(slots={"w1": 1}, instances_stopping_timeout=300) as scene:
+        await scene.make(restartPolicy="OnFailure", durationMinutes=20)
+        running = await scene.until_phase("Running")
+        assert running.ends_at is not None
+        if how != "late":
+            await scene.clock.advance((running.ends_at - scene.now).total_seconds() - 120)
+        scene.outside.troubles |= {"look": LabFailed("ContainerFailed", "exit code 1", exit_code=1), "clean": away()}
+        scene.hints.tell(("default", "a"))
+        await scene.clock.advance(10)
+        assert await scene.phase() == "Pending"
+        if how == "stopped":
+            await scene.change(desired_phase="Stopped")
+        await scene.clock.advance(320 if how == "late" else 120)
+        assert await scene.phase() == ("Failed" if how == "late" else "Stopping")
+        assert scene.places.held, "it may still be there"
+        scene.outside.troubles.clear()
+        await scene.clock.advance(60)
+        assert await scene.phase() == ("Failed" if how == "late" else "Completed")
+        at_rest(scene)
+
+
+async def test_what_cannot_be_deleted_in_time_says_so() -> None:
+    async with instances_scene(instances_stopping_timeout=100) as scene:
+        await scene.make()
+        await scene.until_phase("Running")
+        scene.outside.troubles["clean"] = away()
+        await scene.delete()
+        failed = await scene.until_phase("Failed", seconds=120)
+        assert failed.status.failure is not None
+        assert failed.status.failure.reason == "StoppingTimeout"
+        del scene.outside.troubles["clean"]
+        await scene.clock.advance(60)
+        assert await scene.gone()
+        at_rest(scene)
+
+
+async def test_a_clock_that_was_set_makes_no_hot_loop_of_what_waits() -> None:
+    async with instances_scene(slots={"w1": 1}) as scene:
+        await scene.make(restartPolicy="OnFailure", durationMinutes=10)
+        await scene.until_phase("Running")
+        scene.places.slots.clear()
+        scene.outside.lose("w1")
+        scene.hints.tell(("default", "a"))
+        await scene.clock.advance(30)
+        scene.clock.jump_wall(7200)
+        asked = scene.places.asked
+        scene.hints.tell(("default", "a"))
+        await scene.clock.advance(30)
+        assert await scene.phase() == "Pending"
+        assert scene.places.asked - asked <= 40
+
+
+async def test_only_observing_ends_nobodys_time() -> None:
+    async with instances_scene() as scene:
+        await scene.make(durationMinutes=1)
+        await scene.until_phase("Running")
+        await scene.stop()
+        scene.observe_only = True
+        await scene.lead()
+        await scene.clock.advance(3600)
+        assert await scene.phase() == "Running"
+        assert len(scene.running_now()) == 1
 
 
 async def test_what_fails_again_and_again_is_given_up_after_its_retries() -> None:
