@@ -1,22 +1,22 @@
 """The AWS accounts that the settings name: their credentials, and boto3's clients in each of them.
 
 Promises: an account's name means what `LRM_AWS_ACCOUNTS` says and nothing else: one that is not there is refused, and
-a profile without credentials of its own never becomes the daemon's own account. A role's credentials are got at the
-first call and renewed before they end, in the thread of the call that needs them. Credentials that AWS refuses are
-read anew, at most every 30 s, so that a file that somebody has renewed is taken without a restart. No account waits
-for another's credentials. Called by `controllers.aws.calls`, in its threads.
+a profile without credentials of its own never becomes the daemon's own account. Nobody is asked in a region that may
+not be named, and memory follows what is asked: a client that nobody has used for long goes. A role's credentials are
+got at the first call and renewed before they end, in the thread of the call that needs them. Credentials that AWS
+refuses are read anew, at most every 30 s, so that a file that somebody has renewed is taken without a restart. No
+account waits for another's credentials. Called by `controllers.aws.calls`, in its threads.
 """
 
 from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import boto3
-import botocore.loaders
 import botocore.session
 from botocore.config import Config
 from botocore.credentials import CredentialProvider, CredentialResolver, DeferredRefreshableCredentials
@@ -30,16 +30,20 @@ from controllers.aws.errors import (
     AwsServerError,
     AwsUnavailable,
     AwsUnknownAccount,
+    AwsUnknownRegion,
     Effect,
     from_botocore,
 )
 from controllers.aws.parsing import Parsers
 from controllers.aws.place import Place
+from controllers.aws.regions import LOADER, known_regions
 from controllers.aws.settings import AwsAccount
 from storage.clock import Clock
 
 _CREDENTIALS_KEPT = 30.0
 """Seconds before credentials are read again, however often AWS refuses them."""
+_CLIENTS_KEPT = 900.0
+"""Seconds for which a client that is not used stays when others are made: each takes 1 to 2 MB."""
 _SESSION_NAME = "lrm"
 """Under which the account's own log of calls shows who assumed the role."""
 _PROFILES_OWN = frozenset(
@@ -57,9 +61,6 @@ _PROFILES_OWN = frozenset(
 _STS = Config(connect_timeout=2, read_timeout=3, retries={"mode": "standard", "total_max_attempts": 1})
 """Together less than a creating call may take: its signature waits for a role's credentials."""
 
-_LOADER = botocore.loaders.create_loader()
-"""Reads and keeps botocore's descriptions of the services: 0.2 s and many megabytes each, once per process."""
-
 # It would tell with its traceback each failure that is raised to whoever made the call, and told there once.
 logging.getLogger("botocore.credentials").setLevel(logging.ERROR)
 
@@ -75,7 +76,16 @@ class Making:
 class Accounts:
     """All of them, for all services of a daemon; the methods are for any thread, and only `client` waits."""
 
-    def __init__(self, accounts: Mapping[str, AwsAccount], clock: Clock, *, endpoint_url: str | None = None) -> None:
+    def __init__(
+        self,
+        accounts: Mapping[str, AwsAccount],
+        clock: Clock,
+        *,
+        regions: Collection[str] = (),
+        endpoint_url: str | None = None,
+    ) -> None:
+        """`regions`: those that may be named; none: all that botocore knows."""
+        self._regions = frozenset(regions) or known_regions()
         self._accounts = {
             name: _Account(meaning, clock, endpoint_url) for name, meaning in {"": None, **accounts}.items()
         }
@@ -84,6 +94,19 @@ class Accounts:
     def names(self) -> frozenset[str]:
         """Of all accounts, the daemon's own, which is empty, included."""
         return frozenset(self._accounts)
+
+    def knows(self, place: Place) -> bool:
+        """Whether the account has a meaning and the region may be named."""
+        return place.account in self._accounts and place.region in self._regions
+
+    def check(self, place: Place) -> None:
+        """Raise `AwsUnknownAccount` or `AwsUnknownRegion` where nobody may be asked."""
+        if place.account not in self._accounts:
+            message = f"the settings know no AWS account {place.account!r} (LRM_AWS_ACCOUNTS)"
+            raise AwsUnknownAccount("UnknownAccount", message, place=place)
+        if place.region not in self._regions:
+            message = f"{place.region!r} is not among the AWS regions that may be named (LRM_AWS_REGIONS)"
+            raise AwsUnknownRegion("UnknownRegion", message, place=place)
 
     def client(self, place: Place, service: str, effect: Effect, making: Making) -> Any:
         """The client of a service for calls of this class in a place. Raises `AwsError` and what botocore raises."""
@@ -99,10 +122,8 @@ class Accounts:
             account.close()
 
     def _of(self, place: Place) -> _Account:
-        account = self._accounts.get(place.account)
-        if account is None:
-            raise unknown(place)
-        return account
+        self.check(place)
+        return self._accounts[place.account]
 
 
 _Key = tuple[str, str, Effect]
@@ -123,6 +144,8 @@ class _Account:
         self._session: boto3.Session | None = None
         self._since = 0.0
         self._clients: dict[_Key, Any] = {}
+        self._used: dict[_Key, float] = {}
+        """When each was asked for last, monotonic."""
 
     def client(self, place: Place, service: str, effect: Effect, making: Making) -> Any:
         key = (place.region, service, effect)
@@ -137,6 +160,7 @@ class _Account:
 
     def _kept(self, key: _Key) -> Any:
         with self._lock:
+            self._used[key] = self._clock.monotonic()
             return self._clients.get(key)
 
     def _made(self, key: _Key, place: Place, making: Making) -> Any:
@@ -151,8 +175,15 @@ class _Account:
         making.prepare(client)
         with self._lock:
             if self._session is session:  # else its credentials were refused meanwhile: it serves this call alone
+                self._drop_unused()
                 self._clients[key] = client
         return client
+
+    def _drop_unused(self) -> None:
+        oldest = self._clock.monotonic() - _CLIENTS_KEPT
+        self._used = {key: at for key, at in self._used.items() if at >= oldest}
+        # A call under way may still have one: its connections close when nobody has it.
+        self._clients = {key: client for key, client in self._clients.items() if key in self._used}
 
     def forget(self) -> None:
         """Sign in anew at the next call, unless that was done just now. Calls under way end with what they have."""
@@ -240,15 +271,9 @@ def accounts_of(
     return accounts if isinstance(accounts, Accounts) else Accounts(accounts or {}, clock, endpoint_url=endpoint_url)
 
 
-def unknown(place: Place) -> AwsUnknownAccount:
-    """The refusal of an account that the settings do not know."""
-    message = f"the settings know no AWS account {place.account!r} (LRM_AWS_ACCOUNTS)"
-    return AwsUnknownAccount("UnknownAccount", message, place=place)
-
-
 def _core(profile: str = "") -> botocore.session.Session:
     core = botocore.session.Session(profile=profile or None)
-    core.register_component("data_loader", _LOADER)
+    core.register_component("data_loader", LOADER)
     core.register_component("response_parser_factory", Parsers())
     return core
 

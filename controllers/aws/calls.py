@@ -19,7 +19,7 @@ from typing import Any
 from botocore import xform_name
 from botocore.config import Config
 
-from controllers.aws.accounts import Accounts, Making, unknown
+from controllers.aws.accounts import Accounts, Making
 from controllers.aws.errors import (
     AwsAuthError,
     AwsError,
@@ -70,9 +70,8 @@ class AwsCalls:
         self, effect: Effect, place: Place, operation: str, request: Mapping[str, Any], timeout: float
     ) -> dict[str, Any]:
         """One call and its whole answer. Raises `AwsError`."""
-        threads, ticket = self._threads.get(place.account), Ticket()
-        if threads is None:
-            raise unknown(place)
+        self._accounts.check(place)
+        threads, ticket = self._threads[place.account], Ticket()
 
         def work() -> dict[str, Any]:
             return self._carry_out(effect, place, operation, request, ticket)

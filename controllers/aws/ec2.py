@@ -68,8 +68,8 @@ class Ec2:
         self._accounts.close()
 
     def knows(self, place: Place) -> bool:
-        """Whether the settings say what the place's account is; else nothing is ever asked or done there."""
-        return place.account in self._accounts.names
+        """Whether the settings say what the place's account is and take its region; else nobody is ever asked there."""
+        return self._accounts.knows(place)
 
     async def check_owner(self, place: Place, owner: str, *, timeout: float = READ_TIMEOUT) -> None:
         """Raise `AwsWrongAccount` unless the credentials for the place are those of the account numbered `owner`.

@@ -4,6 +4,7 @@
     ├── AwsAuthError              yes        yes   credentials missing, wrong or without the right
     │   └── AwsWrongAccount       yes        yes   … they are those of another account than what is asked about
     ├── AwsUnknownAccount         yes        yes   the settings do not say what this account is; nobody was asked
+    ├── AwsUnknownRegion          yes        yes   the region may not be named; nobody was asked
     ├── AwsNotFound               no         yes   what was asked for does not exist, said by AWS itself
     │   └── Ec2NotFound           no         yes   … an instance: InvalidInstanceID.NotFound
     ├── AwsQuota                  yes        yes   the account's limit is reached
@@ -73,6 +74,13 @@ class AwsWrongAccount(AwsAuthError):  # noqa: N818 - named as AwsUnknownAccount
 
 class AwsUnknownAccount(AwsError):  # noqa: N818 - named as AwsNotFound
     """The settings know no account of this name. Nobody was asked, so nothing is known of what is there."""
+
+    retryable = True
+    definite_refusal = True
+
+
+class AwsUnknownRegion(AwsError):  # noqa: N818 - named as AwsUnknownAccount
+    """The region is not among those that may be named. Nobody was asked, so nothing is known of what is there."""
 
     retryable = True
     definite_refusal = True

@@ -45,6 +45,12 @@ class AwsSettings(LrmSettings):
         "Without a name it is the account of the daemon's own credentials.",
     )
 
+    aws_regions: tuple[str, ...] = Field(
+        (),
+        description="AWS regions that resources may name, as JSON in the environment. Empty: all that botocore knows, "
+        "which may lack one that is newer than it.",
+    )
+
     @field_validator("aws_accounts")
     @classmethod
     def _names(cls, accounts: dict[str, AwsAccount]) -> dict[str, AwsAccount]:

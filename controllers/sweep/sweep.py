@@ -23,6 +23,7 @@ from opentelemetry.metrics import Meter
 from controllers.aws.ec2 import Ec2, Ec2Instance
 from controllers.aws.errors import AwsError, Ec2NotFound
 from controllers.aws.place import Place
+from controllers.aws.regions import known_regions
 from controllers.sweep.judge import TIME, Claims, Suspect, are_too_many, claims_of, is_suspect, sweep
 from controllers.sweep.settings import SweepSettings
 from controllers.workers.claims import SWEEP_CLAIM
@@ -201,8 +202,9 @@ class Sweep:
         """Remember the places in use, and sweep if it is due; seconds until the next turn."""
         state = await self._recall()
         used = {w.spec.place for w in self._cache.all(LabWorker) if self._ec2.knows(w.spec.place)}
-        if not used <= state.places:
-            state.places |= used
+        made_up = {p for p in state.places if self._is_made_up(p, state)}
+        if not used <= state.places or made_up:
+            state.places = used | (state.places - made_up)
             await self._write_down(state, term)
         self._state = state
         jumped = self._jumps.lately()
@@ -213,6 +215,11 @@ class Sweep:
             raise ProvesNothing("the wall clock was set a moment ago: nothing is judged before it is steady")
         await self._sweep(state, term)
         return self._settings.sweep_interval
+
+    def _is_made_up(self, place: Place, state: _State) -> bool:
+        """Whether there cannot be anything: somebody named a region that does not exist, while any could be named."""
+        exists = place.region in known_regions() or self._ec2.knows(place)
+        return not exists and all(s.place != place for s in state.suspects.values())
 
     def _due_in(self, state: _State) -> float:
         """Seconds until the next sweep; a last one that lies in the future was no sweep."""

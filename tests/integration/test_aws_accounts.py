@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import re
+import weakref
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
 from botocore.config import Config
@@ -21,10 +24,12 @@ from controllers.aws.errors import (
     AwsError,
     AwsThrottled,
     AwsUnavailable,
+    AwsUnknownRegion,
     AwsWrongAccount,
     Ec2NotFound,
     Effect,
 )
+from controllers.aws.place import Place
 from controllers.aws.settings import AwsAccount
 from controllers.aws.simulator import AwsShim
 from equipment.aws import (
@@ -304,3 +309,39 @@ async def test_a_profiles_program_that_never_ends_keeps_nobody_from_renewing_cre
         end.close()
         await made
     accounts.close()
+
+
+async def test_a_region_that_may_not_be_named_is_asked_of_nobody(aws_shim: AwsShim) -> None:
+    nowhere = Place("aa-abc-1")
+    async with Ec2(SystemClock(), endpoint_url=aws_shim.url) as ec2:
+        assert ec2.knows(HERE)
+        assert not ec2.knows(nowhere)
+        with pytest.raises(AwsUnknownRegion, match=r"'aa-abc-1'.*LRM_AWS_REGIONS") as raised:
+            await ec2.run_instance(nowhere, launch("stray"))
+        assert raised.value.definite_refusal
+        assert raised.value.retryable, "its worker waits for the settings"
+    assert not aws_shim.calls
+    accounts = Accounts({}, SystemClock(), regions=["aa-abc-1"], endpoint_url=aws_shim.url)
+    async with Ec2(SystemClock(), accounts) as ec2:
+        assert await ec2.find_by_tags(nowhere, {"a": "b"}) == []
+        assert not ec2.knows(HERE)
+
+
+async def test_a_client_that_nobody_uses_goes_when_another_is_made(aws_shim: AwsShim) -> None:
+    clock = LaterClock()
+    accounts = Accounts({}, clock, endpoint_url=aws_shim.url)
+    places = [Place(region) for region in ("eu-west-1", "eu-west-2", "eu-west-3")]
+
+    def client(place: Place) -> Any:
+        return accounts.client(place, "ec2", Effect.READ, Making(Config(), lambda _: None))
+
+    first, second = (weakref.ref(client(place)) for place in places[:2])
+    clock.ahead = 800
+    client(places[1])
+    gc.collect()
+    assert first() is not None, "it may be asked for soon"
+    clock.ahead = 1000
+    client(places[2])
+    gc.collect()
+    assert first() is None
+    assert second() is client(places[1]), "who is used stays"

@@ -131,6 +131,18 @@ async def test_an_account_that_the_settings_lack_is_told_and_taken_when_they_hav
     await storage.aclose()
 
 
+async def test_a_worker_of_a_region_that_may_not_be_named_waits_and_can_be_deleted(world: WorkersWorld) -> None:
+    await world.create(region="aa-abc-1")
+    refused = await world.until(lambda w: trouble(w) == "UnknownRegion", "the refusal")
+    assert refused.status.phase == "Pending"
+    await world.change(lambda w: setattr(w.spec, "region", REGION))
+    await world.phase("ReadyUnlicensed")
+    await world.create("w2", region="aa-abc-1")
+    await world.until(lambda w: trouble(w) == "UnknownRegion", "the refusal", "w2")
+    await world.delete("w2")
+    await world.gone("w2")
+
+
 async def test_a_name_may_be_corrected_until_there_is_an_instance(world: WorkersWorld) -> None:
     await world.create(account="exmas")
     await world.until(lambda w: trouble(w) == "UnknownAccount", "the refusal")
@@ -245,13 +257,15 @@ async def test_the_state_of_a_sweep_that_knew_one_account_is_read(
     monkeypatch: pytest.MonkeyPatch, moto_url: str, profiles: Path
 ) -> None:
     storage = MemoryStorage()
-    old = {"at": None, "regions": [REGION], "suspects": []}
+    # Of a time when any region could be named.
+    old = {"at": None, "regions": [REGION, "aa-abc-1"], "suspects": []}
     await storage.create("/lrm/sweep", orjson.dumps(old))
     async with three_accounts(
         monkeypatch, moto_url, storage=storage, led=["sweep"], sweep_interval=0.2, max_instances=1
     ) as world:
         [sweep] = world.others
         await until(lambda: sweep.describe()["sweeps"] > 0, "a sweep")
+        assert (sweep.describe()["regions"], sweep.describe()["regionErrors"]) == ([REGION], {})
         await world.create("typo", account="patner")
         await world.create(account="partner")
         await until(lambda: sweep.describe()["regions"] == ["us-east-1", "partner/us-east-1"], "the new place")

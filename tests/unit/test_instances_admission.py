@@ -10,7 +10,7 @@ import pytest
 
 from controllers.instances.admission import admission
 from controllers.instances.kind import LabInstanceRequest, LabInstanceRequestSpec
-from controllers.plugin import plugin
+from controllers.plugin import ControllersSettings, plugin
 from equipment.placing_scene import TOPOLOGY, PlacingScene, placing_scene
 from lrm.admission import admit
 from lrm.errors import Forbidden
@@ -126,5 +126,7 @@ async def test_one_more_than_a_namespace_may_have_is_forbidden() -> None:
         assert ask(scene, request(namespace="other")) == ([], [])
 
 
-def test_the_plug_in_brings_it() -> None:
-    assert plugin.admission is admission
+async def test_the_plug_in_brings_it() -> None:
+    async with placing_scene(lead=False) as scene:
+        rules = plugin.admission(ControllersSettings(instances_longest_minutes=59), scene.cache, scene.clock)
+        assert [cause.field for cause in admit(rules, request(), None)[0]] == ["spec.durationMinutes"]
