@@ -113,13 +113,14 @@ class PushChannel:
     async def _connect(self, http: aiohttp.ClientSession, session: Session) -> aiohttp.ClientWebSocketResponse:
         problem: CmlError
         try:
-            return await http.ws_connect(
-                self._url,
-                headers={"Authorization": f"Bearer {session.token}"},
-                heartbeat=_HEARTBEAT,
-                timeout=aiohttp.ClientWSTimeout(ws_close=_FAREWELL),
-                max_msg_size=_LONGEST_FRAME,
-            )
+            with self._transport.guard.watching():
+                return await http.ws_connect(
+                    self._url,
+                    headers={"Authorization": f"Bearer {session.token}"},
+                    heartbeat=_HEARTBEAT,
+                    timeout=aiohttp.ClientWSTimeout(ws_close=_FAREWELL),
+                    max_msg_size=_LONGEST_FRAME,
+                )
         except aiohttp.WSServerHandshakeError as error:
             if error.status == 401:
                 self._sessions.drop(session.serial)

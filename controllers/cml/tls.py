@@ -3,6 +3,8 @@
 The leaf is compared inside the handshake of every connection (an `SSLObject` whose `do_handshake` ends with the
 check), so neither a request byte nor even the client's Finished message leaves on a connection with another leaf.
 An earlier probe connection would prove something about that connection only. Uses nothing private of httpx.
+Roots take most of a megabyte and 25 ms of a core, so clients with the same CA file share one context; the guard is
+each client's own, and a connection that is begun outside of `LeafGuard.watching` fails.
 Does not check revocation, and a `verify: false` without a known leaf trusts whatever answers the first login.
 Called by the transport.
 """
@@ -13,7 +15,15 @@ import hashlib
 import ipaddress
 import re
 import ssl
+import stat
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+from weakref import WeakValueDictionary
 
 from controllers.cml.errors import CmlInvalid
 
@@ -102,24 +112,75 @@ class LeafGuard:
             self._pin = observed
         self.observed = observed
 
-    def context(self) -> ssl.SSLContext:
-        """A client context under this guard; reads CA files, so call it in a thread."""
-        if self._policy.checks_chain:
-            context = ssl.create_default_context(cafile=self._policy.ca_file or None)
-        else:
-            context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-            context.check_hostname = False
-            context.verify_mode = ssl.CERT_NONE
-        context.minimum_version = ssl.TLSVersion.TLSv1_2
-        guard = self
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """The connections that this task begins meanwhile are this guard's."""
+        token = _WATCHING.set(self)
+        try:
+            yield
+        finally:
+            _WATCHING.reset(token)
 
-        class GuardedObject(ssl.SSLObject):
-            def do_handshake(self) -> None:
-                super().do_handshake()
-                guard.check(self.getpeercert(binary_form=True))
 
-        context.sslobject_class = GuardedObject
-        return context
+_WATCHING: ContextVar[LeafGuard] = ContextVar("the guard of connections that are begun here")
+
+
+class _GuardedObject(ssl.SSLObject):
+    """One connection's TLS. Made outside of `watching` it is a LookupError: there is no unguarded handshake."""
+
+    _guard: LeafGuard
+
+    def __new__(cls) -> Self:
+        # Taken here and not in the handshake, parts of which run where the event loop reads.
+        made = super().__new__(cls)
+        made._guard = _WATCHING.get()
+        return made
+
+    def do_handshake(self) -> None:
+        super().do_handshake()
+        self._guard.check(self.getpeercert(binary_form=True))
+
+
+def unchecked_context() -> ssl.SSLContext:
+    """The guarded context of all clients that ask for no chain."""
+    return _shared(None)
+
+
+def chain_context(ca_file: str) -> ssl.SSLContext:
+    """The guarded context of all clients that ask for a chain to this file's authorities, "" for the system's.
+
+    A file that has changed is read for those who come later. Reads files, so call it in a thread; raises OSError and
+    ValueError.
+    """
+    path = ca_file or ssl.get_default_verify_paths().cafile
+    if path is None:
+        return _shared(("",))
+    seen = Path(path).stat()
+    if not stat.S_ISREG(seen.st_mode):
+        raise OSError("not a regular file")
+    return _shared((ca_file, seen.st_mtime_ns, seen.st_size, seen.st_ino))
+
+
+_contexts: WeakValueDictionary[tuple[str | int, ...] | None, ssl.SSLContext] = WeakValueDictionary()
+"""By what was read, for as long as some client uses it."""
+_adding = threading.Lock()
+
+
+def _shared(authorities: tuple[str | int, ...] | None) -> ssl.SSLContext:
+    known = _contexts.get(authorities)
+    if known is not None:
+        return known
+    # Not under the lock: a file system that hangs holds up its own clients only.
+    if authorities is None:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        context.check_hostname = False
+        context.verify_mode = ssl.CERT_NONE
+    else:
+        context = ssl.create_default_context(cafile=str(authorities[0]) or None)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    context.sslobject_class = _GuardedObject
+    with _adding:
+        return _contexts.setdefault(authorities, context)
 
 
 def is_loopback(host: str) -> bool:

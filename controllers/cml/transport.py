@@ -30,7 +30,14 @@ from controllers.cml.errors import (
     CmlTlsError,
     CmlUnreachable,
 )
-from controllers.cml.tls import LeafGuard, LeafRefusedError, TlsPolicy, is_loopback
+from controllers.cml.tls import (
+    LeafGuard,
+    LeafRefusedError,
+    TlsPolicy,
+    chain_context,
+    is_loopback,
+    unchecked_context,
+)
 
 _HOST = re.compile(r"[A-Za-z0-9_.-]{1,253}|[0-9A-Fa-f:.]{2,45}")
 _LONGEST_PATH = 4096
@@ -100,7 +107,8 @@ class Transport:
         self, base: httpx.URL, policy: TlsPolicy, breaker: Breaker, *, connect_timeout: float, max_body: int
     ) -> None:
         self._base = str(base).rstrip("/") + "/api/v0"
-        self._plain = base.scheme == "http"
+        # Over plain http no context is ever used, but httpx would load a bundle of roots of its own.
+        self._authorities = policy.ca_file if policy.checks_chain and base.scheme == "https" else None
         self._breaker = breaker
         self._connect_timeout = connect_timeout
         self._max_body = max_body
@@ -126,7 +134,8 @@ class Transport:
         with self._breaker.attempt():
             problem: CmlError
             try:
-                return await self._send(http, message, sending)
+                with self.guard.watching():
+                    return await self._send(http, message, sending)
             except (httpx.HTTPError, httpx.StreamError, httpx.InvalidURL, OSError, RuntimeError) as error:
                 if isinstance(error, RuntimeError) and not self._closed:
                     raise
@@ -198,22 +207,23 @@ class Transport:
             return self._http
 
     async def tls(self) -> ssl.SSLContext:
-        """The guarded context of every connection. Raises `CmlTlsError`, `CmlClosed`."""
+        """The context of every connection, for use under `guard.watching`. Raises `CmlTlsError`, `CmlClosed`."""
         async with self._opening:
             return await self._context()
 
     async def _context(self) -> ssl.SSLContext:
         if self._tls is None:
-            # Over plain http it is never used, but httpx would load a bundle of roots for it.
-            self._tls = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT) if self._plain else await self._guarded()
+            self._tls = await self._trusting()
         if self._closed:
             # Closed while the thread read the CA file: nobody would close what is opened now.
             raise CmlClosed
         return self._tls
 
-    async def _guarded(self) -> ssl.SSLContext:
+    async def _trusting(self) -> ssl.SSLContext:
+        if self._authorities is None:
+            return unchecked_context()
         try:
-            return await asyncio.to_thread(self.guard.context)
+            return await asyncio.to_thread(chain_context, self._authorities)
         except (OSError, ValueError) as error:
             raise CmlTlsError(f"the CA file cannot be used ({type(error).__name__})") from None
 

@@ -35,6 +35,7 @@ from controllers.workers.kind import INSTANCE_FINALIZER, LAB_WORKER, LabWorker
 from controllers.workers.spec import LabWorkerSpec
 from controllers.workers.status import Identity, LabWorkerStatus
 from equipment.aws import REGION, boto, shim_process
+from equipment.certificates import Pair
 from equipment.counting import counting
 from equipment.waiting import until
 from lrm.cache import Cache
@@ -67,6 +68,8 @@ class FleetWorld:
     shim: AwsShim | None
     """The simulated AWS, where it is in this process: what is counted and set there."""
     cml_url: str
+    ca_file: str = ""
+    """Whose word the CMLs' certificates have, where they speak https."""
 
     @property
     def client(self) -> Client:
@@ -124,7 +127,11 @@ class FleetWorld:
         return [instance["InstanceId"] for instance in answer["Instances"]]
 
     def _worker(self, name: str, instance_id: str, region: str, *, cml: bool) -> LabWorker:
-        access = {"passwordFrom": {"env": PASSWORD_ENV}, "apiBaseUrl": f"{self.cml_url}/{instance_id}"} if cml else {}
+        access: dict[str, Any] = {}
+        if cml:
+            access = {"passwordFrom": {"env": PASSWORD_ENV}, "apiBaseUrl": f"{self.cml_url}/{instance_id}"}
+        if self.ca_file:
+            access["tls"] = {"caFile": self.ca_file}
         spec = LabWorkerSpec.model_validate(
             {"labTrack": "ccna", "region": region, "aws": {"amiId": DEMO_AMI}, "cml": access}
         )
@@ -201,10 +208,15 @@ class FleetWorld:
 
 
 @asynccontextmanager
-async def servers(folder: Path) -> AsyncIterator[tuple[str, str]]:
-    """URLs of a simulated AWS and of a CML simulator as processes of their own; nothing here needs their moto."""
+async def servers(folder: Path, tls: Pair | None = None) -> AsyncIterator[tuple[str, str]]:
+    """URLs of a simulated AWS and of a CML simulator as processes of their own; nothing here needs their moto.
+
+    With `tls` the CMLs speak https.
+    """
     times = [word for name in ("boot-bad-gateway", "boot-not-ready") for word in (f"--{name}", "0")]
     command = [sys.executable, "-m", "controllers.cml.simulator", *times]
+    if tls is not None:
+        command += ["--tls-cert", str(tls.cert), "--tls-key", str(tls.key)]
     async with shim_process(folder, "http://127.0.0.1:1", "--delay", "0") as (_, aws_url):
         child = ChildProcess.start(command, name="cml", log_path=folder / "cml.log")
         try:
@@ -257,7 +269,7 @@ class LoopLag:
 
 @asynccontextmanager
 async def fleet_world(
-    aws: AwsShim | str, cml_url: str = "", *, clock: Clock | None = None, **settings: Any
+    aws: AwsShim | str, cml_url: str = "", *, ca_file: str = "", clock: Clock | None = None, **settings: Any
 ) -> AsyncIterator[FleetWorld]:
     """The world over these servers; `settings` are of the plug-in."""
     os.environ[PASSWORD_ENV] = PASSWORD
@@ -280,7 +292,7 @@ async def fleet_world(
         try:
             await cache.wait_synced()
             term = await StaticElection(storage, clock, root="/lrm", lock_name="metrics", identity="test").acquire()
-            yield FleetWorld(storage, cache, clock, registry, metrics, telemetry, term, aws_url, shim, cml_url)
+            yield FleetWorld(storage, cache, clock, registry, metrics, telemetry, term, aws_url, shim, cml_url, ca_file)
         finally:
             following.cancel()
             await asyncio.wait([following])

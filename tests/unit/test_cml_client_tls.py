@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import os
 import ssl
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
 
 from controllers.cml.client import CmlClient, Credentials, TlsPolicy
-from controllers.cml.errors import CmlFingerprintMismatch, CmlInvalid, CmlTlsError, CmlUnreachable
+from controllers.cml.errors import CmlBadAnswer, CmlFingerprintMismatch, CmlInvalid, CmlTlsError, CmlUnreachable
 from controllers.cml.tls import normal_fingerprint
 from equipment.certificates import Certificates, make
 from equipment.scripted_cml import PASSWORD, USERNAME, ScriptedCml
@@ -223,6 +224,54 @@ async def test_a_ca_file_that_cannot_be_used_is_an_error_and_not_a_fallback(
     if content is not None:
         path.write_text(content)
     async with client_of("https://127.0.0.1:1", TlsPolicy(ca_file=str(path))) as client:
+        with pytest.raises(CmlTlsError, match="CA file"):
+            await client.lab_ids()
+
+
+async def test_clients_share_what_they_trust_and_not_what_they_have_pinned(one: Certificates) -> None:
+    """A set of roots takes most of a megabyte: a thousand workers' clients must not have one each."""
+    pinned, wrong = TlsPolicy(fingerprint=leaf_of(one)), TlsPolicy(fingerprint=WRONG)
+    chained = TlsPolicy(ca_file=str(one.ca))
+    async with ScriptedCml.run(tls=server_context(one)) as cml, AsyncExitStack() as stack:
+        clients = [await stack.enter_async_context(client_of(cml.url, p)) for p in (pinned, wrong, chained) * 2]
+        plain = await stack.enter_async_context(client_of(cml.url.replace("https:", "http:"), TlsPolicy()))
+        told = await asyncio.gather(*(c.lab_ids() for c in clients), return_exceptions=True)
+        assert [isinstance(t, CmlFingerprintMismatch) for t in told] == [False, True, False] * 2
+        channels = [c.listen(lambda: None, lambda: None) for c in clients]
+        ends = await asyncio.gather(*channels, return_exceptions=True)
+        assert [type(e) for e in ends] == [CmlBadAnswer, CmlFingerprintMismatch, CmlBadAnswer] * 2
+        assert [c.peer_fingerprint for c in clients] == [leaf_of(one), None, leaf_of(one)] * 2
+        contexts = [await client._transport.tls() for client in (*clients, plain)]
+        assert len(set(contexts)) == 2
+        system = [await client_of(cml.url, TlsPolicy())._transport.tls() for _ in range(2)]
+        assert system[0] is system[1]
+
+
+async def test_no_connection_is_made_without_a_guard(one: Certificates) -> None:
+    async with client_of("https://127.0.0.1:1", TlsPolicy(ca_file=str(one.ca))) as client:
+        context = await client._transport.tls()
+        with pytest.raises(LookupError):
+            context.wrap_bio(ssl.MemoryBIO(), ssl.MemoryBIO(), server_hostname="localhost")
+
+
+async def test_a_ca_file_that_has_changed_is_read_for_those_who_come_later(
+    one: Certificates, two: Certificates
+) -> None:
+    policy = TlsPolicy(ca_file=str(one.ca))
+    async with (
+        ScriptedCml.run(tls=server_context(two)) as cml,
+        client_of(cml.url, policy) as before,
+        client_of(cml.url, policy) as after,
+    ):
+        with pytest.raises(CmlTlsError, match="does not verify"):
+            await before.lab_ids()
+        one.ca.write_bytes(two.ca.read_bytes())
+        await after.lab_ids()
+
+
+async def test_a_ca_file_that_would_be_read_for_ever_is_not_begun(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    async with client_of("https://127.0.0.1:1", TlsPolicy(ca_file=str(tmp_path / "pipe"))) as client:
         with pytest.raises(CmlTlsError, match="CA file"):
             await client.lab_ids()
 
