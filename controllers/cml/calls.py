@@ -1,6 +1,6 @@
 """How one call is made: its class, its deadline, its session, its retries, and what its failure means.
 
-    reads        three tries on anything retryable, with backoff and jitter
+    reads        three tries on anything retryable, with backoff and jitter; a long one has a single try
     repeatable   one try; the caller looks again, and may repeat
     creating     one try; sent without a usable answer is `CmlOutcomeUnknown`, never repeated
 
@@ -68,6 +68,12 @@ class Caller:
         self._check_open()
         message = Message("GET", path, query=query or {}, read_timeout=self._timeouts.attempt, max_body=max_body)
         return await self._within(self._timeouts.read, message, Sending(), tries=_TRIES, login=login)
+
+    async def long_read(self, path: str) -> Answer:
+        """GET of what CML may take long to make: once, with the time that a change has."""
+        self._check_open()
+        limit = self._timeouts.change
+        return await self._within(limit, Message("GET", path, read_timeout=limit), Sending())
 
     async def change(self, method: str, path: str, content: bytes | None = None) -> Answer:
         """A call that may be made again by whoever looked first; one try here."""

@@ -257,9 +257,13 @@ class CmlClient:
             raise CmlBadAnswer(answer.status, "the states of a lab's elements without those of its nodes")
         return {node: state if isinstance(state, str) else "" for node, state in states.items()}
 
-    async def download(self, lab_id: str) -> str:
-        """The lab as YAML that can be imported again; CML sends it raw or as a JSON string."""
-        answer = await self._calls.read(_lab(lab_id, "/download"))
+    async def download(self, lab_id: str, *, patient: bool = False) -> str:
+        """The lab as YAML that can be imported again; CML sends it raw or as a JSON string.
+
+        `patient` gives a big lab the time of a change, in one try.
+        """
+        path = _lab(lab_id, "/download")
+        answer = await (self._calls.long_read(path) if patient else self._calls.read(path))
         if answer.body.lstrip()[:1] == b'"':
             return answer.string()
         if answer.body.lstrip()[:1] in {b"", b"<"}:

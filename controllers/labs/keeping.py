@@ -1,8 +1,9 @@
 """Keeps the topology of a lab that is about to be deleted, as a LabImport that waits to be asked for.
 
 Promises: with `labs_topology_retention` set, a deletion goes on only once the topology is kept, or it is told in the
-record's condition `TopologyKept` why it is not: it is too large, or CML would not give it for `labs_step_timeout`. The
-LabImport's name follows from the record's uid, so that a repeat finds what is there. Called by the deletion.
+record's condition `TopologyKept` why it is not: it is too large, or CML would not give it for `labs_step_timeout` since
+it first did not, whatever it answered or did not answer. The LabImport's name follows from the record's uid, so that a
+repeat finds what is there. Called by the deletion, which has just seen that CML can be asked about the lab.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from datetime import timedelta
 from math import ceil
 
 from controllers.cml.client import CmlClient
-from controllers.cml.errors import CmlError, CmlNotFound
+from controllers.cml.errors import CmlCircuitOpen, CmlClosed, CmlError, CmlLoginThrottled, CmlNotFound
 from controllers.labs.imports_kind import (
     LAB_LABEL,
     TITLE_MOST,
@@ -32,17 +33,21 @@ from storage.errors import TooLarge
 
 async def keep_topology(record: LabRecord, client: CmlClient, ctx: Context, settings: LabsSettings) -> LabRecord:
     """Keep what can be kept, once; the record as it is then. Raises `CmlError` while CML may yet give it."""
-    retention = settings.labs_topology_retention
-    if not retention or record.status.condition(TOPOLOGY_KEPT) is not None:
+    retention, told = settings.labs_topology_retention, record.status.condition(TOPOLOGY_KEPT)
+    if not retention or (told is not None and told.status != "Unknown"):
         return record
     try:
-        topology = await client.download(record.spec.lab_id)
+        topology = await client.download(record.spec.lab_id, patient=True)
     except CmlNotFound:
         return record  # there is nothing to keep any more
+    except (CmlCircuitOpen, CmlClosed, CmlLoginThrottled):
+        raise  # it was not asked
     except CmlError as error:
-        since = record.metadata.deletion_timestamp or ctx.clock.now()
-        patient = ctx.clock.now() - since < timedelta(seconds=settings.labs_step_timeout)
-        if error.retryable or patient or ctx.wall_jumped:
+        if told is None:
+            await _told(record, ctx, None, "NotGivenYet", str(error)[:500])
+            raise
+        tried = ctx.clock.now() - told.last_transition_time
+        if tried < timedelta(seconds=settings.labs_step_timeout) or ctx.wall_jumped:
             raise
         return await _not_kept(record, ctx, "NotGiven", str(error)[:500])
     size = len(topology.encode())
@@ -83,7 +88,7 @@ async def _not_kept(record: LabRecord, ctx: Context, reason: str, message: str) 
     return await _told(record, ctx, False, reason, message)
 
 
-async def _told(record: LabRecord, ctx: Context, kept: bool, reason: str, message: str) -> LabRecord:
+async def _told(record: LabRecord, ctx: Context, kept: bool | None, reason: str, message: str) -> LabRecord:
     now = ctx.clock.now()
     return await ctx.client.update_status(
         record, lambda r: r.status.set_condition(TOPOLOGY_KEPT, kept, reason, message, now=now)

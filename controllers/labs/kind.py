@@ -41,7 +41,8 @@ with the reason why it was given up."""
 LAB_DELETED = "LabDeleted"
 """On records that are being deleted: how far it has come, or what it waits for."""
 TOPOLOGY_KEPT = "TopologyKept"
-"""On records that are being deleted, where topologies are kept: in which LabImport, or why not."""
+"""On records that are being deleted, where topologies are kept: in which LabImport, or why not; Unknown while CML has
+not given it and is still asked."""
 
 
 def _upper(value: Any) -> Any:

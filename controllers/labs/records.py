@@ -86,6 +86,7 @@ class LabRecordsController(Controller[LabRecord]):
     model = LabRecord
     finalizer = LAB_FINALIZER
     workers = 32
+    deadline = 180.0
     resync = 3600.0
 
     hints: Shares

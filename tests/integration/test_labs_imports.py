@@ -8,6 +8,7 @@ from typing import Any, cast
 
 import pytest
 
+from controllers.cml.client import Timeouts
 from controllers.labs.imports_kind import IMPORT_ANNOTATION, LabImport, LabImportSpec, mark_of
 from controllers.labs.kind import LabRecord
 from controllers.workers.kind import LabWorker
@@ -231,19 +232,40 @@ async def test_a_kept_topology_goes_when_its_time_is_over(monkeypatch: pytest.Mo
         await until(none_left)
 
 
-async def test_a_lab_whose_topology_cml_cannot_give_is_deleted_in_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
-    async with labs_world(monkeypatch, labs_topology_retention=3600, labs_step_timeout=1) as world:
-        world.fault("status", path="*/download", status=500)
+@pytest.mark.parametrize(
+    ("kind", "how", "why"),
+    [
+        ("status", {"status": 500}, "CmlBadAnswer"),
+        ("drop", {}, "CmlUnreachable"),
+        ("delay", {"seconds": 9}, "CmlTimeout"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+async def test_a_lab_whose_topology_cml_cannot_give_is_deleted_in_the_end(
+    monkeypatch: pytest.MonkeyPatch, kind: str, how: dict[str, Any], why: str
+) -> None:
+    async with labs_world(
+        monkeypatch, labs_topology_retention=3600, labs_step_timeout=1, timeouts=Timeouts(change=2)
+    ) as world:
+        world.fault(kind, path="*/download", **how)
         lab_id, record = await deleted_with(world)
 
         async def waits() -> bool:
             found = (await world.client.get(LabRecord, "default", record.name)).status.condition("LabDeleted")
-            return found is not None and found.reason == "CmlBadAnswer"
+            return found is not None and found.reason == why
 
         await until(waits, "the deletion to wait for the topology")
         assert lab_id in world.machine().labs
         await world.gone(record)
         assert not await world.client.list(LabImport)
+
+
+async def test_a_download_has_longer_than_other_reads(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with labs_world(monkeypatch, labs_topology_retention=3600, timeouts=Timeouts(attempt=1, read=2)) as world:
+        world.fault("delay", path="*/download", seconds=3)
+        _, record = await deleted_with(world)
+        await world.gone(record)
+        assert [kept.spec.title for kept in await world.client.list(LabImport)] == ["BGP"]
 
 
 async def test_a_topology_that_is_too_large_is_told_and_not_kept(
