@@ -27,7 +27,7 @@ from controllers.cml.models import Lab
 from controllers.cml.sessions import CmlSessions
 from controllers.instances.cml_place import Away, Lost, place_of
 from controllers.instances.kind import LabInstanceRequest, Need, WorkerRef
-from controllers.instances.marks import notes_for, read_mark
+from controllers.instances.marks import Mark, notes_for, read_mark
 from controllers.instances.phases import Reasons
 from controllers.instances.runtime import LabFailed, NotNow, Prepared, Refused, Sighting, State, WorkerLost
 from controllers.instances.settings import InstanceSettings
@@ -267,11 +267,16 @@ class CmlRuntime:
         return [lab for lab in inventory.labs.values() if lab.title == request.outside_name]
 
     async def _is_of_this_try(self, request: LabInstanceRequest, client: CmlClient, lab: Lab, ctx: Context) -> bool:
-        """Whether a lab was imported for this place; tiles need not tell the notes."""
+        """Whether a lab was imported for this place, by us: who works in CML can write any mark, but owns what he made.
+
+        Tiles need not tell the notes; and CML need not tell who owns a lab, or who we are.
+        """
         ctx.check_leading()
-        notes = lab.notes if lab.notes is not None else (await client.lab(lab.id)).notes
-        mark = read_mark(notes or "")
-        return mark is not None and mark.attempt == request.status.attempt
+        told = lab if lab.notes is not None else await client.lab(lab.id)
+        if read_mark(told.notes or "") != Mark(self._installation, request.uid, request.status.attempt):
+            return False
+        owner, session = told.owner or lab.owner, await client.proven_session()
+        return not owner or not session.user_id or owner == session.user_id
 
     async def _remove(self, client: CmlClient, lab_id: str, ctx: Context) -> bool:
         """The next step towards a lab's end; whether it has come."""

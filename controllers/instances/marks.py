@@ -2,7 +2,8 @@
 
 The title is what labs are found by: a uid is never given twice, so a lab of that title is the request's. The mark at
 the end of the notes tells a try from the one before it, and one installation's labs from another's where no request
-claims them. People can edit both: what is unreadable is nobody's, and never removed as a stray.
+claims them. People can edit both: what is unreadable is nobody's, and never removed as a stray; and a mark alone makes
+no lab ours, since whoever may make labs may write one.
 """
 
 from __future__ import annotations

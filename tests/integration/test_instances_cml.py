@@ -114,6 +114,22 @@ async def test_of_two_labs_of_one_try_the_older_stays(world: CmlInstancesWorld) 
     assert world.labs.machine().counts["POST /import"] == 0
 
 
+async def test_a_lab_that_another_made_under_its_title_is_not_taken_for_its_own(world: CmlInstancesWorld) -> None:
+    await world.worker()
+    request = await world.make(scheduledStartTime=(world.labs.clock.now() + timedelta(days=1)).isoformat())
+    mark = "lrm installation={} uid={} attempt=1".format
+    student, machine = "11111111-1111-4111-8111-111111111111", world.labs.machine()
+    forged = [
+        machine.add_lab(request.outside_name, nodes=1, owner=student, notes=mark(INSTALLATION, request.uid)),
+        machine.add_lab(request.outside_name, nodes=1, notes=mark("another", request.uid)),
+        machine.add_lab(request.outside_name, nodes=1, notes=mark(INSTALLATION, uuid.uuid4())),
+    ]
+    await world.labs.client.update(await world.get(), lambda r: setattr(r.spec, "scheduled_start_time", None))
+    running = await world.until_phase("Running")
+    assert [lab.id for lab in world.titled(running)] == [running.status.cml_lab_id]
+    assert running.status.cml_lab_id not in [lab.id for lab in forged]
+
+
 @pytest.mark.parametrize("step", ["start", "stop", "wipe", "delete"])
 async def test_a_step_whose_answer_is_lost_is_judged_by_the_lab(world: CmlInstancesWorld, step: str) -> None:
     await world.worker()
