@@ -26,6 +26,7 @@ from controllers.workers.pace import Pace
 from controllers.workers.phases import Phase, Reasons
 from controllers.workers.provisioning import Provisioner, Sighting, fail_if_ended, is_off, reason_of, tell_of_seat
 from controllers.workers.settings import WorkerSettings
+from controllers.workers.turns import Crowded
 from controllers.workers.work import Work, forget_ended, fresh_registration
 from lrm.cache import Change
 from lrm.reconcile import Context, Controller, Key, Result, Trigger
@@ -70,15 +71,21 @@ class WorkersController(Controller[LabWorker]):
 
     async def reconcile(self, resource: LabWorker, ctx: Context) -> Result:
         wish = resource.metadata.annotations.get(RECONCILE_ANNOTATION)
-        if wish is None:
-            return await self._step(Work(resource, ctx))
-        result = await self._step(Work(resource, ctx, asked=self._honoured.get(resource.uid) != wish))
-        self._honoured[resource.uid] = wish
+        work = Work(resource, ctx, asked=wish is not None and self._honoured.get(resource.uid) != wish)
+        try:
+            result = await self._step(work)
+        except Crowded:
+            return self._pace.uneasy()  # told earlier, if all goes well
+        if wish is not None:
+            self._honoured[resource.uid] = wish
         return result
 
     async def finalize(self, resource: LabWorker, ctx: Context) -> Result:
         self._honoured.pop(resource.uid, None)
-        return await self._departure.finalize(Work(resource, ctx))
+        try:
+            return await self._departure.finalize(Work(resource, ctx))
+        except Crowded:
+            return self._pace.uneasy()
 
     async def _step(self, work: Work) -> Result:
         await work.settle()

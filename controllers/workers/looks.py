@@ -12,7 +12,6 @@ a quarter of the interval. Called by the provisioner; the answers end with the t
 
 from __future__ import annotations
 
-import asyncio
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -35,9 +34,10 @@ from controllers.workers.decisions import (
 from controllers.workers.kind import LabWorker
 from controllers.workers.phases import SERVING, Conditions, Phase
 from controllers.workers.settings import WorkerSettings
+from controllers.workers.turns import Crowded
 from controllers.workers.work import Work
 from lrm.cache import Cache
-from lrm.controller import Hints
+from lrm.controller import Hints, Key
 from storage.base import Guard
 from storage.clock import Clock
 
@@ -87,7 +87,9 @@ class Answer:
 class _Shared:
     """What is known of one place."""
 
-    turn: asyncio.Lock = field(default_factory=asyncio.Lock)
+    asking: bool = False
+    later: set[Key] = field(default_factory=set)
+    """Who came meanwhile, and had nothing to go on with: they are told when it has ended."""
     answer: Answer | None = None
     confirmed: set[str] = field(default_factory=set)
     """Uids of workers that the answer confirms."""
@@ -124,7 +126,7 @@ class Ec2Looks:
     async def confirm(self, work: Work) -> Ec2Instance | None:
         """The worker's instance if a shared look confirms it; None: look yourself.
 
-        Raises `AwsError` where EC2 can be asked nothing, and `NotLeading`.
+        Raises `AwsError` where EC2 can be asked nothing, `Crowded` where somebody asks now, and `NotLeading`.
         """
         worker = work.worker
         if work.asked or not rests(worker):
@@ -142,16 +144,23 @@ class Ec2Looks:
             # Another leader may have changed what this one has not heard of.
             self._term, self._places, self._changed = term, {}, {}
         shared = self._places.setdefault(place, _Shared())
-        # Who has an answer that will do, or knows that there is none to be had, does not wait for the next one.
-        served = self._usable(shared, clock) or shared.refusal is not None
-        if self._due(shared, clock) and not (shared.turn.locked() and served):
-            async with shared.turn:
-                if self._due(shared, clock):
-                    await self._look(place, shared, work)
+        if self._due(shared, clock) and not shared.asking:
+            shared.asking = True
+            try:
+                await self._look(place, shared, work)
+            finally:
+                shared.asking = False
+                later, shared.later = shared.later, set()
+                for key in sorted(later):
+                    self.hints.tell(key)
         if self._usable(shared, clock):
             return shared.answer
         if shared.refusal is not None:
             raise shared.refusal.with_traceback(None)
+        if shared.asking:
+            # Nobody waits here: a place that hangs would have them all.
+            shared.later.add((work.worker.namespace, work.worker.name))
+            raise Crowded
         return None
 
     def _due(self, shared: _Shared, clock: Clock) -> bool:

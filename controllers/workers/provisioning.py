@@ -4,7 +4,8 @@ Promises that of all instances which carry a worker's uid one survives, and that
 parameters are in the status before RunInstances is called, what carries the uid is looked for before each launch and
 at every look, surplus is ended and reported. An error of EC2's is an error, never "terminated"; that an instance is
 gone is believed only under `absence_proves`, and only with credentials of the account that had it. Observing only,
-nothing here changes anything in EC2. Called by the workers' controller.
+nothing here changes anything in EC2. All that asks EC2 may raise `Crowded` and has done nothing then, but for
+RunInstances, which is sent once its intent is recorded. Called by the workers' controller.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from dataclasses import dataclass, replace
 from controllers.aws.calls import READ_TIMEOUT
 from controllers.aws.ec2 import LIVE_STATES, Ec2, Ec2Instance, LaunchParameters
 from controllers.aws.errors import (
+    AwsAccountForbidden,
     AwsAuthError,
     AwsBadInput,
     AwsCapacity,
@@ -48,6 +50,7 @@ from controllers.workers.kind import LAB_WORKER, LabWorker
 from controllers.workers.looks import Ec2Looks
 from controllers.workers.phases import Conditions, Phase, Reasons
 from controllers.workers.settings import WorkerSettings
+from controllers.workers.turns import Turns
 from controllers.workers.work import Change, Work, forget_instance
 from lrm.crashpoints import crash_point
 from lrm.errors import RetryLater
@@ -84,6 +87,7 @@ _REASONS: tuple[tuple[type[AwsError], str], ...] = (
     (AwsAuthError, "AWSAuthFailed"),
     (AwsUnknownAccount, "UnknownAccount"),
     (AwsUnknownRegion, "UnknownRegion"),
+    (AwsAccountForbidden, "AccountForbidden"),
     (AwsBadInput, Reasons.LAUNCH_REFUSED),
     (AwsNotFound, Reasons.LAUNCH_REFUSED),
     (AwsWrongState, "WrongState"),
@@ -130,7 +134,8 @@ class Provisioner:
         self._settings = settings
         self._installation = installation
         self.looks = Ec2Looks(ec2, settings, installation)
-        # Counting instances and recording one more is one step, else N launches at once would each find room.
+        self._turns = Turns(self.looks.hints)
+        # Counting launches and recording one more is one step, else N of them at once would each find room.
         self._brake = asyncio.Lock()
         self._silent_until: dict[Place, float] = {}
         """Until when, monotonic, a place that gave no answer is not asked how many instances it has."""
@@ -141,6 +146,7 @@ class Provisioner:
         At rest, a look that all workers share is enough where it shows the instance as it is recorded.
         """
         try:
+            self._check_named(work)
             confirmed = await self.looks.confirm(work)
             sighting = Sighting(confirmed) if confirmed is not None else await self.look(work)
             await self.remove(work, sighting.surplus)
@@ -159,6 +165,7 @@ class Provisioner:
 
     async def look(self, work: Work) -> Sighting:
         """What EC2 says of the worker's instance, and which others carry its uid. Raises `AwsError`."""
+        self._check_named(work)
         worker, recorded = work.worker, work.worker.status.ec2.instance_id
         # One question in most cases: what launches finds by tag what it recorded, too.
         found = [] if worker.spec.adopts else await self._carriers(work)
@@ -196,6 +203,7 @@ class Provisioner:
         """
         if work.observe_only:
             raise Held(Reasons.OBSERVE_ONLY, "nothing is launched while this worker is only observed")
+        self._check_named(work)
         crash_point("workers.launch.looked")
         doubtful_since = await self._intend(work)
         if goal_of(work.worker) is not Goal.READY:
@@ -246,14 +254,14 @@ class Provisioner:
 
     async def start(self, work: Work, instance_id: str) -> None:
         work.ctx.check_leading()
-        with self.looks.changing(work):
+        with self._turns.turn(work), self.looks.changing(work):
             await self._ec2.start(work.worker.spec.place, instance_id)
         crash_point("workers.start.sent")
         work.log.info("worker.instance_started", instance=instance_id)
 
     async def stop(self, work: Work, instance_id: str) -> None:
         work.ctx.check_leading()
-        with self.looks.changing(work):
+        with self._turns.turn(work), self.looks.changing(work):
             await self._ec2.stop(work.worker.spec.place, instance_id)
         crash_point("workers.stop.sent")
         work.log.info("worker.instance_stopped", instance=instance_id)
@@ -261,32 +269,35 @@ class Provisioner:
     async def terminate(self, work: Work, instance_id: str) -> None:
         """Ask EC2 to end an instance; that it is told of as ended, only a look can say."""
         work.ctx.check_leading()
-        with self.looks.changing(work):
+        with self._turns.turn(work), self.looks.changing(work):
             await self._ec2.terminate(work.worker.spec.place, instance_id)
         work.log.info("worker.instance_terminated", instance=instance_id)
 
     async def describe(self, work: Work, instance_id: str) -> Ec2Instance:
         """One instance, for adoption. Raises `Ec2NotFound`."""
+        self._check_named(work)
         work.ctx.check_leading()
-        return await self._ec2.describe_instance(work.worker.spec.place, instance_id)
+        with self._turns.turn(work):
+            return await self._ec2.describe_instance(work.worker.spec.place, instance_id)
 
     async def mark(self, work: Work, instance: Ec2Instance) -> None:
         """Give an adopted instance this worker's tags, if it lacks them."""
         wanted = {**work.worker.spec.aws.tags, **tags_of(work.worker, self._installation)}
         if not work.observe_only and not wanted.items() <= instance.tags.items():
             work.ctx.check_leading()
-            with self.looks.changing(work):
+            with self._turns.turn(work), self.looks.changing(work):
                 await self._ec2.create_tags(work.worker.spec.place, instance.id, wanted)
 
     async def unmark(self, work: Work) -> None:
         """Take the tags by which they count as this installation's from all instances of the worker."""
+        self._check_named(work)
         recorded = work.worker.status.ec2.instance_id
         marked = {recorded, *(i.id for i in await self._carriers(work))} - {None}
         for instance_id in sorted(str(m) for m in marked):
             work.ctx.check_leading()
             try:
                 tags = tags_of(work.worker, self._installation)
-                with self.looks.changing(work):
+                with self._turns.turn(work), self.looks.changing(work):
                     await self._ec2.delete_tags(work.worker.spec.place, instance_id, tags)
             except Ec2NotFound:
                 if instance_id == recorded and not await self._absence_proves(work):
@@ -294,6 +305,7 @@ class Provisioner:
 
     async def live(self, work: Work) -> list[Ec2Instance]:
         """Every instance of this worker that may still cost something: by tag, and the recorded one."""
+        self._check_named(work)
         found = await self._carriers(work)
         recorded = work.worker.status.ec2.instance_id
         if recorded is not None and all(i.id != recorded for i in found):
@@ -326,14 +338,19 @@ class Provisioner:
             raise RetryLater(message)
         return ""
 
+    def _check_named(self, work: Work) -> None:
+        """Raise `AwsError` where the worker's namespace may not name its account: before all that leads to an act."""
+        self._ec2.check_named(work.worker.spec.place, work.worker.namespace)
+
     async def _intend(self, work: Work) -> object:
         """Record the attempt and what it sends; return since when an earlier call of it is in doubt."""
         trace = self._settings.worker_trace_timeout
         now, due_by, before = work.now, work.due_by, work.worker.status.ec2
         doubtful_since = before.sent_at if in_doubt(before, due_by, trace) else None
+        told = await self._told_of_ours(work) if doubtful_since is None else None
         async with self._brake:
-            if doubtful_since is None:
-                await self.check_brake(work)
+            if told is not None:
+                self._check_room(work, told)
 
             def intend(worker: LabWorker) -> None:
                 if goal_of(worker) is not Goal.READY:
@@ -348,27 +365,33 @@ class Provisioner:
         return doubtful_since
 
     async def check_brake(self, work: Work) -> None:
-        """Raise `Held` when the installation has as many instances as it may."""
-        most = self._settings.max_instances
-        others = [w for w in work.ctx.cache.all(LabWorker) if w.uid != work.worker.uid]
-        concerned = [w for w in others if w.status.ec2.attempt or w.status.ec2.instance_id]
+        """Raise `Held` when the installation has as many instances as it may; `AwsError` where EC2 does not say."""
+        self._check_room(work, await self._told_of_ours(work))
+
+    def _check_room(self, work: Work, told: set[str]) -> None:
+        """The same, with what EC2 told. What was launched since then is in the status of its worker."""
+        most, concerned = self._settings.max_instances, _concerned(work)
         ids = {
             w.status.ec2.instance_id
             for w in concerned
             if w.status.ec2.instance_id and w.status.ec2.state != "terminated"
         }
         underway = sum(in_doubt(w.status.ec2, work.due_by, self._settings.worker_trace_timeout) for w in concerned)
-        here = work.worker.spec.place
-        work.ctx.check_leading()
-        ids |= await self._ours(here)
-        async with asyncio.TaskGroup() as tasks:
-            elsewhere = {w.spec.place for w in concerned} - {here}
-            asked = [tasks.create_task(self._ours_elsewhere(place, work.ctx.clock)) for place in sorted(elsewhere)]
-        ids = ids.union(*(task.result() for task in asked))
-        if len(ids) + underway >= most:
+        if len(ids | told) + underway >= most:
             raise Held(
                 Reasons.MAX_INSTANCES, f"the installation has reached its limit of {most} instances (LRM_MAX_INSTANCES)"
             )
+
+    async def _told_of_ours(self, work: Work) -> set[str]:
+        """Ids of the installation's instances that cost something, as EC2 tells now. Raises `AwsError`."""
+        here = work.worker.spec.place
+        work.ctx.check_leading()
+        with self._turns.turn(work):
+            ids = await self._ours(here)
+        async with asyncio.TaskGroup() as tasks:
+            elsewhere = {w.spec.place for w in _concerned(work)} - {here}
+            asked = [tasks.create_task(self._ours_elsewhere(place, work.ctx.clock)) for place in sorted(elsewhere)]
+        return ids.union(*(task.result() for task in asked))
 
     async def _ours(self, place: Place, timeout: float = READ_TIMEOUT) -> set[str]:
         """Ids of the installation's instances that cost something in a place. Raises `AwsError`."""
@@ -403,13 +426,13 @@ class Provisioner:
     async def _carriers(self, work: Work) -> list[Ec2Instance]:
         work.ctx.check_leading()
         tags = {UID_TAG: work.worker.uid, INSTALLATION_TAG: self._installation}
-        return await self._ec2.find_by_tags(work.worker.spec.place, tags, states=_STATES)
+        with self._turns.turn(work):
+            return await self._ec2.find_by_tags(work.worker.spec.place, tags, states=_STATES)
 
     async def _describe(self, work: Work, instance_id: str) -> Ec2Instance | None:
         """The instance, or None when EC2 says that there is none; what that means is the caller's to judge."""
-        work.ctx.check_leading()
         try:
-            return await self._ec2.describe_instance(work.worker.spec.place, instance_id)
+            return await self.describe(work, instance_id)
         except Ec2NotFound:
             return None
 
@@ -425,8 +448,15 @@ class Provisioner:
             return False
         if ec2.owner_id is not None:
             work.ctx.check_leading()
-            await self._ec2.check_owner(work.worker.spec.place, ec2.owner_id)
+            with self._turns.turn(work):
+                await self._ec2.check_owner(work.worker.spec.place, ec2.owner_id)
         return True
+
+
+def _concerned(work: Work) -> list[LabWorker]:
+    """The other workers that have an instance, or may."""
+    others = (w for w in work.ctx.cache.all(LabWorker) if w.uid != work.worker.uid)
+    return [w for w in others if w.status.ec2.attempt or w.status.ec2.instance_id]
 
 
 def note_instance(worker: LabWorker, instance: Ec2Instance) -> None:

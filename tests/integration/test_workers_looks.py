@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Callable
 
 import pytest
 
+from controllers.workers.turns import Crowded
 from equipment.looks_scene import LooksScene, looks_scene
 from equipment.waiting import until
 
@@ -37,12 +38,17 @@ async def test_workers_at_rest_cost_as_many_calls_an_interval_as_there_are_pages
     assert not scene.hinted
 
 
-async def test_workers_that_ask_at_the_same_moment_share_the_call_that_they_wait_for(scene: LooksScene) -> None:
+async def test_workers_that_come_at_the_same_moment_share_one_call_and_do_not_wait_for_it(scene: LooksScene) -> None:
     names = [f"w{n}" for n in range(20)]
     for name in names:
         await scene.rest(name)
-    found = await asyncio.gather(*(scene.see(name) for name in names))
-    assert all(s is not None and s.instance is not None for s in found)
+    found = await asyncio.gather(*(scene.see(name) for name in names), return_exceptions=True)
+    assert sum(isinstance(s, Crowded) for s in found) == 19
+    assert len(scene.hinted) == 19, "they are told when the answer is there"
+    for name in scene.hinted:
+        sighting = await scene.see(name)
+        assert sighting is not None
+        assert sighting.instance is not None
     assert scene.calls() == ONE
 
 
