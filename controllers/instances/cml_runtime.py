@@ -78,7 +78,7 @@ class CmlRuntime:
         """
 
     async def prepare(self, request: LabInstanceRequest, ctx: Context) -> Prepared:
-        """What the topology needs, or the request says instead."""
+        """What the topology needs, or the request says where that is more."""
         topology = await load(request.spec.lab_template, self._settings, ctx.clock)
         self._to_import(request, topology)
         return Prepared(_need(request, topology), topology.digest)
@@ -355,11 +355,10 @@ def _ref(request: LabInstanceRequest) -> WorkerRef:
 
 
 def _need(request: LabInstanceRequest, topology: Topology) -> Need:
+    """What the request says, and never less than the topology will take: CML keeps no lab to a limit."""
     wanted = request.spec.resources
     return Need(
-        cpu=wanted.cpu if wanted.cpu is not None else topology.cpu,
-        memory=wanted.memory if wanted.memory is not None else topology.memory,
-        nodes=topology.nodes,
+        cpu=max(wanted.cpu or 0, topology.cpu), memory=max(wanted.memory or 0, topology.memory), nodes=topology.nodes
     )
 
 

@@ -100,7 +100,10 @@ class LabTemplate(Model):
 
 
 class InstanceResources(Model):
-    """What the lab may use, and what is reserved for it; absent is what the settings say, or the topology asks for."""
+    """What the lab may use, and what is reserved for it; absent is what the settings say, or the topology asks for.
+
+    On CML it can only be more than the topology asks for.
+    """
 
     cpu: SomeCores | None = None
     """Cores."""

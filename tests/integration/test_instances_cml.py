@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import uuid
 from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
@@ -54,6 +55,22 @@ async def test_a_topology_runs_for_its_student_and_leaves_nothing(world: CmlInst
     counts = world.labs.machine().counts
     assert counts["POST /import"] == 1
     assert all(counts[f"PUT /labs/{{lab_id}}/{step}"] for step in ("start", "stop", "wipe"))
+
+
+async def test_what_is_reserved_is_never_less_than_its_topology_takes(world: CmlInstancesWorld) -> None:
+    asks = json.loads(topology(2))
+    asks["nodes"][0] |= {"cpus": 2, "ram": 4096}
+    for name, said in (("less", {"cpu": 0.001, "memory": "6Mi"}), ("more", {"cpu": 3, "memory": "8Gi"}), ("none", {})):
+        await world.make(name, labTemplate={"topology": json.dumps(asks)}, resources=said)
+    needs = {
+        name: (await world.until_told("WorkerAssigned", "NoWorkers", name)).status.need
+        for name in ("less", "more", "none")
+    }
+    assert {name: (need.cpu, need.memory // 1024**3, need.nodes) for name, need in needs.items() if need} == {
+        "less": (2, 4, 2),
+        "more": (3, 8, 2),
+        "none": (2, 4, 2),
+    }
 
 
 async def test_an_import_whose_answer_is_lost_is_found_and_not_repeated(world: CmlInstancesWorld) -> None:
