@@ -33,15 +33,18 @@ from controllers.labs.imports_kind import (
     IMPORTED,
     IMPORTING,
     LAB_IMPORTS,
+    LAB_LABEL,
     PENDING,
     READY,
     WARNINGS_KEPT,
+    WORKER_LABEL,
     LabImport,
     ended,
+    kept_name,
     mark_of,
     waits_to_be_asked,
 )
-from controllers.labs.kind import LABS, printable
+from controllers.labs.kind import LABS, LabRecord, printable, record_of_lab
 from controllers.labs.settings import LabsSettings
 from controllers.labs.shares import FULL_AGAIN, Shares
 from controllers.workers.kind import LabWorker, serving
@@ -86,8 +89,8 @@ class LabImportsController(Controller[LabImport]):
         self.hints = Shares(_TO_ONE_CML)
 
     def triggers(self) -> Sequence[Trigger]:
-        """A worker that serves again, or is gone, concerns the imports that wait for it."""
-        return (Trigger(LabWorker, self._waiting_for),)
+        """A worker that serves again, or is gone, concerns the imports that wait for it; a lab's end its copy."""
+        return (Trigger(LabWorker, self._waiting_for), Trigger(LabRecord, self._kept_of))
 
     def settled(self, order: LabImport) -> bool:
         """Nothing is to be imported; the end of its time can wait for `poll` seconds."""
@@ -257,6 +260,11 @@ class LabImportsController(Controller[LabImport]):
 
     async def _expire(self, order: LabImport, ctx: Context) -> Result:
         """Remove it when its time is over; until then look again."""
+        if order.status.phase != IMPORTED and self._lab_is_going(order):
+            return Result.after(self.resync)  # its end wakes us
+        if order.status.phase == HELD and LAB_LABEL in order.metadata.labels and order.status.completed_at is None:
+            now = ctx.clock.now()
+            order = await ctx.client.update_status(order, lambda i: setattr(i.status, "completed_at", now))
         began = order.status.completed_at or order.metadata.creation_timestamp or ctx.clock.now()
         ttl = order.spec.ttl_seconds or self._settings.labs_import_ttl
         left = ttl - (ctx.clock.now() - began).total_seconds()
@@ -275,7 +283,8 @@ class LabImportsController(Controller[LabImport]):
 
         def enter(i: LabImport) -> None:
             i.status.enter(phase, reason, now)
-            i.status.completed_at = None
+            if phase == PENDING:
+                i.status.completed_at = None
             i.status.set_condition(READY, False, reason, message, now=now)
 
         return await ctx.client.update_status(order, enter)
@@ -286,6 +295,19 @@ class LabImportsController(Controller[LabImport]):
         await ctx.client.update_status(
             order, lambda i: i.status.set_condition(READY, False, reason, message[:500], now=now)
         )
+
+    def _lab_is_going(self, order: LabImport) -> bool:
+        """Whether it keeps the topology of a lab that is still to be deleted."""
+        worker, lab_id = (order.metadata.labels.get(label, "") for label in (WORKER_LABEL, LAB_LABEL))
+        record = record_of_lab(self._cache, order.namespace, worker, lab_id)
+        return record is not None and record.deleting and order.name == kept_name(record.uid)
+
+    def _kept_of(self, change: Change) -> Iterable[Key]:
+        """What was kept of a lab whose record is gone: its time begins."""
+        if change.new is None and change.old is not None and isinstance(change.old.resource, LabRecord):
+            record = change.old.resource
+            if self._cache.get(LabImport, record.namespace, kept_name(record.uid)) is not None:
+                yield record.namespace, kept_name(record.uid)
 
     def _waiting_for(self, change: Change) -> Iterable[Key]:
         """The imports that wait for a worker which may be able to take them now."""

@@ -59,7 +59,8 @@ class LabImportSpec(Model):
     """CML's own YAML or JSON; at most 512 KiB."""
     held: bool = False
     ttl_seconds: int | None = Field(None, ge=1, le=TTL_MOST)
-    """Seconds from its end, or while it is held from its creation, until it is removed; None: as the settings say."""
+    """Seconds until it is removed, from its end; while it is held, from its creation, or from the end of the lab whose
+    topology it keeps. None: as the settings say."""
 
 
 class LabImportStatus(Status):
@@ -75,6 +76,7 @@ class LabImportStatus(Status):
     """When it was last about to be sent; from then on CML may have the lab."""
     attempts: int = 0
     completed_at: Timestamp | None = None
+    """When it came to its end; of a topology that was kept and is held, when its lab was found gone."""
 
 
 class LabImport(Resource[LabImportSpec, LabImportStatus]):
@@ -90,6 +92,11 @@ class LabImport(Resource[LabImportSpec, LabImportStatus]):
 def mark_of(order: LabImport) -> str:
     """The title under which the lab is made, by which it is found again: no other lab has it."""
     return f"lrm-import-{order.uid}"
+
+
+def kept_name(uid: str) -> str:
+    """The name of the LabImport that keeps the topology of this record's lab."""
+    return f"kept-{uid}"
 
 
 def waits_to_be_asked(order: LabImport) -> bool:

@@ -21,6 +21,7 @@ from controllers.labs.imports_kind import (
     LabImport,
     LabImportSpec,
     is_reserved,
+    kept_name,
 )
 from controllers.labs.kind import TOPOLOGY_KEPT, LabRecord
 from controllers.labs.settings import LabsSettings
@@ -71,7 +72,7 @@ def _copy_of(record: LabRecord, topology: str, ttl: int) -> LabImport:
     title = f"Copy of {title}" if is_reserved(title) else title
     labels = {WORKER_LABEL: record.spec.worker_ref, LAB_LABEL: record.spec.lab_id}
     return LabImport(
-        metadata=ObjectMeta(name=f"kept-{record.uid}", namespace=record.namespace, labels=labels),
+        metadata=ObjectMeta(name=kept_name(record.uid), namespace=record.namespace, labels=labels),
         spec=LabImportSpec(
             worker_ref=record.spec.worker_ref,
             title=title[:TITLE_MOST],

@@ -232,6 +232,23 @@ async def test_a_kept_topology_goes_when_its_time_is_over(monkeypatch: pytest.Mo
         await until(none_left)
 
 
+async def test_the_time_of_a_kept_topology_begins_when_its_lab_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with labs_world(monkeypatch, labs_topology_retention=3600) as world:
+        world.fault("status", method="DELETE", path="/labs/*", status=409)
+        _, record = await deleted_with(world)
+        (kept,) = await until(lambda: world.client.list(LabImport), "the copy")
+        await in_phase(world, kept, "Held")
+        await until(lambda: not world.imports.queue.processing)
+        assert (await now(world, kept)).status.completed_at is None
+        world.simulator.faults.clear()
+        await world.gone(record)
+
+        async def begun() -> bool:
+            return (await now(world, kept)).status.completed_at is not None
+
+        await until(begun)
+
+
 @pytest.mark.parametrize(
     ("kind", "how", "why"),
     [
