@@ -31,6 +31,10 @@ def place_admission(settings: AwsSettings) -> Admission:
             if place.region not in regions:
                 message = "it is not among the AWS regions that may be named (LRM_AWS_REGIONS)"
                 yield Cause(f"{spec}.region", "FieldValueNotSupported", message)
+            account = settings.aws_accounts.get(place.account)
+            if account is not None and not account.serves(new.namespace):
+                message = f"namespace {new.namespace} may not name this AWS account (LRM_AWS_ACCOUNTS)"
+                yield Cause(f"{spec}.account", "FieldValueForbidden", message)
 
         return admit
 

@@ -23,6 +23,7 @@ from botocore.credentials import CredentialProvider, CredentialResolver, Deferre
 from botocore.exceptions import ClientError, ProfileNotFound
 
 from controllers.aws.errors import (
+    AwsAccountForbidden,
     AwsAuthError,
     AwsBadInput,
     AwsError,
@@ -86,6 +87,7 @@ class Accounts:
     ) -> None:
         """`regions`: those that may be named; none: all that botocore knows."""
         self._regions = frozenset(regions) or known_regions()
+        self._meanings = dict(accounts)
         self._accounts = {
             name: _Account(meaning, clock, endpoint_url) for name, meaning in {"": None, **accounts}.items()
         }
@@ -107,6 +109,13 @@ class Accounts:
         if place.region not in self._regions:
             message = f"{place.region!r} is not among the AWS regions that may be named (LRM_AWS_REGIONS)"
             raise AwsUnknownRegion("UnknownRegion", message, place=place)
+
+    def check_named(self, place: Place, namespace: str) -> None:
+        """Raise `AwsAccountForbidden` where objects of the namespace may not name the account."""
+        meaning = self._meanings.get(place.account)
+        if meaning is not None and not meaning.serves(namespace):
+            message = f"namespace {namespace!r} may not name the AWS account {place.account!r} (LRM_AWS_ACCOUNTS)"
+            raise AwsAccountForbidden("AccountForbidden", message, place=place)
 
     def client(self, place: Place, service: str, effect: Effect, making: Making) -> Any:
         """The client of a service for calls of this class in a place. Raises `AwsError` and what botocore raises."""

@@ -71,6 +71,10 @@ class Ec2:
         """Whether the settings say what the place's account is and take its region; else nobody is ever asked there."""
         return self._accounts.knows(place)
 
+    def check_named(self, place: Place, namespace: str) -> None:
+        """Raise `AwsAccountForbidden` where the settings do not let objects of the namespace name the account."""
+        self._accounts.check_named(place, namespace)
+
     async def check_owner(self, place: Place, owner: str, *, timeout: float = READ_TIMEOUT) -> None:
         """Raise `AwsWrongAccount` unless the credentials for the place are those of the account numbered `owner`.
 

@@ -5,6 +5,7 @@
     │   └── AwsWrongAccount       yes        yes   … they are those of another account than what is asked about
     ├── AwsUnknownAccount         yes        yes   the settings do not say what this account is; nobody was asked
     ├── AwsUnknownRegion          yes        yes   the region may not be named; nobody was asked
+    ├── AwsAccountForbidden       yes        yes   the account may not be named in the namespace; nobody was asked
     ├── AwsNotFound               no         yes   what was asked for does not exist, said by AWS itself
     │   └── Ec2NotFound           no         yes   … an instance: InvalidInstanceID.NotFound
     ├── AwsQuota                  yes        yes   the account's limit is reached
@@ -81,6 +82,13 @@ class AwsUnknownAccount(AwsError):  # noqa: N818 - named as AwsNotFound
 
 class AwsUnknownRegion(AwsError):  # noqa: N818 - named as AwsUnknownAccount
     """The region is not among those that may be named. Nobody was asked, so nothing is known of what is there."""
+
+    retryable = True
+    definite_refusal = True
+
+
+class AwsAccountForbidden(AwsError):  # noqa: N818 - named as AwsUnknownAccount
+    """The settings do not let the namespace name this account. Nobody was asked."""
 
     retryable = True
     definite_refusal = True

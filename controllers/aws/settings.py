@@ -6,13 +6,13 @@ No secret is here: a profile is one of boto3's own configuration files, a role i
 from __future__ import annotations
 
 import re
-from typing import Self
+from typing import Annotated, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from lrm.settings import LrmSettings
 
-_NAME = re.compile(r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?")
+_NAME = r"^[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?$"
 
 
 class AwsAccount(BaseModel):
@@ -25,6 +25,13 @@ class AwsAccount(BaseModel):
     role_arn: str = Field("", max_length=640, pattern=r"^(arn:[\w-]+:iam::\d{12}:role/[\w+=,.@/-]+)?$")
     external_id: str = Field("", max_length=1224, pattern=r"^([\w+=,.@:/-]+)?$")
     """What the role's owner wants to be told by whoever assumes it; not a secret."""
+
+    namespaces: tuple[Annotated[str, Field(pattern=_NAME)], ...] = ()
+    """Those whose objects may name it; none: all."""
+
+    def serves(self, namespace: str) -> bool:
+        """Whether objects of the namespace may name the account."""
+        return not self.namespaces or namespace in self.namespaces
 
     @model_validator(mode="after")
     def _sense(self) -> Self:
@@ -40,8 +47,9 @@ class AwsSettings(LrmSettings):
 
     aws_accounts: dict[str, AwsAccount] = Field(
         default_factory=dict,
-        description="AWS accounts by the short name that spec.account carries, each with profile, role_arn and "
-        'external_id, as JSON in the environment: {"exams": {"role_arn": "arn:aws:iam::111122223333:role/lrm"}}. '
+        description="AWS accounts by the short name that spec.account carries, each with profile, role_arn, "
+        "external_id and the namespaces that may name it (none: all), as JSON in the environment: "
+        '{"exams": {"role_arn": "arn:aws:iam::111122223333:role/lrm", "namespaces": ["exams"]}}. '
         "Without a name it is the account of the daemon's own credentials.",
     )
 
@@ -55,6 +63,6 @@ class AwsSettings(LrmSettings):
     @classmethod
     def _names(cls, accounts: dict[str, AwsAccount]) -> dict[str, AwsAccount]:
         for name in accounts:
-            if not _NAME.fullmatch(name):
+            if not re.fullmatch(_NAME, name):
                 raise ValueError(f"{name[:70]!r}: an account's name has up to 63 of a-z, 0-9 and -, none at its ends")
         return accounts

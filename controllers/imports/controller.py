@@ -101,6 +101,7 @@ class ImportsController(Controller[LabWorkerImport]):
         """The instances that EC2 knows, by id, those that are named or all that fit."""
         ctx.check_leading()
         spec = of.spec
+        self._ec2.check_named(spec.place, of.namespace)
         if spec.instance_ids:
             return await self._ec2.describe_instances(spec.place, spec.instance_ids)
         return {i.id: i for i in await self._ec2.find(spec.place, tags=spec.tags, image_id=spec.ami_id or "")}

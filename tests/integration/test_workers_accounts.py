@@ -34,6 +34,9 @@ from lrm.errors import Invalid
 from lrm.resource import ObjectMeta
 from storage.memory import MemoryStorage
 
+OF_EXAMS = ACCOUNTS["exams"].model_copy(update={"namespaces": ("exams",)})
+"""The same account, for the namespace of that name alone."""
+
 
 def three_accounts(
     monkeypatch: pytest.MonkeyPatch, moto_url: str, **settings: Any
@@ -60,6 +63,16 @@ def instance_of(worker: LabWorker) -> str:
 def trouble(worker: LabWorker) -> str:
     error = worker.status.ec2.last_error
     return error.reason if error else ""
+
+
+def an_import(**spec: Any) -> LabWorkerImport:
+    return LabWorkerImport(metadata=ObjectMeta(name="old"), spec=LabWorkerImportSpec(region=REGION, **spec))
+
+
+async def import_waits(world: WorkersWorld, reason: str) -> bool:
+    found = (await world.client.get(LabWorkerImport, "default", "old")).status
+    ready = found.condition("Ready")
+    return found.phase == "Pending" and ready is not None and ready.reason == reason
 
 
 async def test_workers_of_one_region_live_in_their_accounts_and_end_there(world: WorkersWorld) -> None:
@@ -143,6 +156,29 @@ async def test_a_worker_of_a_region_that_may_not_be_named_waits_and_can_be_delet
     await world.gone("w2")
 
 
+async def test_an_account_that_a_namespace_may_not_name_is_not_touched_by_it(
+    monkeypatch: pytest.MonkeyPatch, moto_url: str, profiles: Path
+) -> None:
+    async with three_accounts(monkeypatch, moto_url, aws_accounts={**ACCOUNTS, "exams": OF_EXAMS}) as world:
+        async with Ec2(world.clock, ACCOUNTS, endpoint_url=world.shim.url) as ec2:
+            theirs = (await ec2.run_instance(EXAMS, launch("theirs"))).id
+            before = (await ec2.describe_instance(EXAMS, theirs)).tags
+            calls = world.shim.calls.copy()
+            await world.adopt("w1", theirs, account="exams", deletionPolicy="Terminate")
+            await world.create("w2", account="exams")
+            await world.client.create(an_import(account="exams", instance_ids=[theirs]))
+            for name in ("w1", "w2"):
+                refused = await world.until(lambda w: trouble(w) == "AccountForbidden", "the refusal", name)
+                assert refused.status.phase == "Pending"
+                await world.looked_again(3)
+                await world.delete(name)
+                await world.gone(name)
+            await until(lambda: import_waits(world, "AccountForbidden"), "the import's refusal")
+            assert world.shim.calls == calls, "nobody was asked"
+            assert (await ec2.describe_instance(EXAMS, theirs)).tags == before
+        assert live(world) == {theirs: EXAMS_NUMBER}
+
+
 async def test_a_name_may_be_corrected_until_there_is_an_instance(world: WorkersWorld) -> None:
     await world.create(account="exmas")
     await world.until(lambda w: trouble(w) == "UnknownAccount", "the refusal")
@@ -158,8 +194,9 @@ async def test_a_name_may_be_corrected_until_there_is_an_instance(world: Workers
     [
         ({"aws_accounts": {}}, EXAMS_NUMBER, "UnknownAccount"),
         ({}, CLASSES_NUMBER, "WrongAccount"),
+        ({"aws_accounts": {"exams": OF_EXAMS}}, EXAMS_NUMBER, "AccountForbidden"),
     ],
-    ids=["the-name-is-gone", "the-name-means-another-account"],
+    ids=["the-name-is-gone", "the-name-means-another-account", "the-namespace-may-not-name-it"],
 )
 async def test_nothing_is_believed_gone_that_is_looked_for_in_the_wrong_account(
     monkeypatch: pytest.MonkeyPatch, moto_url: str, profiles: Path, wrong: tuple[dict[str, Any], str, str]
@@ -223,16 +260,8 @@ async def test_instances_of_an_account_are_imported_from_it(world: WorkersWorld)
 
 
 async def test_an_import_from_an_account_that_the_settings_lack_waits_for_it(world: WorkersWorld) -> None:
-    spec = {"region": REGION, "account": "mars", "tags": {"track": "ccna"}}
-    of = LabWorkerImport(metadata=ObjectMeta(name="old"), spec=LabWorkerImportSpec.model_validate(spec))
-    await world.client.create(of)
-
-    async def told() -> bool:
-        found = (await world.client.get(LabWorkerImport, "default", "old")).status
-        ready = found.condition("Ready")
-        return found.phase == "Pending" and ready is not None and ready.reason == "UnknownAccount"
-
-    await until(told, "the refusal")
+    await world.client.create(an_import(account="mars", tags={"track": "ccna"}))
+    await until(lambda: import_waits(world, "UnknownAccount"), "the refusal")
 
 
 async def test_orphans_of_every_account_are_found_and_ended_where_they_are(

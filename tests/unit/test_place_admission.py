@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from controllers.aws.settings import AwsAccount
 from controllers.imports.kind import LabWorkerImport, LabWorkerImportSpec
 from controllers.plugin import ControllersSettings, plugin
 from controllers.pools.kind import LabWorkerPool, LabWorkerPoolSpec
@@ -62,3 +63,18 @@ def test_only_a_region_that_exists_or_is_set_can_be_named(make: Callable[..., An
     set_to = admission(aws_regions=("aa-abc-1",))
     assert admit(set_to, made_up, None) == ([], [])
     assert len(admit(set_to, make(meta, region="us-east-1"), None)[0]) == 1
+
+
+@pytest.mark.parametrize(("make", "spec"), KINDS)
+def test_only_namespaces_that_are_set_can_name_an_account(make: Callable[..., AnyResource], spec: str) -> None:
+    accounts = {"exams": AwsAccount(role_arn=ROLE, namespaces=("exams", "staff")), "all": AwsAccount(role_arn=ROLE)}
+    rules = admission(aws_accounts=accounts)
+
+    def named(account: str, namespace: str) -> AnyResource:
+        return make(ObjectMeta(name="new", namespace=namespace), region="us-east-1", account=account)
+
+    for account, namespace in (("exams", "exams"), ("exams", "staff"), ("all", "classes"), ("", "classes")):
+        assert admit(rules, named(account, namespace), None) == ([], [])
+    [cause], _ = admit(rules, named("exams", "classes"), None)
+    assert (cause.field, cause.reason) == (f"{spec}.account", "FieldValueForbidden")
+    assert len(admit(rules, named("exams", "classes"), named("", "classes"))[0]) == 1, "nor later"
