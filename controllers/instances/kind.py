@@ -10,9 +10,9 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from controllers.instances.phases import FINAL, TRANSITIONS, Conditions, Phase
 from controllers.instances.quantity import SomeBytes, SomeCores
@@ -36,8 +36,17 @@ _ENVIRONMENT_MOST = 32 * 1024
 _HOST_LABEL = r"[A-Za-z0-9]([A-Za-z0-9-]{0,61}[A-Za-z0-9])?"
 _EMAIL = re.compile(rf"[A-Za-z0-9.!#$%&'*+/=?^_`{{|}}~-]{{1,64}}@({_HOST_LABEL}\.)+[A-Za-z]{{2,63}}")
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,127}")
-_IMAGE = re.compile(r"[a-z0-9][A-Za-z0-9._:/-]{0,254}(@sha256:[0-9a-f]{64})?")
-_CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
+_IMAGE = re.compile(r"(?=[a-z0-9])(?!.*(\.\.|//))[A-Za-z0-9._:/-]{0,254}[A-Za-z0-9._-](@sha256:[0-9a-f]{64})?")
+"""An engine is asked about it in a path: no step of it leads up, or to nothing."""
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
+"""Unicode's category Cc: whoever reads an environment, in a terminal or line by line, takes some of them for more."""
+
+
+def _number(value: Any) -> Any:
+    """What may become a number; true would be 1."""
+    if isinstance(value, bool):
+        raise ValueError("it is a number")  # noqa: TRY004 - pydantic makes of a ValueError what it tells
+    return value
 
 
 class HealthCheck(Model):
@@ -124,7 +133,7 @@ class LabInstanceRequestSpec(Model):
     pool: str | None = Field(None, min_length=1, max_length=63)
     """Only workers of this pool."""
     student_email: str = Field(max_length=254)
-    duration_minutes: int = Field(ge=1, le=MINUTES_MOST)
+    duration_minutes: Annotated[int, BeforeValidator(_number)] = Field(ge=1, le=MINUTES_MOST)
     """From Running on. Raised while Running, it is an extension."""
     scheduled_start_time: Timestamp | None = None
     """Absent or past: as soon as there is a place."""

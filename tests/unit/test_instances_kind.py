@@ -31,12 +31,18 @@ def request(**spec: Any) -> LabInstanceRequest:
         pytest.param({"studentEmail": "a b@example.edu"}, "spec.studentEmail", id="a space"),
         pytest.param({"studentEmail": "ann@example"}, "spec.studentEmail", id="no domain"),
         pytest.param({"durationMinutes": 0}, "spec.durationMinutes", id="no time"),
+        pytest.param({"durationMinutes": True}, "spec.durationMinutes", id="no number"),
         pytest.param({"durationMinutes": 7 * 24 * 60 + 1}, "spec.durationMinutes", id="more than a week"),
         pytest.param({"labTemplate": {}}, "spec.labTemplate", id="of nothing"),
         pytest.param({"labTemplate": {"image": "a", **TOPOLOGY}}, "spec.labTemplate", id="of two things"),
         pytest.param({"labTemplate": {**TOPOLOGY, "ports": [80]}}, "spec.labTemplate", id="a topology with ports"),
         pytest.param({"labTemplate": "-rm"}, "spec.labTemplate.image", id="an image that looks like an option"),
         pytest.param({"labTemplate": "a b"}, "spec.labTemplate.image", id="an image with a space"),
+        pytest.param({"labTemplate": "a/../../b"}, "spec.labTemplate.image", id="an image with steps up"),
+        pytest.param({"labTemplate": "a/.."}, "spec.labTemplate.image", id="a step up at its end"),
+        pytest.param({"labTemplate": "a//b"}, "spec.labTemplate.image", id="a step to nothing"),
+        pytest.param({"labTemplate": "a/"}, "spec.labTemplate.image", id="a slash at its end"),
+        pytest.param({"labTemplate": "a:"}, "spec.labTemplate.image", id="a tag of nothing"),
         pytest.param({"labTemplate": {"image": "a", "ports": [0]}}, "spec.labTemplate.ports", id="no port"),
         pytest.param({"labTemplate": {"image": "a", "ports": [80, 80]}}, "spec.labTemplate.ports", id="a port twice"),
         pytest.param({"labTemplate": {"topologyFile": "x"}}, "spec.labTemplate.topologyFile", id="a relative path"),
@@ -46,6 +52,9 @@ def request(**spec: Any) -> LabInstanceRequest:
         pytest.param({"labTemplate": TOPOLOGY, "runtime": "Container"}, "spec.runtime", id="a topology on an engine"),
         pytest.param({"labTrack": "ccna"}, "spec.labTrack", id="a container with a track"),
         pytest.param({"environment": {"A": "x\x1by"}}, "spec.environment", id="an escape sequence"),
+        pytest.param({"environment": {"A": "x\ny"}}, "spec.environment", id="a second line"),
+        pytest.param({"environment": {"A": "x\ty"}}, "spec.environment", id="a tab"),
+        pytest.param({"environment": {"A": "x\x9b31my"}}, "spec.environment", id="an escape sequence of one character"),
         pytest.param({"environment": {"A=B": "x"}}, "spec.environment", id="a name with ="),
         pytest.param({"environment": {"A": "x" * 40_000}}, "spec.environment", id="too much"),
         pytest.param({"resources": {"cpu": "1x"}}, "spec.resources.cpu", id="no quantity"),
@@ -81,6 +90,13 @@ def test_a_text_alone_is_an_image_and_says_where_it_runs() -> None:
     assert request().spec.lab_template.image == "lab:1"
     assert request().spec.runs_in == "Container"
     assert request(labTemplate=TOPOLOGY).spec.runs_in == "CML"
+
+
+@pytest.mark.parametrize(
+    "image", ["a", "python:3.11-alpine", "registry.example.com:5000/team/lab__x:1.0_a", f"a/b@sha256:{'0' * 64}"]
+)
+def test_images_are_named_as_everywhere(image: str) -> None:
+    assert request(labTemplate=image).spec.lab_template.image == image
 
 
 def test_an_address_is_found_whatever_its_case() -> None:
