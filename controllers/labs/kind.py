@@ -63,6 +63,8 @@ RUNNING, WAITING = "Running", "Waiting"
 SUCCEEDED, FAILED, SUPERSEDED = "Succeeded", "Failed", "Superseded"
 ENDED = frozenset({SUCCEEDED, FAILED, SUPERSEDED})
 """Results of an operation after which nothing more is done for it."""
+PAST_OPERATIONS = 32
+"""How many are kept; with a short message, since a record is in every daemon's memory."""
 
 
 class Operation(Model):
@@ -80,7 +82,8 @@ class LabRecordSpec(Model):
     desired_state: LabState | None = None
     """Acted on once when it is set; what students do with the lab afterwards is their business."""
     operation: Operation | None = None
-    """Carried out once for its id; a newer one takes the place of one that is under way."""
+    """Carried out once for its id, as long as that is among the last 32; a newer one takes the place of one that is
+    under way."""
 
 
 class FieldChange(Model):
@@ -153,6 +156,8 @@ class LabRecordStatus(Status):
     acted_state: str | None = None
     """The desiredState that was last taken up, reached or given up."""
     operation: OperationOutcome | None = None
+    past_operations: list[OperationOutcome] = Field(default_factory=list)
+    """Those that it took the place of, the newest last; one of their ids again is told what became of it."""
 
 
 class LabRecord(Resource[LabRecordSpec, LabRecordStatus]):
@@ -245,7 +250,9 @@ LAB_RECORD = Kind(
     initial_phase=PRESENT,
     transitions={PRESENT: frozenset({MISSING}), MISSING: frozenset({PRESENT})},
     default_owner=LABS,
-    status_owners=dict.fromkeys(("observedGeneration", "acting", "actedState", "operation"), LAB_RECORDS),
+    status_owners=dict.fromkeys(
+        ("observedGeneration", "acting", "actedState", "operation", "pastOperations"), LAB_RECORDS
+    ),
     condition_owners={
         READY: LABS,
         DESIRED_STATE: LAB_RECORDS,

@@ -1,8 +1,9 @@
 """What a record's user wants of its lab and has not had yet: an operation, or else desiredState.
 
-Promises: an operation is wanted once for its id; desiredState once for each change of it, not again because the spec
-moved for an operation. The newer wish replaces the older one; of two that are first seen together the operation goes
-first. Pure; called by the lab-records controller, and by the endpoints that wait for an operation's end.
+Promises: an operation is wanted once for its id, of which the last ones are known (`PAST_OPERATIONS`); desiredState
+once for each change of it, not again because the spec moved for an operation. The newer wish replaces the older one; of
+two that are first seen together the operation goes first. Pure; called by the lab-records controller, and by the
+endpoints that wait for an operation's end.
 """
 
 from __future__ import annotations
@@ -12,7 +13,16 @@ from dataclasses import dataclass
 from datetime import datetime
 
 from controllers.labs.desired import DEFINED_ON_CORE, STARTED, STOPPED
-from controllers.labs.kind import DESIRED_STATE, ENDED, SUPERSEDED, Acting, LabRecord, Operation, OperationOutcome
+from controllers.labs.kind import (
+    DESIRED_STATE,
+    ENDED,
+    PAST_OPERATIONS,
+    SUPERSEDED,
+    Acting,
+    LabRecord,
+    Operation,
+    OperationOutcome,
+)
 
 TARGETS: Mapping[str, str] = {"Start": STARTED, "Stop": STOPPED, "Wipe": DEFINED_ON_CORE}
 """Where each verb brings a lab."""
@@ -36,7 +46,7 @@ class Wish:
 def open_wish(record: LabRecord) -> Wish | None:
     """What is to be done next, None when nothing is."""
     operation, wanted, status = record.spec.operation, record.spec.desired_state, record.status
-    if operation is not None and not _ended(status.operation, operation):
+    if operation is not None and not _ended(record, operation.id):
         return Wish(TARGETS[operation.verb], operation)
     if wanted is None or status.observed_generation == record.metadata.generation:
         return None
@@ -53,18 +63,19 @@ def tell_operation(record: LabRecord, operation: Operation, result: str, message
     old = record.status.operation
     same = old is not None and (old.id, old.result) == (operation.id, result)
     at = old.at if old is not None and same else now
-    record.status.operation = OperationOutcome(
-        id=operation.id, verb=operation.verb, result=result, message=message[:500], at=at
-    )
+    _put(record, OperationOutcome(id=operation.id, verb=operation.verb, result=result, message=message[:500], at=at))
 
 
 def withdraw(record: LabRecord, now: datetime) -> None:
-    """Note the end of an operation that the spec does not name any more."""
-    told = record.status.operation
+    """Note the end of an operation that the spec does not name any more; of one that it names again, the old end."""
+    told, asked = record.status.operation, record.spec.operation
     if told is not None and told.result not in ENDED:
         record.status.operation = told.model_copy(
             update={"result": SUPERSEDED, "message": "it was withdrawn from the spec", "at": now}
         )
+    again = _past(record, asked.id) if asked is not None else None
+    if again is not None:
+        _put(record, again)
 
 
 def outcome_of(record: LabRecord, operation_id: str) -> OperationOutcome | None:
@@ -72,6 +83,9 @@ def outcome_of(record: LabRecord, operation_id: str) -> OperationOutcome | None:
     told, asked = record.status.operation, record.spec.operation
     if told is not None and told.id == operation_id:
         return told
+    past = _past(record, operation_id)
+    if past is not None:
+        return past
     if asked is not None and asked.id == operation_id:
         return None
     at = told.at if told is not None else record.metadata.creation_timestamp
@@ -86,5 +100,24 @@ def _under_way(record: LabRecord) -> bool:
     return told is not None and told.status == "Unknown" and told.observed_generation == record.metadata.generation
 
 
-def _ended(told: OperationOutcome | None, operation: Operation) -> bool:
-    return told is not None and told.id == operation.id and told.result in ENDED
+def _put(record: LabRecord, outcome: OperationOutcome) -> None:
+    """Tell of this operation; the one that was told of becomes the newest of the past."""
+    status, old = record.status, record.status.operation
+    status.operation = outcome
+    if old is None or old.id == outcome.id:
+        return
+    if old.result not in ENDED:
+        old = old.model_copy(update={"result": SUPERSEDED, "message": "another took its place", "at": outcome.at})
+    past = [p for p in status.past_operations if p.id not in (old.id, outcome.id)]
+    status.past_operations = [*past, old.model_copy(update={"message": old.message[:100]})][-PAST_OPERATIONS:]
+
+
+def _past(record: LabRecord, operation_id: str) -> OperationOutcome | None:
+    return next((past for past in record.status.past_operations if past.id == operation_id), None)
+
+
+def _ended(record: LabRecord, operation_id: str) -> bool:
+    told = record.status.operation
+    if told is not None and told.id == operation_id:
+        return told.result in ENDED
+    return _past(record, operation_id) is not None

@@ -77,6 +77,21 @@ async def test_each_operation_is_carried_out_once_for_its_id_and_the_mirror_foll
     assert lab.state == "STARTED", "the same verb again is another operation"
 
 
+async def test_an_operation_that_is_applied_again_after_another_one_is_not_carried_out_again(world: LabsWorld) -> None:
+    lab, record = await mirrored(world)
+    for name, verb in (("a", "Wipe"), ("b", "Start")):
+        await operate(world, record, name, verb)
+        await told(world, record, name)
+    again = await operate(world, record, "a", "Wipe")
+
+    async def settled() -> bool:
+        now = await world.client.get(LabRecord, "default", record.name)
+        return now.status.observed_generation == again.metadata.generation
+
+    await until(settled)
+    assert ((await told(world, record, "a")).result, lab.state) == ("Succeeded", "STARTED")
+
+
 async def test_a_running_lab_is_stopped_before_it_is_wiped(world: LabsWorld) -> None:
     lab, record = await mirrored(world, running=True)
     await operate(world, record, "1", "Wipe")

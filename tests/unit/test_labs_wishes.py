@@ -7,8 +7,17 @@ from typing import Any
 
 import pytest
 
-from controllers.labs.kind import DESIRED_STATE, Acting, LabRecord, LabRecordSpec, LabRecordStatus, OperationOutcome
-from controllers.labs.wishes import open_wish, outcome_of, tell_operation, unsettled
+from controllers.labs.kind import (
+    DESIRED_STATE,
+    PAST_OPERATIONS,
+    Acting,
+    LabRecord,
+    LabRecordSpec,
+    LabRecordStatus,
+    Operation,
+    OperationOutcome,
+)
+from controllers.labs.wishes import open_wish, outcome_of, tell_operation, unsettled, withdraw
 from lrm.resource import ObjectMeta
 
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
@@ -121,6 +130,33 @@ def test_the_steps_of_another_wish_do_not_count() -> None:
     assert wish.acting(made) is None
     made.status.acting.operation = "1"
     assert wish.acting(made) is made.status.acting
+
+
+def test_a_past_operation_again_is_told_its_old_end_and_not_carried_out_again() -> None:
+    """A manifest that is applied again after somebody else's order must not wipe the lab again."""
+    made = record(2, {"operation": {"id": "a", "verb": "Wipe"}}, None)
+
+    def ask(name: str, verb: str) -> Operation:
+        made.spec.operation = Operation(id=name, verb=verb)  # type: ignore[arg-type]
+        made.metadata.generation = (made.metadata.generation or 0) + 1
+        return made.spec.operation
+
+    tell_operation(made, ask("a", "Wipe"), "Failed", "the reason", NOW)
+    tell_operation(made, ask("b", "Start"), "Running", "", NOW)
+    ask("a", "Wipe")
+    assert (open_wish(made), unsettled(made)) == (None, True)
+    withdraw(made, NOW)
+    told_of = {name: outcome_of(made, name) for name in "ab"}
+    assert {name: told and told.result for name, told in told_of.items()} == {"a": "Failed", "b": "Superseded"}
+    assert made.status.operation == told_of["a"]
+    for n in range(PAST_OPERATIONS):
+        tell_operation(made, ask(str(n), "Start"), "Succeeded", "m" * 500, NOW)
+    assert made.status.past_operations[0].id == "a"
+    assert len(made.status.past_operations) == PAST_OPERATIONS
+    assert len(made.status.past_operations[-1].message) == 100
+    tell_operation(made, ask("last", "Start"), "Succeeded", "", NOW)
+    ask("a", "Wipe")
+    assert open_wish(made) is not None, "nobody remembers it"
 
 
 def test_what_is_told_of_an_operation_that_another_one_has_replaced() -> None:
