@@ -1,7 +1,7 @@
 """What the API says about a lab instance before it is stored, by settings and by what the cache shows.
 
 A courtesy to people: whoever writes otherwise meets the same limits later. Quotas are decided by the scheduler, oldest
-first; sources of topologies are judged again when they are read, links and addresses then followed no further.
+first; sources of topologies are judged here by their text, and again when they are read, by where links really lead.
 """
 
 from __future__ import annotations

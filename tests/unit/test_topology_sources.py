@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -110,6 +111,25 @@ async def test_a_file_that_will_not_do_is_refused_with_the_reason(
     with pytest.raises(Refused, match=told) as refused:
         await load(LabTemplate(topology_file=f"{labs}/{name}"), settings_for(labs), VirtualClock())
     assert refused.value.reason == reason
+
+
+async def test_a_folder_that_is_exchanged_for_a_link_once_it_was_judged_is_not_followed(
+    labs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    judged, elsewhere, real_open = labs / "deep", labs.parent / "elsewhere", os.open
+    elsewhere.mkdir()
+    (elsewhere / "good.yaml").write_text(GOOD.replace("Good", "Secret"))
+
+    def exchanging(*args: Any, **kwargs: Any) -> int:
+        if not judged.is_symlink():
+            judged.rename(labs / "before")
+            judged.symlink_to(elsewhere)
+        return real_open(*args, **kwargs)
+
+    monkeypatch.setattr(os, "open", exchanging)
+    template = LabTemplate(topology_file=f"{judged}/good.yaml")
+    with pytest.raises((Refused, NotNow), match="there is no file|cannot be read"):
+        await load(template, InstanceSettings(topology_files=(f"{judged}/*.yaml",)), VirtualClock())
 
 
 async def test_nothing_is_listed_unless_settings_say_so(labs: Path) -> None:
