@@ -22,8 +22,10 @@ Document = Mapping[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class EngineInfo:
-    """The engine's machine, and its clock."""
+    """The engine, its machine, and its clock."""
 
+    id: str
+    """The engine's own: another engine has another, and so has this one once its data is gone."""
     cpus: float
     memory: int
     """Bytes."""
@@ -33,7 +35,7 @@ class EngineInfo:
     @classmethod
     def of(cls, document: Document) -> Self:
         now = datetime.fromisoformat(document["SystemTime"]).timestamp()
-        return cls(float(document["NCPU"]), int(document["MemTotal"]), now)
+        return cls(str(document["ID"]), float(document["NCPU"]), int(document["MemTotal"]), now)
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,7 +18,7 @@ from typing import Self
 import structlog
 
 from controllers.containers.chores import Chores
-from controllers.containers.documents import Container, Image, Thing
+from controllers.containers.documents import Container, EngineInfo, Image, Thing
 from controllers.containers.engine import Engine
 from controllers.containers.errors import (
     EngineConflict,
@@ -33,7 +33,6 @@ from controllers.containers.plan import container_of, need_of, network_of, ports
 from controllers.instances.kind import LabInstanceRequest
 from controllers.instances.phases import Reasons
 from controllers.instances.runtime import LabFailed, NotNow, Prepared, Refused, Sighting, State
-from controllers.instances.scheduler import Amount
 from controllers.instances.settings import InstanceSettings
 from lrm.controller import Context, Hints, Key
 from lrm.crashpoints import crash_point
@@ -102,11 +101,9 @@ class ContainerRuntime:
         """The engine, None where there is none."""
         return self._engine
 
-    def capacity(self) -> Amount | None:
-        """What the engine's machine has; None while nothing can be placed there."""
-        if self.mirror is None or not self.mirror.current or self.mirror.info is None:
-            return None
-        return Amount(cpu=self.mirror.info.cpus, memory=self.mirror.info.memory)
+    def told(self) -> EngineInfo | None:
+        """What the engine tells of itself; None while nothing can be placed there."""
+        return self.mirror.info if self.mirror is not None and self.mirror.current else None
 
     async def prepare(self, request: LabInstanceRequest, ctx: Context) -> Prepared:  # noqa: ARG002 - see `Runtime`
         """What it is limited to; the engine is not asked."""
@@ -117,6 +114,7 @@ class ContainerRuntime:
         with _said():
             _, mirror, _ = self._opened()
             seen = mirror.containers(request.uid)
+            _check_engine(request, mirror.info)
             older = [c for c in seen if c.labels.attempt != request.status.attempt]
             if older:
                 for container in older:
@@ -134,9 +132,12 @@ class ContainerRuntime:
         with _said():
             engine, mirror, _ = self._opened()
             mine = _of_attempt(request, mirror.containers(request.uid))
+            _check_engine(request, mirror.info)
             if not mine:  # the mirror may be a moment behind; the engine itself is not
                 found = [await mirror.refresh(thing.id) for thing in await engine.containers(request.uid)]
                 mine = _of_attempt(request, found)
+            if not mine:
+                _check_engine(request, await engine.info())
         if not mine:
             raise LabFailed(Reasons.CONTAINER_LOST, "somebody else has removed its container")
         return self._sighting(request, mine[0], starting=False)
@@ -158,7 +159,10 @@ class ContainerRuntime:
                 if thing.kind == "network" or (thing.kind == "volume" and not containers):
                     await self._remove(thing, ctx)
                     crash_point("containers.network-removed")
-            return not things or not await self._things(engine, request.uid)
+            if things and await self._things(engine, request.uid):
+                return False
+            _check_engine(request, await engine.info())  # after the lists, for it is they that prove it
+            return True
 
     async def logs(
         self, request: LabInstanceRequest, *, tail: int = 1000, follow: bool = False
@@ -169,7 +173,8 @@ class ContainerRuntime:
         as it is read. Raises `NotNow`, and `Refused` when there is no container.
         """
         with _said():
-            engine, _, _ = self._opened()
+            engine, mirror, _ = self._opened()
+            _check_engine(request, mirror.info)
             left, lines = _LOG_MOST, max(0, min(tail, LOG_TAIL_MOST))
             try:
                 async with aclosing(engine.logs(request.outside_name, tail=lines, follow=follow)) as pieces:
@@ -359,6 +364,14 @@ _HEALTH = {
     "starting": (State.STARTING, "it runs, and its health check has not succeeded yet"),
     "unhealthy": (State.UNHEALTHY, "it runs, and its health check fails"),
 }
+
+
+def _check_engine(request: LabInstanceRequest, told: EngineInfo | None) -> None:
+    """Raise `NotNow` where another engine answers than the one with its place: what that has says nothing of it."""
+    ref = request.status.worker_ref
+    if ref is not None and ref.uid and told is not None and ref.uid != told.id:
+        message = f"it is on the engine {ref.uid}, and {told.id} answers: all daemons must name the same engine"
+        raise NotNow(Reasons.WORKER_AWAY, message, again=60.0)
 
 
 def _of_attempt(request: LabInstanceRequest, containers: Iterable[Container | None]) -> list[Container]:

@@ -125,7 +125,7 @@ async def containers_world(
         hints.listen(world.told.append)
         async with asyncio.TaskGroup() as tasks:
             following = tasks.create_task(cache.run())
-            await until(lambda: runtime.capacity() is not None, "the engine is followed")
+            await until(lambda: runtime.told() is not None, "the engine is followed")
             try:
                 yield world
             finally:

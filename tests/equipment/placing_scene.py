@@ -12,6 +12,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+from controllers.containers.documents import EngineInfo
 from controllers.instances.allocations import Allocations, AllocationsController
 from controllers.instances.controller import InstancesController
 from controllers.instances.kind import (
@@ -126,7 +127,9 @@ class PlacingScene:
     settings: InstanceSettings
     outside: SizedOutside
     watchman: Watchman
-    engine: Amount | None = field(default_factory=lambda: ENGINE_TOTAL)
+    engine: EngineInfo | None = field(
+        default_factory=lambda: EngineInfo("engine-1", ENGINE_TOTAL.cpu, ENGINE_TOTAL.memory, now=0.0)
+    )
     placing: Placing | None = None
     runners: list[Runner[Any]] = field(default_factory=list)
     running: list[asyncio.Task[None]] = field(default_factory=list)

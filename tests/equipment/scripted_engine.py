@@ -18,6 +18,7 @@ class ScriptedEngine:
     """Containers by id, as inspect tells of them; lists and events follow from what the test does."""
 
     def __init__(self) -> None:
+        self.id = "engine-1"
         self.containers: dict[str, dict[str, Any]] = {}
         self.asked: list[str] = []
         """Paths of questions, without the API's version, in the order of their coming."""
@@ -73,7 +74,8 @@ class ScriptedEngine:
         if path == "/version":
             document = {"ApiVersion": "1.41"}
         elif path == "/info":
-            document = {"NCPU": 4, "MemTotal": 8 * 1024**3, "SystemTime": "2026-01-01T00:00:00.123456789Z"}
+            now = "2026-01-01T00:00:00.123456789Z"
+            document = {"ID": self.id, "NCPU": 4, "MemTotal": 8 * 1024**3, "SystemTime": now}
         elif path == "/containers/json":
             document = [
                 {
@@ -85,6 +87,10 @@ class ScriptedEngine:
                 }
                 for c in self.containers.values()
             ]
+        elif path == "/networks":
+            document = []
+        elif path == "/volumes":
+            document = {"Volumes": None}
         elif container in self.containers:
             document = self.containers[container]
         else:

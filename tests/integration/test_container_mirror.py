@@ -67,7 +67,7 @@ async def test_while_the_engine_is_away_nothing_is_concluded_and_then_everything
     for request in (stays, goes, ends):
         await world.provision(request)
     await proxy.close()
-    await until(lambda: world.runtime.capacity() is None, "the loss is noticed")
+    await until(lambda: world.runtime.told() is None, "the loss is noticed")
     world.engine.client.containers.get(goes.outside_name).remove(force=True)
     world.engine.client.containers.get(ends.outside_name).kill()
     for request in (stays, goes, ends):
@@ -76,7 +76,7 @@ async def test_while_the_engine_is_away_nothing_is_concluded_and_then_everything
             await world.runtime.clean(request, world.ctx)
     world.told.clear()
     await proxy.open()
-    await until(lambda: world.runtime.capacity() is not None, "the engine is followed again", timeout=40)
+    await until(lambda: world.runtime.told() is not None, "the engine is followed again", timeout=40)
     assert await looks(world, stays) is State.RUNNING
     assert await looks(world, goes) == Reasons.CONTAINER_LOST
     assert await looks(world, ends) == Reasons.CONTAINER_FAILED
@@ -96,11 +96,11 @@ async def test_an_engine_that_falls_silent_is_given_up_and_followed_anew(
         request = world.request()
         await world.provision(request)
         proxy.freeze()
-        await until(lambda: world.runtime.capacity() is None, "its silence is noticed", timeout=40)
+        await until(lambda: world.runtime.told() is None, "its silence is noticed", timeout=40)
         assert await looks(world, request) == Reasons.ENGINE_UNAVAILABLE
         monkeypatch.setattr("controllers.containers.engine._OPEN", 10.0)
         proxy.thaw()
-        await until(lambda: world.runtime.capacity() is not None, "it is followed again", timeout=60)
+        await until(lambda: world.runtime.told() is not None, "it is followed again", timeout=60)
         assert await looks(world, request) is State.RUNNING
         await world.clean(request)
 

@@ -69,7 +69,7 @@ async def test_without_an_engine_in_the_settings_nothing_has_room_and_every_step
         }
     )
     async with ContainerRuntime(InstanceSettings(), "ours", Hints(), VirtualClock()) as runtime:
-        assert runtime.capacity() is None
+        assert runtime.told() is None
         assert runtime.engine is None
         for step in (runtime.provision, runtime.look, runtime.clean):
             with pytest.raises(NotNow) as told:

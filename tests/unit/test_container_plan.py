@@ -131,7 +131,7 @@ def test_the_health_in_a_list_is_found_in_the_words_for_people(summary: str, hea
 
 
 def test_the_engines_clock_is_read_with_its_nanoseconds() -> None:
-    told = {"NCPU": 2, "MemTotal": 1024, "SystemTime": "2026-11-22T11:29:29.06547485Z"}
+    told = {"ID": "engine-1", "NCPU": 2, "MemTotal": 1024, "SystemTime": "2026-11-22T11:29:29.06547485Z"}
     assert EngineInfo.of(told).now == pytest.approx(1795346969.065474, abs=1e-5)
 
 

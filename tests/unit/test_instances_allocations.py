@@ -7,7 +7,7 @@ import contextlib
 import random
 from collections import Counter
 from collections.abc import Coroutine
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any
 
@@ -228,6 +228,21 @@ async def test_without_an_engine_a_container_waits_and_says_so() -> None:
         await scene.ask("b")
         await scene.worker("w")
         assert await scene.where("b") == "w"
+
+
+async def test_a_place_on_the_engine_names_it_and_another_engine_is_another_place() -> None:
+    async with placing_scene() as scene:
+        for n in range(4):
+            await scene.ask(f"r{n}", runtime="Container", **CORE)
+        await scene.clock.advance(5)
+        ref = (await scene.get("r3")).status.worker_ref
+        assert (ref and (ref.kind, ref.uid)) == ("Engine", "engine-1")
+        assert scene.engine is not None
+        scene.engine = replace(scene.engine, id="engine-2")
+        await scene.ask("r4", runtime="Container", **CORE)
+        await scene.clock.advance(5)
+        ref = (await scene.get("r4")).status.worker_ref
+        assert (ref and ref.uid) == "engine-2", "what the first one has takes no room there"
 
 
 async def test_a_quota_lets_the_oldest_in_and_the_next_when_one_has_ended() -> None:
