@@ -152,9 +152,14 @@ def _server(parts: SplitResult) -> tuple[str, str | None, int]:
 
 
 def _plain(path: str) -> bool:
-    """Whether a server will see the path that was judged: no step up, however it is written."""
-    seen = unquote(path)
-    return "\\" not in seen and not any(step in (".", "..") for step in seen.split("/"))
+    """Whether a server will see the path that was judged: no step up, however it is written.
+
+    However often a server, and what stands before it, decode it; some drop what follows a `;` in a step.
+    """
+    seen = path
+    while (decoded := unquote(seen)) != seen:
+        seen = decoded
+    return "\\" not in seen and not any(step.partition(";")[0] in (".", "..") for step in seen.split("/"))
 
 
 def _below(path: str, beginning: str) -> bool:

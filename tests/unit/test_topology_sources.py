@@ -24,6 +24,7 @@ LISTED = ("https://labs.example.com/ccna/", "http://[::1]:8080", "https://one.ex
     [
         ("https://labs.example.com/ccna/a.yaml", "below what is listed"),
         ("https://LABS.Example.com:443/ccna/a.yaml?version=2", "hosts have no case, and https has its port"),
+        ("https://labs.example.com/ccna/a;v=1/100%25/..b/c..", "signs that lead nowhere"),
         ("http://[::1]:8080/any/where", "a whole server is listed"),
         ("https://one.example.com/lab.yaml", "exactly what is listed"),
     ],
@@ -41,6 +42,10 @@ def test_addresses_that_may_be_named(url: str, why: str) -> None:
         ("https://labs.example.com/ccna/../secret", "a step up"),
         ("https://labs.example.com/ccna/%2e%2E/secret", "a step up, in other letters"),
         ("https://labs.example.com/ccna/..%2fsecret", "a step up, with the slash hidden"),
+        ("https://labs.example.com/ccna/%252e%252E/secret", "a step up, for whoever decodes twice"),
+        ("https://labs.example.com/ccna/%25252e./secret", "a step up, for whoever decodes three times"),
+        ("https://labs.example.com/ccna/..;/secret", "a step up, for whoever drops a step's parameters"),
+        ("https://labs.example.com/ccna/..%3Bv=1/secret", "the same, in other letters"),
         ("https://labs.example.com/ccna/..\\secret", "a step up, as some servers read it"),
         ("https://labs.example.com.evil.org/ccna/a", "a host that only begins alike"),
         ("https://labs.example.com@evil.org/ccna/a", "a user, not a host"),
@@ -128,7 +133,7 @@ async def test_a_folder_that_is_exchanged_for_a_link_once_it_was_judged_is_not_f
 
     monkeypatch.setattr(os, "open", exchanging)
     template = LabTemplate(topology_file=f"{judged}/good.yaml")
-    with pytest.raises((Refused, NotNow), match="there is no file|cannot be read"):
+    with pytest.raises((Refused, NotNow), match=r"there is no file|cannot be read"):
         await load(template, InstanceSettings(topology_files=(f"{judged}/*.yaml",)), VirtualClock())
 
 
