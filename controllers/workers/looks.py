@@ -6,8 +6,8 @@ and may alarm it, never more: `confirm` gives the recorded instance when it is t
 other carries the worker's uid. For all else (absent, in another state, at another address, a second carrier, one
 without our tags) the worker looks itself, and only that look is acted on; one that an earlier answer confirmed and the
 next does not is asked to, through `hints`. A stale or failed answer costs a call or an interval, never an instance.
-While EC2 refuses all calls or does not answer, nobody is sent after it: `confirm` raises that, and EC2 is asked once in
-a quarter of the interval. Called by the provisioner; the answers end with the term.
+While EC2 refuses all calls, does not answer, or answers of another account, nobody is sent after it: `confirm` raises
+that, and EC2 is asked once in a quarter of the interval. Called by the provisioner; the answers end with the term.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 import structlog
 
 from controllers.aws.ec2 import Ec2, Ec2Instance
-from controllers.aws.errors import AwsAuthError, AwsError, AwsThrottled, AwsUnavailable
+from controllers.aws.errors import AwsAuthError, AwsError, AwsThrottled, AwsUnavailable, AwsWrongAccount
 from controllers.aws.place import Place
 from controllers.workers.decisions import (
     INSTALLATION_TAG,
@@ -51,6 +51,8 @@ _AT_ONCE = 100
 """Workers that are judged before others have their turn on the event loop."""
 _TIMEOUT = 30.0
 """Seconds for all pages."""
+_STS_TIMEOUT = 5.0
+"""Seconds for the question whose the credentials are, while nobody at rest in the place can go on."""
 _FOR_ALL = (AwsThrottled, AwsAuthError, AwsUnavailable)
 """What is not about one question: whoever asked another one would hear the same, or wait as long for nothing."""
 
@@ -177,6 +179,7 @@ class Ec2Looks:
         work.ctx.check_leading()
         try:
             answer = Answer.of(begun, await self._ask(place, work))
+            await self._check_account(place, answer, work)
         except AwsError as error:
             if shared.failed is None:
                 log.warning("workers.shared_look_failed", place=str(place), error=str(error))
@@ -196,6 +199,35 @@ class Ec2Looks:
         # What is only observed need not bear our tags, so it is asked for by id, 1,000 a call.
         ids = [i for i in self._observed(place, work) if i not in shown]
         return [*found, *(await self._ec2.describe_fleet(place, ids, {}, unmarked=ids)).values()]
+
+    async def _check_account(self, place: Place, answer: Answer, work: Work) -> None:
+        """Raise `AwsWrongAccount` where an answer shows nobody's instance, and is of none of their accounts.
+
+        Else each would look for itself, and then ask this.
+        """
+        owners: set[str] = set()
+        for some in _in_turns(_at(work.ctx.cache, place)):
+            for worker in some:
+                ec2 = worker.status.ec2
+                if ec2.owner_id is not None and rests(worker):
+                    if ec2.instance_id in answer.instances:
+                        return
+                    owners.add(ec2.owner_id)
+            await work.ctx.clock.sleep(0)
+        wrong: AwsWrongAccount | None = None
+        for owner in sorted(owners):
+            work.ctx.check_leading()
+            try:
+                await self._ec2.check_owner(place, owner, timeout=_STS_TIMEOUT)
+            except AwsWrongAccount as error:
+                wrong = error
+            except AwsError as error:
+                log.info("workers.account_not_known", place=str(place), error=str(error))
+                return  # no word on the account: what the answer shows stands
+            else:
+                return
+        if wrong is not None:
+            raise wrong
 
     def _observed(self, place: Place, work: Work) -> list[str]:
         """The instances of workers at rest that were adopted and are only observed."""

@@ -182,13 +182,13 @@ class LooksScene:
 
 
 @asynccontextmanager
-async def looks_scene() -> AsyncIterator[LooksScene]:
-    """The scene, without a worker. EC2 is of one mind at once, and its passing states take no time."""
+async def looks_scene(moto_url: str = "http://127.0.0.1:1") -> AsyncIterator[LooksScene]:
+    """The scene, without a worker. EC2 is of one mind at once, and its passing states take no time; STS is moto's."""
     clock, storage, registry = VirtualClock(), MemoryStorage(), Registry((LAB_WORKER, LAB_RECORD))
     cache = Cache(storage, registry, SystemClock())
     settings = ControllersSettings(worker_rest_interval=INTERVAL)
     async with (
-        AwsShim.run(ShimOptions(moto_url="http://127.0.0.1:1", delay=0)) as shim,
+        AwsShim.run(ShimOptions(moto_url=moto_url, delay=0)) as shim,
         Ec2(clock, endpoint_url=shim.url) as ec2,
     ):
         provisioner = Provisioner(ec2, settings, INSTALLATION)

@@ -8,7 +8,9 @@ from collections.abc import AsyncIterator, Callable
 
 import pytest
 
+from controllers.aws.simulator.instances import ACCOUNT
 from controllers.workers.turns import Crowded
+from equipment.aws import EXAMS_NUMBER
 from equipment.looks_scene import LooksScene, looks_scene
 from equipment.waiting import until
 
@@ -307,3 +309,38 @@ async def test_whoever_comes_while_a_question_hangs_has_the_last_word_of_ec2(sce
     asking.cancel()
     await asyncio.wait([asking])
     assert await scene.see("first") is not None, "another one asks in place of who was cut off"
+
+
+async def test_credentials_of_another_account_are_one_refusal_for_all_who_are_at_rest(
+    monkeypatch: pytest.MonkeyPatch, aws_credentials: None, moto_url: str
+) -> None:
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", EXAMS_NUMBER)
+    async with looks_scene(moto_url) as scene:
+        names = [f"w{n}" for n in range(20)]
+        for name in names:
+            await scene.rest(name)
+            await scene.client().update_status(
+                await scene.get(name), lambda w: setattr(w.status.ec2, "owner_id", ACCOUNT)
+            )
+        await scene.cache.barrier(30)
+        for _ in range(2):
+            for name in names:
+                assert await scene.see(name) is None, "nothing is seen with them, and nothing is concluded"
+            assert scene.calls() == {"DescribeInstances": 1, "GetCallerIdentity": 1}
+            await scene.interval(0.25)
+        trouble = (await scene.get("w7")).status.ec2
+        assert (trouble.state, trouble.last_error and trouble.last_error.reason) == ("running", "WrongAccount")
+
+
+async def test_where_nobody_says_whose_the_credentials_are_whom_a_look_does_not_show_looks_itself(
+    scene: LooksScene,
+) -> None:
+    worker = await scene.rest("w")
+    await scene.see("w")
+    await scene.see("w", asked=True)  # takes down whose it is
+    assert (await scene.get("w")).status.ec2.owner_id is not None
+    _ended(scene, worker.status.ec2.instance_id or "")
+    await scene.interval()
+    sighting = await scene.see("w")
+    assert sighting is not None
+    assert sighting.gone

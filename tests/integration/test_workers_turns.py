@@ -26,7 +26,8 @@ async def scene(aws_credentials: None) -> AsyncIterator[LooksScene]:
 def hang(scene: LooksScene) -> int:
     """Let the region not answer; the fault's id."""
     fault = {"action": "*", "fault": "delay", "seconds": 30, "times": 0, "region": SILENT}
-    return scene.shim.faults.add(fault).id
+    hanging: int = scene.shim.faults.add(fault).id
+    return hanging
 
 
 @pytest.mark.parametrize("asked", [True, False], ids=["own-looks", "the-shared-look"])
