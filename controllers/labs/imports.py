@@ -64,6 +64,7 @@ IMPORT_CRASH_POINTS = (
 )
 """Where an import can be killed, in order."""
 
+WORKER_NOT_FOUND = "WorkerNotFound"
 _LOOKS = 10
 """How often a lab is looked for before its import is sent again."""
 _TO_ONE_CML = 2
@@ -113,8 +114,7 @@ class LabImportsController(Controller[LabImport]):
         if isinstance(place, Gone):
             return await self._fail(order, ctx, place.reason, place.message)
         if isinstance(place, Away):
-            await self._tell(order, ctx, place.reason, place.message)
-            return Result.after(self.resync)
+            return await self._wait(order, ctx, place)
         with self.hints.one_of(place.worker.uid, (order.namespace, order.name)) as let_in:
             return await self._try(order, place.worker, ctx) if let_in else Result.after(FULL_AGAIN)
 
@@ -137,7 +137,7 @@ class LabImportsController(Controller[LabImport]):
         name = order.spec.worker_ref
         worker = self._cache.get(LabWorker, order.namespace, name)
         if worker is None:
-            return Away("WorkerNotFound", f"there is no worker {name} that this version can read")
+            return Away(WORKER_NOT_FOUND, f"there is no worker {name} that this version can read")
         sent_to, runs_on, phase = order.status.instance_id, worker.status.ec2.instance_id, worker.status.phase
         gone = (
             (worker.deleting or phase == Phase.TERMINATED, Gone("WorkerGone", f"the worker {name} is being ended")),
@@ -152,6 +152,24 @@ class LabImportsController(Controller[LabImport]):
             (not identified(worker), Away("CMLNotIdentified", f"it is not settled which CML answers for {name}")),
         )
         return next((place for applies, place in (*gone, *away) if applies), Home(worker))
+
+    async def _wait(self, order: LabImport, ctx: Context, place: Away) -> Result:
+        """Tell what it waits for, and wait; for a worker that nobody knows no longer than it would be kept."""
+        if place.reason != WORKER_NOT_FOUND:
+            await self._tell(order, ctx, place.reason, place.message)
+            return Result.after(self.resync)
+        await self._tell(order, ctx, place.reason, place.message, None)
+        told, now = order.status.condition(READY), ctx.clock.now()
+        since = told.last_transition_time if told is not None and told.status == "Unknown" else now
+        left = self._ttl(order) - (now - since).total_seconds()
+        if ctx.wall_jumped:
+            left = max(left, self.poll)
+        if left <= 0:
+            return await self._fail(order, ctx, place.reason, place.message)
+        return Result.after(min(left, self.resync))
+
+    def _ttl(self, order: LabImport) -> float:
+        return order.spec.ttl_seconds or self._settings.labs_import_ttl
 
     async def _import(self, order: LabImport, worker: LabWorker, ctx: Context) -> Result:
         """Find the lab or make it, and finish it."""
@@ -216,10 +234,7 @@ class LabImportsController(Controller[LabImport]):
         message = f"lab {lab_id}"
         ctx.check_leading()
         if order.status.attempts > 1:
-            for surplus in await _marked(order, worker, client):
-                if surplus.id != lab_id:
-                    ctx.log.warning("lab.import_surplus_removed", lab=surplus.id, worker=worker.name)
-                    await client.delete_lab(surplus.id)
+            await self._remove_surplus(order, worker, client, ctx)
         try:
             await client.rename_lab(lab_id, order.spec.title)
         except CmlNotFound:
@@ -242,6 +257,21 @@ class LabImportsController(Controller[LabImport]):
         ctx.log.info("lab.imported", lab=lab_id, worker=worker.name, title=printable(order.spec.title))
         ctx.events.record(order, "Normal", "Imported", message)
         return await self._expire(order, ctx)
+
+    async def _remove_surplus(self, order: LabImport, worker: LabWorker, client: CmlClient, ctx: Context) -> None:
+        """Remove the labs of earlier tries; one that CML does not let go stays, under its mark, and is told of."""
+        for surplus in await _marked(order, worker, client):
+            if surplus.id == order.status.lab_id:
+                continue
+            try:
+                await client.delete_lab(surplus.id)
+            except CmlNotFound:
+                continue
+            except CmlRefused as error:
+                ctx.log.warning("lab.import_surplus_left", lab=surplus.id, worker=worker.name, error=str(error))
+                ctx.events.record(order, "Warning", "SurplusLeft", f"lab {surplus.id} of an earlier try: {error}")
+            else:
+                ctx.log.warning("lab.import_surplus_removed", lab=surplus.id, worker=worker.name)
 
     async def _fail(self, order: LabImport, ctx: Context, reason: str, message: str) -> Result:
         """Given up, until the spec changes."""
@@ -266,8 +296,7 @@ class LabImportsController(Controller[LabImport]):
             now = ctx.clock.now()
             order = await ctx.client.update_status(order, lambda i: setattr(i.status, "completed_at", now))
         began = order.status.completed_at or order.metadata.creation_timestamp or ctx.clock.now()
-        ttl = order.spec.ttl_seconds or self._settings.labs_import_ttl
-        left = ttl - (ctx.clock.now() - began).total_seconds()
+        left = self._ttl(order) - (ctx.clock.now() - began).total_seconds()
         if ctx.wall_jumped:
             left = max(left, self.poll)
         if order.metadata.annotations.get(PROTECT_ANNOTATION, "false") != "false":
@@ -289,11 +318,13 @@ class LabImportsController(Controller[LabImport]):
 
         return await ctx.client.update_status(order, enter)
 
-    async def _tell(self, order: LabImport, ctx: Context, reason: str, message: str) -> None:
+    async def _tell(
+        self, order: LabImport, ctx: Context, reason: str, message: str, ready: bool | None = False
+    ) -> None:
         """What it waits for; the same again is no write."""
         now = ctx.clock.now()
         await ctx.client.update_status(
-            order, lambda i: i.status.set_condition(READY, False, reason, message[:500], now=now)
+            order, lambda i: i.status.set_condition(READY, ready, reason, message[:500], now=now)
         )
 
     def _lab_is_going(self, order: LabImport) -> bool:

@@ -33,7 +33,8 @@ TITLE_MOST = 64
 
 PENDING, HELD, IMPORTING, IMPORTED, FAILED = "Pending", "Held", "Importing", "Imported", "Failed"
 READY = "Ready"
-"""True once the lab is there; False with what it waits for, or why it was given up."""
+"""True once the lab is there; False with what it waits for, or why it was given up; Unknown while no worker of that
+name is known."""
 
 WARNINGS_KEPT = 20
 TTL_MOST = 366 * 24 * 3600

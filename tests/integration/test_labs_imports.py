@@ -104,8 +104,9 @@ async def test_an_import_that_never_arrived_is_sent_again_once_it_cannot_come_an
     assert made.status.attempts == 2
 
 
-async def test_a_lab_of_an_earlier_try_that_comes_late_is_removed(world: LabsWorld) -> None:
-    """The first try's lab appears only after the second one's: one survives."""
+@pytest.mark.parametrize("running", [False, True], ids=["", "and is in use"])
+async def test_a_lab_of_an_earlier_try_that_comes_late_is_removed(world: LabsWorld, running: bool) -> None:
+    """The first try's lab appears only after the second one's: one survives. CML deletes none that runs."""
     await world.worker()
     world.fault("drop", method="POST", path="/import", times=1)
     world.fault("status", method="PATCH", path="/labs/*", status=500)
@@ -116,11 +117,14 @@ async def test_a_lab_of_an_earlier_try_that_comes_late_is_removed(world: LabsWor
         return status.attempts == 2 and status.lab_id is not None
 
     await until(second_noted)
-    surplus = world.machine().add_lab(mark_of(first))
-    await until(lambda: surplus.id not in world.machine().labs, "the surplus to be removed")
+    surplus = world.machine().add_lab(mark_of(first), nodes=1, running=running)
+    await until(lambda: world.machine().counts["DELETE /labs/{lab_id}"], "the surplus to be removed")
     world.simulator.faults.clear()
     made = await in_phase(world, first, "Imported")
-    assert list(world.machine().labs) == [made.status.lab_id]
+    assert set(world.machine().labs) == {made.status.lab_id, *([surplus.id] if running else [])}
+    assert titles(world).count("OSPF 1") == 1
+    told = [reason for _, reason, _ in await world.told(first.name, "LabImport")]
+    assert ("SurplusLeft" in told) is running
 
 
 async def test_what_cml_refuses_is_told_and_begins_anew_when_the_spec_changes(world: LabsWorld) -> None:
@@ -148,6 +152,13 @@ async def test_an_import_waits_for_its_worker_and_fails_with_it(world: LabsWorld
     await because(world, late, "WorkerNotServing")
     await world.client.delete(await world.get_worker())
     assert (await in_phase(world, late, "Failed")).status.condition("Ready").reason == "WorkerGone"  # type: ignore[union-attr]
+
+
+async def test_an_import_for_a_worker_that_nobody_knows_fails_and_goes_in_the_end(world: LabsWorld) -> None:
+    lost, waits = await order(world, "lost", ttl_seconds=1), await order(world, "waits")
+    await gone(world, lost)
+    assert ("Warning", "WorkerNotFound") in [told[:2] for told in await world.told("lost", "LabImport")]
+    await because(world, waits, "WorkerNotFound")
 
 
 async def test_an_import_goes_when_its_time_is_over_and_a_protected_one_stays(world: LabsWorld) -> None:
