@@ -40,7 +40,9 @@ def parse_duration(value: Any) -> Any:
 
 
 def split_commas(value: Any) -> Any:
-    """A tuple from `a, b, c`."""
+    """A tuple from `a, b, c`. Raises ValueError for JSON, which would be one strange word."""
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        raise ValueError("write it as a, b, c: words with commas between them, not JSON")
     return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
 
 

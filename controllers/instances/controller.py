@@ -40,6 +40,7 @@ from controllers.workers.kind import LabWorker
 from lrm.cache import Cache, Change
 from lrm.controller import Context, Controller, Hints, Key, Result, Trigger
 from lrm.crashpoints import crash_point
+from lrm.model import rfc3339
 from lrm.resource import RETRY_ANNOTATION
 
 CRASH_POINTS = (
@@ -270,7 +271,9 @@ class InstancesController(Controller[LabInstanceRequest]):
         reason = (
             Reasons.RUNNING if well else Reasons.UNHEALTHY if seen.state is State.UNHEALTHY else Reasons.NOT_RUNNING
         )
-        await self._write(request, ctx, sighted(seen, ctx, ready=well, reason=reason))
+        after = await self._write(request, ctx, sighted(seen, ctx, ready=well, reason=reason))
+        if request.status.observed_generation != request.metadata.generation and request.ends_at is not None:
+            ctx.events.record(after, "Normal", "Extended", f"it runs until {rfc3339(request.ends_at)}")
         return Result.after(min(_again(seen), left, _LONGEST_WAIT))
 
     async def _ending(self, request: LabInstanceRequest, ctx: Context) -> _Next:
@@ -357,6 +360,8 @@ class InstancesController(Controller[LabInstanceRequest]):
                 completing(ctx)(r)
 
         after = await self._write(request, ctx, cleaned)
+        if ending:
+            ctx.events.record(after, "Normal", "Completed", "nothing of it is left outside")
         crash_point("instances.ended")
         await self._placer.release(request, ctx)
         return after

@@ -352,8 +352,9 @@ def _fixed(spec: LabInstanceRequestSpec, old: LabInstanceRequest) -> Iterator[Ca
 def _waiting_reason(request: LabInstanceRequest) -> str | None:
     if request.status.failure is not None:
         return request.status.failure.reason
-    assigned = request.status.condition(Conditions.WORKER_ASSIGNED)
-    return assigned.reason if assigned is not None and assigned.status == "False" else None
+    kind = Conditions.READY if request.status.phase == Phase.COMPLETED else Conditions.WORKER_ASSIGNED
+    told = request.status.condition(kind)
+    return told.reason if told is not None and told.status == "False" else None
 
 
 COLUMNS = (
@@ -363,7 +364,7 @@ COLUMNS = (
     Column("Worker", lambda r: r.status.worker_ref.name if r.status.worker_ref else None, description="Where it is."),
     Column("Minutes", lambda r: r.spec.duration_minutes, type="integer", description="How long it may run."),
     Column("URL", lambda r: r.status.access_url, description="Where it is worked with."),
-    Column("Reason", _waiting_reason, description="Why it waits or failed."),
+    Column("Reason", _waiting_reason, description="Why it waits, failed or ended."),
     Column("Started", lambda r: r.wire()["status"].get("startedAt"), type="date", priority=1),
     Column("Retries", lambda r: r.status.retry_count, type="integer", priority=1),
 )

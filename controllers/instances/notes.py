@@ -71,7 +71,8 @@ def ending(phase: Phase, ctx: Context, why: tuple[str, str]) -> Mutate:
 
 def timing_out(request: LabInstanceRequest, phase: Phase, ctx: Context) -> Mutate:
     """Its time is over."""
-    why = Reasons.DURATION_ELAPSED, f"its {request.spec.duration_minutes} minutes are over"
+    minutes = request.spec.duration_minutes
+    why = Reasons.DURATION_ELAPSED, f"its {minutes} minutes are over" if minutes > 1 else "its minute is over"
 
     def time_out(r: LabInstanceRequest) -> None:
         ending(phase, ctx, why)(r)
