@@ -26,7 +26,7 @@ from controllers.labs.kind import (
     Verb,
     forgets,
 )
-from controllers.labs.wishes import outcome_of
+from controllers.labs.wishes import open_operation, outcome_of
 from controllers.workers.kind import LabWorker
 from lrm.api.call import Api
 from lrm.errors import ResourceNotFound
@@ -83,17 +83,26 @@ class Orders:
         return Order(written, worker, self._since(written.revision, look))
 
     async def operate(self, record: LabRecord, verb: Verb, order_id: str) -> Order:
-        """Have a lab started, stopped or wiped. Raises `Forbidden` when it is being deleted."""
-        operation = Operation(id=order_id, verb=verb)
-        written = await self._client.update(record, lambda r: setattr(r.spec, "operation", operation))
-        if written is None:
+        """Have a lab started, stopped or wiped, or share in the same that was ordered and has not ended.
+
+        Raises `Forbidden` when it is being deleted.
+        """
+
+        def give(r: LabRecord) -> None:
+            under_way = open_operation(r)
+            if r.deleting or under_way is None or under_way.verb != verb:
+                r.spec.operation = Operation(id=order_id, verb=verb)
+
+        written = await self._client.update(record, give)
+        if written is None or written.spec.operation is None:
             raise ResourceNotFound("labrecords", record.name)
+        given = written.spec.operation.id
 
         def look() -> Outcome | None:
             now = self._api.cache.get(LabRecord, record.namespace, record.name)
             if now is None or now.uid != record.uid or now.deleting:
                 return Outcome(FAILED, "the lab is gone, or on its way")
-            told = outcome_of(now, order_id)
+            told = outcome_of(now, given)
             if told is None or told.result not in ENDED | {WAITING}:
                 return None
             return Outcome(told.result, told.message)

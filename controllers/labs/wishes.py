@@ -43,10 +43,16 @@ class Wish:
         return acting if self.operation or acting.generation == record.metadata.generation else None
 
 
+def open_operation(record: LabRecord) -> Operation | None:
+    """The operation that is to be carried out, None when there is none or it has ended."""
+    operation = record.spec.operation
+    return operation if operation is not None and not _ended(record, operation.id) else None
+
+
 def open_wish(record: LabRecord) -> Wish | None:
     """What is to be done next, None when nothing is."""
-    operation, wanted, status = record.spec.operation, record.spec.desired_state, record.status
-    if operation is not None and not _ended(record, operation.id):
+    operation, wanted, status = open_operation(record), record.spec.desired_state, record.status
+    if operation is not None:
         return Wish(TARGETS[operation.verb], operation)
     if wanted is None or status.observed_generation == record.metadata.generation:
         return None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 from collections.abc import AsyncIterator
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,13 @@ import pytest
 
 from controllers.cml.simulator.labs import Lab
 from controllers.labs.imports_kind import LabImport
+from controllers.labs.kind import LABS
 from controllers.workers.kind import LabWorker
 from equipment.api import Answer, Served, tokens_file
 from equipment.labs_api import labs_api, labs_path
 from equipment.labs_world import LabsWorld, instance_of, labs_world
 from equipment.waiting import until
+from lrm.client import Client
 from lrm.resource import PROTECT_ANNOTATION
 
 KEYS = {
@@ -79,8 +82,17 @@ async def test_the_list_has_the_known_keys_and_its_age_and_needs_no_cml(world: L
     record = await world.record(lab.id)
     assert shown["owner"] == record.status.owner_fullname
     assert shown["last_synced"] is not None
-    assert int(answer.headers["Age"]) >= 0
+    assert int(answer.headers["Age"]) < 60
     assert not answer.warnings
+
+    def hour_ago(w: LabWorker) -> None:
+        assert w.status.labs_synced_at is not None
+        w.status.labs_synced_at -= timedelta(hours=1)
+
+    await Client(world.storage, world.registry, world.clock, owner=LABS).update_status(
+        await world.get_worker(), hour_ago
+    )
+    assert 3600 <= int((await api.get(labs_path())).headers["Age"]) < 3660
     await world.failing_sync()
     stale = await api.get(labs_path("?resourceVersion=0"))
     assert (stale.status, len(stale.body)) == (200, 1)
@@ -201,6 +213,31 @@ async def test_a_lab_is_started_stopped_wiped_and_deleted(world: LabsWorld, api:
         assert (await api.call(method, labs_path(rest))).status == 404
     assert (await post(api, "/no-lab/start")).status == 404
     assert (await post(api, f"/{other.id}/explode")).status == 404
+
+
+async def test_the_same_order_several_times_at_once_is_one_and_another_one_takes_its_place(
+    world: LabsWorld, api: Served
+) -> None:
+    lab, other = await labs_of(world, "one", "other")
+    world.fault("delay", method="PUT", path=f"/labs/{lab.id}/start", seconds=0.3)
+    answers = await asyncio.gather(*(post(api, f"/{lab.id}/start") for _ in range(3)))
+    assert [(a.status, a.body["result"]) for a in answers] == [(200, "Succeeded")] * 3
+    assert world.machine().counts["PUT /labs/{lab_id}/start"] == 1
+    order = {"action": "stop", "labs": "all"}
+    both = await asyncio.gather(*(post(api, "/bulk", order) for _ in range(2)))
+    assert [a.status for a in both] == [200, 200], [a.raw for a in both]
+    world.fault("status", path=f"/labs/{other.id}/state", status=500)
+    asked = []
+    for action in ("start", "stop"):
+        asked.append(asyncio.create_task(post(api, f"/{other.id}/{action}")))
+
+        async def ordered(verb: str = action.capitalize()) -> bool:
+            operation = (await world.record(other.id)).spec.operation
+            return operation is not None and operation.verb == verb
+
+        await until(ordered)
+    world.simulator.faults.clear()
+    assert [answer.status for answer in await asyncio.gather(*asked)] == [409, 200]
 
 
 async def test_cmls_no_is_told_as_a_conflict(world: LabsWorld, api: Served) -> None:
