@@ -103,11 +103,13 @@ class LabOperation(Model):
 
 
 class Acting(Model):
-    """How far a wish has come: the last step that CML accepted, and when it accepted the first."""
+    """How far a wish has come."""
 
     generation: int
     since: Timestamp
+    """When CML accepted the first step, or first had no useful answer, if that was earlier."""
     step: str
+    """The last that CML accepted; empty before the first."""
     operation: str = ""
     """The operation's id; empty where the wish is desiredState."""
 

@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 from controllers.cml.client import CmlClient
 from controllers.cml.errors import (
+    CmlBadAnswer,
     CmlCircuitOpen,
     CmlClosed,
     CmlError,
@@ -22,6 +23,7 @@ from controllers.cml.errors import (
     CmlLoginThrottled,
     CmlNotFound,
     CmlRefused,
+    CmlUnavailable,
 )
 from controllers.cml.sessions import CmlSessions
 from controllers.labs.desired import DEFINED_ON_CORE, REACHED, WAIT, Step, next_step
@@ -136,6 +138,10 @@ class LabRecordsController(Controller[LabRecord]):
             return await self._approach(record, wish, home, ctx)
         except (CmlNotFound, CmlRefused) as error:
             return await self._settle(record, ctx, wish, _refusal(error), str(error))
+        except CmlBadAnswer as error:  # it can be asked, and never says anything of use
+            if self._is_over(wish.acting(record), ctx):
+                return await self._settle(record, ctx, wish, "TimedOut", str(error)[:500])
+            raise await self._held_up(record, ctx, wish, error, tried=True) from error
         except CmlError as error:
             raise await self._held_up(record, ctx, wish, error) from error
 
@@ -218,17 +224,15 @@ class LabRecordsController(Controller[LabRecord]):
             ctx.log.info("lab.desired_state_reached", lab=lab_id, worker=home.worker.name, state=state)
             return await self._settle(record, ctx, wish)
         acting = wish.acting(record)
-        if acting is not None and now - acting.since > timedelta(seconds=self._settings.labs_step_timeout):
+        if self._is_over(acting, ctx):
             return await self._settle(record, ctx, wish, "TimedOut", f"it is still {state}, and is left so")
         if isinstance(step, Step) and not _taken(acting, step):
             ctx.check_leading()
             ctx.log.info("lab.changing_state", lab=lab_id, worker=home.worker.name, step=str(step), state=state)
-            if step is Step.START:
-                await client.start_lab(lab_id)
-            elif step is Step.STOP:
-                await client.stop_lab(lab_id)
-            else:
-                await client.wipe_lab(lab_id)
+            try:
+                await _send(client, step, lab_id)
+            except CmlUnavailable as error:  # CML has just told the lab's state: it is this step that has no answer
+                raise await self._held_up(record, ctx, wish, error, tried=True) from error
             crash_point(STEP_CRASH_POINT)
             sent = Acting(
                 generation=record.metadata.generation,
@@ -281,10 +285,27 @@ class LabRecordsController(Controller[LabRecord]):
 
         await ctx.client.update_status(record, note)
 
-    async def _held_up(self, record: LabRecord, ctx: Context, wish: Wish | None, error: CmlError) -> RetryLater:
-        """Say what CML's failure was; what to raise, so that it is tried again, ever later."""
+    def _is_over(self, acting: Acting | None, ctx: Context) -> bool:
+        """Whether CML has had its time for what it was asked for."""
+        patience = timedelta(seconds=self._settings.labs_step_timeout)
+        return acting is not None and ctx.clock.now() - acting.since > patience
+
+    async def _held_up(
+        self, record: LabRecord, ctx: Context, wish: Wish | None, error: CmlError, *, tried: bool = False
+    ) -> RetryLater:
+        """Say what CML's failure was; what to raise, so that it is tried again, ever later.
+
+        With `tried` the time that CML has begins, if it has not yet: it is not merely away.
+        """
         if not isinstance(error, CmlCircuitOpen | CmlLoginThrottled | CmlClosed):  # not having asked is no news
             acting = wish.acting(record) if wish is not None else None
+            if acting is None and wish is not None and tried:
+                acting = Acting(
+                    generation=record.metadata.generation,
+                    since=ctx.clock.now(),
+                    step="",
+                    operation=wish.operation.id if wish.operation else "",
+                )
             await self._tell(record, ctx, _Note(wish, type(error).__name__, str(error)[:500]), acting=acting)
         return RetryLater(f"lab {record.spec.lab_id} of {record.spec.worker_ref}: {error}")
 
@@ -314,6 +335,15 @@ async def _state_of(client: CmlClient, lab_id: str) -> str | None:
             client.renew_session()  # the next login may tell
             raise CmlForbidden(404, "the session is not proven to be an admin's, so a 404 proves nothing") from error
         return None
+
+
+async def _send(client: CmlClient, step: Step, lab_id: str) -> None:
+    if step is Step.START:
+        await client.start_lab(lab_id)
+    elif step is Step.STOP:
+        await client.stop_lab(lab_id)
+    else:
+        await client.wipe_lab(lab_id)
 
 
 def _refusal(error: CmlNotFound | CmlRefused) -> str:

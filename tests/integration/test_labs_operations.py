@@ -173,6 +173,23 @@ async def test_cmls_no_ends_an_operation_and_no_answer_does_not(world: LabsWorld
     assert (refused.result, "not now" in refused.message) == ("Failed", True)
 
 
+@pytest.mark.parametrize(
+    ("method", "rest", "kind"), [("PUT", "start", "status"), ("PUT", "start", "drop"), ("GET", "state", "status")]
+)
+async def test_an_operation_for_which_cml_never_has_an_answer_of_use_ends(
+    monkeypatch: pytest.MonkeyPatch, method: str, rest: str, kind: Any
+) -> None:
+    async with labs_world(monkeypatch, labs_step_timeout=1) as world:
+        lab, record = await mirrored(world)
+        how = {"status": 500} if kind == "status" else {}
+        rule = world.fault(kind, method=method, path=f"/labs/{lab.id}/{rest}", **how)
+        await operate(world, record, "1", "Start")
+        assert (await told(world, record, "1")).result == "Failed"
+        condition = (await world.record(lab.id)).status.condition("DesiredState")
+        assert condition is not None
+        assert (condition.reason, rule.hits > 1) == ("TimedOut", True)
+
+
 async def test_another_verb_under_the_same_id_is_refused(world: LabsWorld) -> None:
     _, record = await mirrored(world)
     await operate(world, record, "1", "Start")
