@@ -32,6 +32,7 @@ from controllers.aws.errors import (
     AwsUnavailable,
     AwsUnknownAccount,
     AwsUnknownRegion,
+    AwsWrongAccount,
     Effect,
     from_botocore,
 )
@@ -151,6 +152,8 @@ class _Account:
         self._lock = threading.Lock()
         """Held for a moment, while what is kept changes."""
         self._session: boto3.Session | None = None
+        self._number = ""
+        """Of the account whose credentials the session has; empty unless the settings say one."""
         self._since = 0.0
         self._clients: dict[_Key, Any] = {}
         self._used: dict[_Key, float] = {}
@@ -176,8 +179,12 @@ class _Account:
         session = self._session
         if session is None:
             session = self._sign_in(place)
+            number = self._number_of(session, place)
             with self._lock:
-                self._session, self._since = session, self._clock.monotonic()
+                self._session, self._number, self._since = session, number, self._clock.monotonic()
+        if self._meaning is not None and self._number != self._meaning.number:
+            message = f"the credentials are those of account {self._number}, and not of {self._meaning.number}"
+            raise AwsWrongAccount("WrongAccount", message, place=place)
         create: Any = session.client  # the stubs know one overload for each service, and no name of any
         region, service, _ = key
         client = create(service, region_name=region, endpoint_url=self._endpoint_url, config=making.config)
@@ -219,6 +226,24 @@ class _Account:
             core = _core(meaning.profile)
             core.register_component("credential_provider", CredentialResolver([role]))
         return boto3.Session(botocore_session=core)
+
+    def _number_of(self, session: boto3.Session, place: Place) -> str:
+        """What STS says of a profile's credentials, where that matters. Raises `AwsError`; nothing else was sent."""
+        meaning = self._meaning
+        if meaning is None or not meaning.number or meaning.role_arn:  # a role's number is in its name
+            return meaning.number if meaning is not None else ""
+        operation = "GetCallerIdentity"
+        try:
+            client = session.client("sts", region_name=place.region, endpoint_url=self._endpoint_url, config=_STS)
+            try:
+                number: str = client.get_caller_identity()["Account"]
+            finally:
+                client.close()
+        except Exception as error:  # noqa: BLE001 - urllib3's and socket's own get through botocore
+            told = from_botocore(error, Effect.READ, operation=operation, place=place)
+            kind = AwsUnavailable if isinstance(told, AwsServerError) else type(told)
+            raise kind(told.code, told.message, operation=operation, place=place, request_id=told.request_id) from None
+        return number
 
 
 class _Role(CredentialProvider):

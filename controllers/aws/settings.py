@@ -26,6 +26,8 @@ class AwsAccount(BaseModel):
     external_id: str = Field("", max_length=1224, pattern=r"^([\w+=,.@:/-]+)?$")
     """What the role's owner wants to be told by whoever assumes it; not a secret."""
 
+    number: str = Field("", pattern=r"^(\d{12})?$")
+    """AWS's number of the account, if the credentials are to be refused when they are another's."""
     namespaces: tuple[Annotated[str, Field(pattern=_NAME)], ...] = ()
     """Those whose objects may name it; none: all."""
 
@@ -39,6 +41,8 @@ class AwsAccount(BaseModel):
             raise ValueError("an account needs a profile or a role_arn")
         if self.external_id and not self.role_arn:
             raise ValueError("an external_id says nothing without a role_arn")
+        if self.number and self.role_arn and self.role_arn.split(":")[4] != self.number:
+            raise ValueError("the role_arn is one of another account than the number says")
         return self
 
 
@@ -48,8 +52,8 @@ class AwsSettings(LrmSettings):
     aws_accounts: dict[str, AwsAccount] = Field(
         default_factory=dict,
         description="AWS accounts by the short name that spec.account carries, each with profile, role_arn, "
-        "external_id and the namespaces that may name it (none: all), as JSON in the environment: "
-        '{"exams": {"role_arn": "arn:aws:iam::111122223333:role/lrm", "namespaces": ["exams"]}}. '
+        "external_id, its number if that is to be checked, and the namespaces that may name it (none: all), as JSON "
+        'in the environment: {"exams": {"role_arn": "arn:aws:iam::111122223333:role/lrm", "namespaces": ["exams"]}}. '
         "Without a name it is the account of the daemon's own credentials.",
     )
 

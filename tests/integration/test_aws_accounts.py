@@ -345,3 +345,46 @@ async def test_a_client_that_nobody_uses_goes_when_another_is_made(aws_shim: Aws
     gc.collect()
     assert first() is None
     assert second() is client(places[1]), "who is used stays"
+
+
+async def test_credentials_of_another_account_than_the_settings_number_do_nothing(
+    aws_shim: AwsShim, profiles: Path
+) -> None:
+    clock = LaterClock()
+    accounts = {
+        "exams": AwsAccount(profile="exams", number=CLASSES_NUMBER),
+        "partner": ROLE.model_copy(update={"number": PARTNER_NUMBER}),
+    }
+    async with Ec2(clock, accounts, endpoint_url=aws_shim.url) as ec2:
+        await ec2.run_instance(PARTNER, launch("role"))
+
+        async def refused() -> None:
+            with pytest.raises(AwsWrongAccount, match=f"of account {EXAMS_NUMBER}, and not of {CLASSES_NUMBER}"):
+                await ec2.run_instance(EXAMS, launch("stray"))
+
+        for _ in range(3):
+            await refused()
+        assert (aws_shim.calls["GetCallerIdentity"], aws_shim.calls["RunInstances"]) == (1, 1)
+        write_profiles(profiles, exams=CLASSES_NUMBER)
+        clock.ahead = 31
+        await refused()
+        assert (await ec2.run_instance(EXAMS, launch("right"))).owner == CLASSES_NUMBER
+
+
+@pytest.mark.parametrize(
+    ("answer", "kind"),
+    [
+        (refusal("InvalidClientTokenId", 403), AwsAuthError),
+        (refusal("InternalFailure", 500), AwsUnavailable),
+        (reply("<html>a portal</html>"), AwsUnavailable),
+    ],
+)
+async def test_where_sts_does_not_say_whose_credentials_are_nothing_is_sent(
+    profiles: Path, answer: bytes, kind: type[AwsError]
+) -> None:
+    accounts = {"exams": AwsAccount(profile="exams", number=EXAMS_NUMBER)}
+    async with lying_server(answer) as (url, seen), Ec2(SystemClock(), accounts, endpoint_url=url) as ec2:
+        with pytest.raises(kind) as raised:
+            await ec2.run_instance(EXAMS, launch("never"))
+    assert raised.value.definite_refusal
+    assert all(b"Action=GetCallerIdentity" in request for request in seen)

@@ -32,6 +32,8 @@ def test_accounts_come_from_the_environment_as_json(monkeypatch: pytest.MonkeyPa
         ({"exams": {"profile": "p", "external_id": "x"}}, "without a role_arn"),
         ({"exams": {"role_arn": "arn:aws:iam::1:role/x"}}, "pattern"),
         ({"exams": {"profile": "p", "secret_access_key": "x"}}, "secret_access_key"),
+        ({"exams": {"profile": "p", "number": "1"}}, "pattern"),
+        ({"exams": {"role_arn": ROLE, "number": "444455556666"}}, "of another account"),
         ({"exams": {"profile": "p", "namespaces": ["Exams/*"]}}, "pattern"),
         ({"": {"profile": "p"}}, "name has up to 63"),
         ({"Exams": {"profile": "p"}}, "name has up to 63"),
