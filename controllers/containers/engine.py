@@ -44,7 +44,7 @@ AT_ONCE = 16
 _STOPS_AT_ONCE = 64
 """They mostly wait for a container's own end."""
 _PULLS_AT_ONCE = 8
-_LOGS_AT_ONCE = 64
+LOGS_AT_ONCE = 64
 _READ = 30.0
 """Seconds for a read."""
 _CHANGE = 60.0
@@ -72,7 +72,7 @@ class Engine:
         self._turns = asyncio.Semaphore(AT_ONCE)
         self._stops = asyncio.Semaphore(_STOPS_AT_ONCE)
         self._pulls = asyncio.Semaphore(_PULLS_AT_ONCE)
-        self._followers = asyncio.Semaphore(_LOGS_AT_ONCE)
+        self._followers = asyncio.Semaphore(LOGS_AT_ONCE)
         self._docker: Docker | None = None
         self._log_docker: Docker | None = None
 
@@ -207,15 +207,17 @@ class Engine:
     async def logs(self, container: str, *, tail: int, follow: bool) -> AsyncGenerator[bytes, None]:
         """What it has written, its last `tail` lines, and with `follow` what it writes until it ends.
 
-        Raises `EngineUnavailable` also when too many are being read already.
+        The first piece is empty: the log is open, even if it is silent. Raises `EngineUnavailable` also when too many
+        are being read already.
         """
         if self._followers.locked():
-            raise EngineUnavailable(f"{_LOGS_AT_ONCE} logs are being read; try again")
+            raise EngineUnavailable(f"{LOGS_AT_ONCE} logs are being read; try again")
         wanted = {"stdout": "1", "stderr": "1", "tail": str(tail), "follow": "1" if follow else "0"}
         async with (
             self._followers,
             self._stream(self._log_docker, f"containers/{container}/logs", wanted) as response,
         ):
+            yield b""
             while True:
                 with _translated():
                     data = await _frame(response.content)
@@ -243,7 +245,7 @@ class Engine:
             if response.status != 200:
                 with _translated():
                     raise of_status(response.status, (await response.text())[:1000])
-            _keep_alive(response)
+            keep_alive(response.connection.transport if response.connection else None)
             yield response
         finally:
             response.close()
@@ -287,9 +289,8 @@ async def _frame(stream: aiohttp.StreamReader) -> bytes | None:
         return None
 
 
-def _keep_alive(response: aiohttp.ClientResponse) -> None:
+def keep_alive(transport: asyncio.BaseTransport | None) -> None:
     """Have the kernel notice when the other end of a silent stream is gone; a local socket's cannot be unnoticed."""
-    transport = response.connection.transport if response.connection else None
     connected: socket.socket | None = transport.get_extra_info("socket") if transport else None
     if connected is not None and connected.family != socket.AF_UNIX:
         connected.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)

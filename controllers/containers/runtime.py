@@ -170,7 +170,8 @@ class ContainerRuntime:
         """What its container has written to its output and error, in the order of their coming.
 
         At most `LOG_TAIL_MOST` lines and 16 MiB of what there is; `follow` goes on until the container ends, as fast
-        as it is read. Raises `NotNow`, and `Refused` when there is no container.
+        as it is read. The first piece is empty: the log is open. Raises `NotNow`, and `Refused` when there is no
+        container.
         """
         with _said():
             engine, mirror, _ = self._opened()

@@ -6,13 +6,15 @@ phases in capitals. What it cannot say (resources, tracks, pools), the resource 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import asyncio
+from collections.abc import AsyncIterator, Mapping
 from contextlib import aclosing
 from typing import Any
 
 import structlog
 from aiohttp import web
 
+from controllers.containers.engine import keep_alive
 from controllers.containers.runtime import ContainerRuntime
 from controllers.instances.kind import LAB_INSTANCE_REQUEST, LabInstanceRequest
 from controllers.instances.runtime import NotNow, Refused
@@ -41,6 +43,8 @@ _FIELDS = {
 }
 """Flat name → name in the spec."""
 _FLAT = {f"spec.{wire}": flat for flat, wire in _FIELDS.items()} | {"metadata.name": "name"}
+_LEFT_AFTER = 2.0
+"""Seconds between two looks whether the reader of a log is still there."""
 _FILTERS = ("phase", "student_email")
 
 
@@ -133,21 +137,43 @@ async def _log(request: web.Request) -> web.StreamResponse:
         raise RequestError(404, "NotFound", f'"{lab.name}" runs on CML: its nodes have consoles, and it has no log')
     async with aclosing(api.offers.get(ContainerRuntime).logs(lab, tail=int(tail), follow=follow)) as pieces:
         try:
-            first = await anext(pieces, b"")
+            await anext(pieces)
         except NotNow as error:
             raise RequestError(503, "ServiceUnavailable", str(error), retry_after=2) from error
         except Refused as error:
             raise RequestError(404, "NotFound", f'"{lab.name}": {error}') from error
         reply = web.StreamResponse(headers={"Content-Type": "text/plain; charset=utf-8"})
         await reply.prepare(request)
-        await reply.write(first)
-        try:
-            async for piece in pieces:
-                await reply.write(piece)
-        except NotNow as error:  # the answer has begun: only its end can tell
-            log.warning("instances.log_broke_off", name=lab.name, namespace=lab.namespace, error=str(error))
-    await reply.write_eof()
+        async with asyncio.TaskGroup() as tasks:
+            reading = tasks.create_task(_read_out(pieces, reply, request))
+            leaving = tasks.create_task(_until_left(request))
+            await asyncio.wait((reading, leaving), return_when=asyncio.FIRST_COMPLETED)
+            reading.cancel()
+            leaving.cancel()
     return reply
+
+
+async def _read_out(pieces: AsyncIterator[bytes], reply: web.StreamResponse, request: web.Request) -> None:
+    """Write the pieces and the end; whoever does not take them is cut off. The answer has begun: nothing is raised."""
+    api = request.app[API]
+    keep_alive(request.transport)
+    try:
+        async for piece in pieces:
+            async with api.clock.timeout(api.settings.write_seconds):
+                await reply.write(piece)
+        async with api.clock.timeout(api.settings.write_seconds):
+            await reply.write_eof()
+    except NotNow as error:
+        log.warning("instances.log_broke_off", path=request.path, error=str(error))
+    except (TimeoutError, ConnectionError):
+        if request.transport is not None:
+            request.transport.abort()
+
+
+async def _until_left(request: web.Request) -> None:
+    """Return once its client has closed the connection: of a silent log nothing is written that could tell."""
+    while request.transport is not None and not request.transport.is_closing():
+        await request.app[API].clock.sleep(_LEFT_AFTER)
 
 
 def flat_of(request: LabInstanceRequest) -> dict[str, Any]:

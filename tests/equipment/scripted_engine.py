@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import struct
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -26,6 +27,9 @@ class ScriptedEngine:
         """By path: the answer is made at once, and sent when this is set."""
         self.answers: dict[str, tuple[int, bytes, str]] = {}
         """By path: status, body and content type instead of the truth."""
+        self.log = b"hello\n"
+        """What every container has written; who follows it waits for more."""
+        self.followers = 0
         self._streams: set[web.StreamResponse] = set()
         self._closing = asyncio.Event()
 
@@ -63,6 +67,8 @@ class ScriptedEngine:
         self.asked.append(path)
         if path == "/events":
             return await self._stream(request)
+        if path.endswith("/logs") and path not in self.answers:
+            return await self._log(request)
         status, body, kind = self.answers.get(path) or self._truth(path)
         if path in self.held:
             await self.held[path].wait()
@@ -107,6 +113,20 @@ class ScriptedEngine:
             self._streams.discard(stream)
         return stream
 
+    async def _log(self, request: web.Request) -> web.StreamResponse:
+        stream = web.StreamResponse()
+        await stream.prepare(request)
+        lines = self.log.splitlines(keepends=True)[-int(request.query["tail"]) :]
+        for line in lines:
+            await stream.write(struct.pack(">BxxxL", 1, len(line)) + line)
+        if request.query["follow"] == "1":
+            self.followers += 1
+            try:
+                await self._closing.wait()
+            finally:
+                self.followers -= 1
+        return stream
+
     def end_streams(self) -> None:
         """End the streams of events that are open."""
         self._closing.set()
@@ -119,7 +139,7 @@ async def scripted_engine(folder: Path) -> AsyncIterator[tuple[ScriptedEngine, s
     engine, path = ScriptedEngine(), folder / "scripted.sock"
     app = web.Application()
     app.router.add_route("*", "/{tail:.*}", engine.answer)
-    runner = web.AppRunner(app, shutdown_timeout=0.1)
+    runner = web.AppRunner(app, shutdown_timeout=0.1, handler_cancellation=True)
     await runner.setup()
     try:
         await web.UnixSite(runner, str(path)).start()

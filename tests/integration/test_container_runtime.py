@@ -227,6 +227,7 @@ async def test_logs_come_in_order_bounded_by_their_tail_and_followed_to_the_end(
     assert len((await said(world, request, tail=3)).splitlines()) == 3
     following = world.runtime.logs(request, tail=1, follow=True)
     async with asyncio.timeout(60):
+        assert await anext(following) == b"", "it is open"
         last = await anext(following)
         world.engine.client.containers.get(request.outside_name).exec_run(["touch", "/tmp/go"])
         rest = [piece async for piece in following]
