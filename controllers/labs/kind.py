@@ -80,7 +80,8 @@ class LabRecordSpec(Model):
     worker_ref: str = Field(min_length=1, max_length=63)
     lab_id: str = Field(min_length=1, max_length=64)
     desired_state: LabState | None = None
-    """Acted on once when it is set; what students do with the lab afterwards is their business."""
+    """Acted on once when it is set; what students do with the lab afterwards is their business. To have the same state
+    again: take it away, wait until status.observedGeneration has followed, and set it; or give an operation."""
     operation: Operation | None = None
     """Carried out once for its id, as long as that is among the last 32; a newer one takes the place of one that is
     under way."""

@@ -3,7 +3,7 @@
     GET labs               as they were at the last sync, whether CML answers or not
     POST labs/refresh      sync them now
     POST labs/import       make a lab of the topology in the body; ?title= wins over its own
-    POST labs/bulk         {action: start|stop|wipe|delete, labs: [id, …]}, or labs: all to start or stop
+    POST labs/bulk         {action: start|stop|wipe|delete, labs: [id, …]}, 500 at most, or labs: all to start or stop
     POST labs/{lab}/start|stop|wipe, DELETE labs/{lab}, GET labs/{lab}/download (from CML itself)
 
 The worker is a name or an EC2 instance id, in `?namespace=` (default). What changes something is an order that the
@@ -63,7 +63,7 @@ log = structlog.get_logger(__name__)
 LONGEST_WAIT = 20.0
 """Seconds; proxies give up after thirty."""
 BULK_MOST = 500
-"""Labs in one bulk order."""
+"""Labs that one bulk order names; all of a worker's may be more."""
 _AT_ONCE = 8
 _ACCEPTED = "Accepted"
 _VERBS: Mapping[str, LabVerb] = {"start": "Start", "stop": "Stop", "wipe": "Wipe"}
@@ -301,8 +301,8 @@ def _bulk_body(body: dict[str, Any], everything: Sequence[str]) -> tuple[str, Se
     if not isinstance(action, str) or action not in {*_VERBS, "delete"}:
         raise _unprocessable("action", "must be start, stop, wipe or delete")
     if labs == "all" and action in ("start", "stop"):
-        labs = list(everything)
-    elif not isinstance(labs, list) or not labs or not all(isinstance(lab, str) for lab in labs):
+        return action, everything
+    if not isinstance(labs, list) or not labs or not all(isinstance(lab, str) for lab in labs):
         raise _unprocessable("labs", "must be a list of the labs' ids, or all to start or stop them")
     ids = list(dict.fromkeys(labs))
     if len(ids) > BULK_MOST:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 
 import pytest
+from structlog.testing import capture_logs
 
 from controllers.cml.simulator.labs import Lab
 from controllers.labs.kind import FORGET_ANNOTATION, LabRecord, record_name
@@ -107,8 +108,21 @@ async def test_edge_case_network_failure(world: LabsWorld) -> None:
     assert world.machine().counts["DELETE /labs/{lab_id}"] == 1, "404 is success: it is not deleted again"
 
 
-async def test_deletions_are_counted_by_how_they_ended(world: LabsWorld) -> None:
-    lab, record = await mirrored(world)
+async def test_deletions_are_logged_and_counted_by_how_they_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    with capture_logs() as logs:
+        async with labs_world(monkeypatch) as world:
+            await _deleted_after_two_failures(world)
+    about = ("lab", "worker", "step", "title")
+    told = [[line["event"], *(line[k] for k in about if k in line)] for line in logs]
+    lab_id = next(line["lab"] for line in logs if line["event"] == "lab.deleted")
+    steps = [["lab.deleting", lab_id, "w1", step] for step in ("stop", "wipe", "delete")]
+    assert [step for step in steps if step not in told] == []
+    assert told.count(["lab.delete_failed", lab_id, "w1"]) == 2
+    assert told.count(["lab.deleted", lab_id, "w1", "doomed"]) == 1
+
+
+async def _deleted_after_two_failures(world: LabsWorld) -> None:
+    lab, record = await mirrored(world, running=True)
     world.fault("status", method="DELETE", path=f"/labs/{lab.id}", status=409, times=2)
     await world.client.delete(record)
     await world.gone(record)

@@ -11,10 +11,12 @@ from typing import Any
 
 import orjson
 import pytest
+from structlog.testing import capture_logs
 
 from controllers.cml.simulator.labs import Lab
 from controllers.labs.imports_kind import LabImport
 from controllers.labs.kind import LABS
+from controllers.labs.routes import BULK_MOST
 from controllers.workers.kind import LabWorker
 from equipment.api import Answer, Served, tokens_file
 from equipment.labs_api import labs_api, labs_path
@@ -44,10 +46,10 @@ async def api(world: LabsWorld) -> AsyncIterator[Served]:
         yield api
 
 
-async def labs_of(world: LabsWorld, *titles: str, running: bool = False) -> list[Lab]:
+async def labs_of(world: LabsWorld, *titles: str, running: bool = False, nodes: int = 2) -> list[Lab]:
     """A worker and its labs, mirrored."""
     await world.worker()
-    labs = [world.machine().add_lab(title, nodes=2, running=running) for title in titles]
+    labs = [world.machine().add_lab(title, nodes=nodes, running=running) for title in titles]
     await world.sync()
     return labs
 
@@ -209,8 +211,11 @@ async def test_a_lab_is_started_stopped_wiped_and_deleted(world: LabsWorld, api:
     assert gone.status == 200
     assert (gone.body["lab_id"], gone.body["message"]) == (lab.id, "Lab deleted successfully")
     assert set(await listed(api)) == {other.id} == set(world.machine().labs)
-    for method, rest in (("DELETE", f"/{lab.id}"), ("POST", f"/{lab.id}/start"), ("POST", f"/{NO_LAB}/stop")):
-        assert (await api.call(method, labs_path(rest))).status == 404
+    with capture_logs() as logs:
+        for method, rest in (("DELETE", f"/{lab.id}"), ("POST", f"/{lab.id}/start"), ("POST", f"/{NO_LAB}/stop")):
+            assert (await api.call(method, labs_path(rest))).status == 404
+    not_found = [(line["worker"], line["lab"]) for line in logs if line["event"] == "labs.record_not_found"]
+    assert not_found == [("w1", lab.id), ("w1", lab.id), ("w1", NO_LAB)]
     assert (await post(api, "/no-lab/start")).status == 404
     assert (await post(api, f"/{other.id}/explode")).status == 404
 
@@ -335,6 +340,13 @@ async def test_a_bulk_order_has_a_result_for_each(world: LabsWorld, api: Served)
     await enter(world, "Stopped")
     later = await post(api, "/bulk", {"action": "delete", "labs": ids[:1]})
     assert (later.status, later.body["results"][0]["result"]) == (202, "Waiting")
+
+
+async def test_all_labs_are_started_however_many_they_are(world: LabsWorld, api: Served) -> None:
+    labs = await labs_of(world, *(f"Lab {n}" for n in range(BULK_MOST + 1)), nodes=0)
+    started = await post(api, "/bulk?wait=0", {"action": "start", "labs": "all"})
+    assert {r["lab_id"] for r in started.body["results"]} == {lab.id for lab in labs}, started.raw
+    assert all(record.spec.operation for record in (await world.records()).values())
 
 
 @pytest.mark.parametrize(
