@@ -73,16 +73,18 @@ class LabsPush:
         """Listen until the term ends (returns) or the task is cancelled."""
         await self._cache.catch_up(self.name)
         self._term, self._draining = term, False
-        unsubscribe = self._cache.subscribe(self._on_update)
         try:
             async with asyncio.TaskGroup() as self._group:
-                workers = [w for w in self._cache.all(LabWorker) if self._listens_to(w)]
-                for worker in workers:
-                    self._begin(worker, among=len(workers))
-                await term.wait_lost()
-                self._end_all()
+                unsubscribe = self._cache.subscribe(self._on_update)
+                try:
+                    workers = [w for w in self._cache.all(LabWorker) if self._listens_to(w)]
+                    for worker in workers:
+                        self._begin(worker, among=len(workers))
+                    await term.wait_lost()
+                finally:
+                    unsubscribe()  # a group that waits for its channels' ends takes no new one
+                    self._end_all()
         finally:
-            unsubscribe()
             self._group = self._term = None
             self._listeners.clear()
             self._open.clear()

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 import random
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 
 import pytest
+from structlog.testing import capture_logs
 
+from controllers.cml.client import CmlClient
 from controllers.labs.hints import PushHints
+from controllers.labs.push import LabsPush
 from controllers.workers.kind import INSTANCE_FINALIZER, LabWorker
 from equipment.labs_world import LabsWorld, labs_world
 from equipment.waiting import until
@@ -186,6 +190,39 @@ async def test_a_daemon_that_stops_hears_nothing_more(world: LabsWorld) -> None:
     await world.worker("w2")
     await world.settled()
     assert world.push.describe()["listeners"] == 0
+
+
+async def test_no_channel_is_begun_while_those_of_an_ended_term_end(
+    world: LabsWorld, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A daemon that loses the lead cancels us, and a network may be slow to end a channel."""
+    let_go, ends = asyncio.Event(), asyncio.Event()
+
+    async def listen(client: CmlClient, opened: Callable[[], None], heard: Callable[[], None]) -> None:
+        opened()
+        try:
+            await asyncio.Event().wait()
+        finally:
+            ends.set()
+            await let_go.wait()
+
+    await world.worker()
+    await world.sync()
+    monkeypatch.setattr(CmlClient, "listen", listen)
+    push = LabsPush(cache=world.cache, sessions=world.sessions, hints=world.labs.controller.hints, clock=world.clock)
+    with capture_logs() as logs:
+        running = asyncio.create_task(push.run(world.term))
+        await until(lambda: push.describe()["open"] == 1)
+        running.cancel()
+        await ends.wait()
+        await world.worker("w2")
+        await world.cache.barrier(30)
+        assert not running.done()
+        assert push.describe()["listeners"] == 0
+        let_go.set()
+        with pytest.raises(asyncio.CancelledError):
+            await running
+    assert not [entry for entry in logs if entry["log_level"] == "error"]
 
 
 async def test_push_can_be_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:
