@@ -31,7 +31,6 @@ from controllers.pools.decisions import (
     Reason,
     Roster,
     decide,
-    is_braked,
     is_removable,
     lead_of,
     roster,
@@ -47,6 +46,7 @@ from controllers.pools.kind import (
     ScalingDecision,
     new_worker,
 )
+from controllers.pools.launches import stuck_by
 from controllers.pools.settings import PoolSettings
 from controllers.workers.kind import DRAIN_ANNOTATION, LAB_WORKER, WAKE_ANNOTATION, LabWorker
 from lrm.cache import Cache, Change
@@ -165,7 +165,7 @@ class PoolsController(Controller[LabWorkerPool]):
     def _load(self, pool: LabWorkerPool, workers: Sequence[LabWorker], ctx: Context) -> Load:
         now = ctx.clock.now()
         horizon = now + timedelta(seconds=LONGEST_LEAD)
-        return self._demand.load(pool, workers, until=now + lead_of(pool), horizon=horizon)
+        return self._demand.load(pool, workers, now=now, until=now + lead_of(pool), horizon=horizon)
 
     def _decide(
         self, pool: LabWorkerPool, workers: Sequence[LabWorker], load: Load, ctx: Context
@@ -384,6 +384,6 @@ def _standing(worker: LabWorker) -> tuple[object, ...]:
         status.ec2.state,
         bool(status.allocations),
         labs_are_known(worker),
-        is_braked(worker),
+        stuck.reason if (stuck := stuck_by(worker)) else None,
         paused,
     )

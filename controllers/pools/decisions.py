@@ -16,8 +16,9 @@ from datetime import datetime, timedelta
 from enum import StrEnum
 
 from controllers.pools.demand import Load, WorkerLoad
-from controllers.pools.hours import Window, local_time, soon_or_now
+from controllers.pools.hours import soon_or_now
 from controllers.pools.kind import LONGEST_LEAD, LabWorkerPool
+from controllers.pools.launches import stuck_by
 from controllers.workers.decisions import Goal, goal_of, is_paused
 from controllers.workers.kind import LabWorker, serving
 from controllers.workers.phases import Phase, Reasons
@@ -53,6 +54,11 @@ class Reason(StrEnum):
     HOSTS_LABS = "WorkersHostLabs"
     REPLACEMENT_LIMIT = "ReplacementLimit"
     MAX_INSTANCES = Reasons.MAX_INSTANCES
+    ACCOUNT_FORBIDDEN = "AccountForbidden"
+    UNKNOWN_ACCOUNT = "UnknownAccount"
+    UNKNOWN_REGION = "UnknownRegion"
+    AWS_AUTH_FAILED = "AWSAuthFailed"
+    WRONG_ACCOUNT = "WrongAccount"
     # nothing to do
     IN_FLIGHT = "InFlight"
     SETTLED = "Settled"
@@ -112,8 +118,8 @@ class Roster:
     serving: tuple[LabWorker, ...]
     starting: tuple[LabWorker, ...]
     """Wanted Ready and not there yet."""
-    braked: tuple[LabWorker, ...]
-    """Those of them that the limit on instances keeps from being launched: nobody knows until when."""
+    stuck: tuple[LabWorker, ...]
+    """Those of them that something keeps from being launched: nobody knows until when."""
     asleep: tuple[LabWorker, ...]
     """Stopped by idleness."""
 
@@ -137,7 +143,7 @@ def roster(pool: LabWorkerPool, workers: Iterable[LabWorker], load: Load) -> Ros
         able=able,
         serving=tuple(w for w in able if serving(w)),
         starting=tuple(w for w in able if _starting(w)),
-        braked=tuple(w for w in able if _starting(w) and is_braked(w)),
+        stuck=tuple(w for w in able if _starting(w) and stuck_by(w)),
         asleep=tuple(w for w in able if is_paused(w) and not serving(w)),
     )
 
@@ -145,14 +151,6 @@ def roster(pool: LabWorkerPool, workers: Iterable[LabWorker], load: Load) -> Ros
 def has_failed(worker: LabWorker) -> bool:
     """Whether a worker serves no more and will not by itself."""
     return worker.status.phase in {Phase.FAILED, Phase.TERMINATED, Phase.TERMINATING_EC2}
-
-
-def is_braked(worker: LabWorker) -> bool:
-    """Whether the limit on the installation's instances keeps a worker from being launched for the first time."""
-    ec2 = worker.status.ec2
-    if worker.status.phase != Phase.PENDING or ec2.instance_id is not None or ec2.sent_at is not None:
-        return False
-    return ec2.last_error is not None and ec2.last_error.reason == Reasons.MAX_INSTANCES
 
 
 def is_removable(worker: LabWorker, load: WorkerLoad) -> bool:
@@ -185,7 +183,7 @@ def decide(pool: LabWorkerPool, workers: Iterable[LabWorker], load: Load, now: d
     first = (
         _shrink_to(pool, team, load, kept)
         or _grow_to(team, floor, why)
-        or _in_flight([w for w in team.starting if not is_braked(w)])
+        or _in_flight([w for w in team.starting if not stuck_by(w)])
     )
     if first is not None:
         return first
@@ -196,7 +194,7 @@ def decide(pool: LabWorkerPool, workers: Iterable[LabWorker], load: Load, now: d
     by_load = _in_flight([w for w in team.leaving if not load.of(w).hosts]) or _by_load(pool, team, load, kept, now)
     if by_load is not None and by_load.acts:
         return by_load
-    return replacement or by_load or Decision(Direction.NONE, Reason.SETTLED, before=len(team.able))
+    return replacement or by_load or _stuck(team) or Decision(Direction.NONE, Reason.SETTLED, before=len(team.able))
 
 
 # What a person says
@@ -257,6 +255,15 @@ def _in_flight(workers: Sequence[LabWorker]) -> Decision | None:
         return None
     names = ", ".join(w.name for w in workers[:3])
     return Decision(Direction.NONE, Reason.IN_FLIGHT, f"waiting for {names}")
+
+
+def _stuck(team: Roster) -> Decision | None:
+    """What keeps the pool from the size that was decided already."""
+    for worker in team.stuck:
+        if problem := stuck_by(worker):
+            message = f"{worker.name} is not launched: {problem.message}"
+            return Decision(Direction.NONE, Reason(problem.reason), message, before=len(team.able))
+    return None
 
 
 def _replace(pool: LabWorkerPool, team: Roster, kept: int, now: datetime) -> Decision | None:
@@ -357,6 +364,8 @@ def _grow(  # noqa: PLR0911 - each way out is a reason
     free = sum(load.of(w).free for w in team.serving)
     if team.asleep and free >= load.waiting:
         return None  # nobody waits for one that is woken, and idleness would stop it again
+    if not team.asleep and (stuck := _stuck(team)):
+        return stuck  # so would the next one be
     more, reason, message = max(wishes, key=lambda w: w[0])
     before = len(team.able)
     room = pool.spec.max_workers - len(team.members)
@@ -365,11 +374,8 @@ def _grow(  # noqa: PLR0911 - each way out is a reason
     if _within(pool.status.last_scale_up_at, pool.spec.cooldowns.up_minutes, now):
         held = "load asks for more workers, soon after the last growth"
         return Decision(Direction.NONE, Reason.COOLDOWN, held, before=before)
-    if not _allowed(pool.spec.allowed_hours.scale_up, pool, now):
+    if not pool.spec.may_grow(now):
         return Decision(Direction.NONE, Reason.OUTSIDE_HOURS, "load asks for more workers", before=before)
-    if team.braked and not team.asleep:
-        held = f"{team.braked[0].name} is not launched yet: the installation has all the instances that it may"
-        return Decision(Direction.NONE, Reason.MAX_INSTANCES, held, before=before)
     if team.asleep:  # sooner there than a new one, and no more expensive
         wake = tuple(w.name for w in team.asleep[:more])
         return Decision(Direction.WAKE, reason, message, before=before, after=before, wake=wake)
@@ -407,12 +413,13 @@ def _shrink(  # noqa: PLR0911, PLR0917 - each way out is a reason to keep all
     left = [w for w in team.serving if w.name != victim.name]
     if not all(m.allows_one_less(len(left)) for m in measures):
         return None
-    if max(load.waiting, load.expected) > sum(load.of(w).free for w in left):
+    coming = max(load.waiting, load.expected)
+    if coming and coming + (load.of(victim).labs or 0) > sum(load.of(w).free for w in left):
         return None
     changes = (pool.status.last_scale_up_at, pool.status.last_scale_down_at)
     if any(_within(at, pool.spec.cooldowns.down_minutes, now) for at in changes):
         return None
-    if not _allowed(pool.spec.allowed_hours.scale_down, pool, now):
+    if not pool.spec.may_shrink(now):
         return None
     message = f"{before - 1} workers carry what there is, and nothing is on {victim.name}"
     return Decision(Direction.DOWN, Reason.IDLE, message, before=before, after=before - 1, remove=(victim.name,))
@@ -430,7 +437,7 @@ def _expendable(workers: Iterable[LabWorker], load: Load) -> list[LabWorker]:
 
 def _worth(worker: LabWorker) -> int:
     """Kept from launching, failed, not launched yet, on its way, out of service, serving: so they are given up."""
-    if is_braked(worker):
+    if stuck_by(worker):
         return 0
     if has_failed(worker):
         return 1
@@ -446,7 +453,3 @@ def _starting(worker: LabWorker) -> bool:
 
 def _within(since: datetime | None, minutes: int, now: datetime) -> bool:
     return since is not None and now - since < timedelta(minutes=minutes)
-
-
-def _allowed(window: Window | None, pool: LabWorkerPool, now: datetime) -> bool:
-    return window is None or window.holds(local_time(now, pool.spec.time_zone))

@@ -16,7 +16,7 @@ from controllers.instances.kind import LabInstanceRequest
 from controllers.instances.phases import WAITING
 from controllers.labs.kind import records_of_worker
 from controllers.pools.kind import LabWorkerPool
-from controllers.pools.waiting import labs_for
+from controllers.pools.waiting import labs_for, labs_kept_for, rivals_of
 from controllers.workers.kind import LabWorker, serving
 from controllers.workers.phases import Phase
 from lrm.cache import Cache
@@ -52,7 +52,7 @@ class Load:
     """Labs that want a place and have none: now, or at a known time before a worker begun now would be ready."""
     expected: int = 0
     """The same, as long ahead as any worker is begun: that time falls once a first one was quick, and what was begun
-    by the longer one stays for those for whom it was."""
+    by the longer one stays for those for whom it was. Of a pool with a stuck worker, also what counts for others."""
 
     def of(self, worker: LabWorker) -> WorkerLoad:
         """A worker's load; of one that nothing is known about it is unknown."""
@@ -62,7 +62,9 @@ class Load:
 class Demand(Protocol):
     """Tells the load of a pool."""
 
-    def load(self, pool: LabWorkerPool, workers: Sequence[LabWorker], *, until: datetime, horizon: datetime) -> Load:
+    def load(
+        self, pool: LabWorkerPool, workers: Sequence[LabWorker], *, now: datetime, until: datetime, horizon: datetime
+    ) -> Load:
         """The load of the pool's workers, what wants a place on them until then, and what will; never waits."""
         ...
 
@@ -73,13 +75,16 @@ class ObservedDemand:
     def __init__(self, cache: Cache) -> None:
         self._cache = cache
 
-    def load(self, pool: LabWorkerPool, workers: Sequence[LabWorker], *, until: datetime, horizon: datetime) -> Load:
+    def load(
+        self, pool: LabWorkerPool, workers: Sequence[LabWorker], *, now: datetime, until: datetime, horizon: datetime
+    ) -> Load:
         known = {worker.name: self._of(worker) for worker in workers}
         if not pool.spec.heeds_load:
             return Load(known)
-        pools = self._cache.all(LabWorkerPool)
+        pending = self._cache.by_index(LabWorker, "phase", Phase.PENDING.value)
+        rivals = rivals_of(self._cache.all(LabWorkerPool), pending, now)
         requests = [r for phase in WAITING for r in self._cache.by_index(LabInstanceRequest, "phase", phase.value)]
-        return Load(known, labs_for(pool, pools, requests, until), labs_for(pool, pools, requests, horizon))
+        return Load(known, labs_for(pool, rivals, requests, until), labs_kept_for(pool, rivals, requests, horizon))
 
     def _of(self, worker: LabWorker) -> WorkerLoad:
         status = worker.status

@@ -15,7 +15,7 @@ from typing import Literal
 import orjson
 from pydantic import Field
 
-from controllers.pools.hours import Window, zone_causes
+from controllers.pools.hours import Window, local_time, zone_causes
 from controllers.workers.kind import DRAIN_ANNOTATION, LAB_WORKER, LabWorker
 from controllers.workers.phases import Phase
 from controllers.workers.spec import LabWorkerSpec
@@ -129,6 +129,17 @@ class LabWorkerPoolSpec(Model):
         """What a person asks for: `replicas`, else `minWorkers`; within the bounds as they are now."""
         asked = self.min_workers if self.replicas is None else self.replicas
         return min(max(asked, self.min_workers), self.max_workers)
+
+    def may_grow(self, now: datetime) -> bool:
+        """Whether load may make the pool larger at that time of the week. Raises `UnknownTimeZone`."""
+        return self._allows(self.allowed_hours.scale_up, now)
+
+    def may_shrink(self, now: datetime) -> bool:
+        """The same of smaller."""
+        return self._allows(self.allowed_hours.scale_down, now)
+
+    def _allows(self, window: Window | None, now: datetime) -> bool:
+        return window is None or window.holds(local_time(now, self.time_zone))
 
 
 class ScalingDecision(Model):

@@ -8,6 +8,7 @@ from typing import Any
 
 from controllers.pools.demand import Load, WorkerLoad
 from controllers.pools.kind import LAB_WORKER_POOL, LabWorkerPool, LabWorkerPoolStatus
+from controllers.pools.launches import LASTING
 from controllers.workers.kind import WAKE_ANNOTATION, LabWorker
 from controllers.workers.status import Problem
 
@@ -58,16 +59,15 @@ def asleep(name: str, **metadata: Any) -> LabWorker:
 def workers(*phases: str) -> list[LabWorker]:
     """w0, w1, …, one per phase; one in `Leaving` is being deleted, one in `Asleep` was stopped by idleness.
 
-    One in `Braked` waits for room under the limit on the installation's instances.
+    One in a phase that is a reason of `LASTING` was never launched, for that reason.
     """
     made: list[LabWorker] = []
     for i, phase in enumerate(phases):
         if phase == "Asleep":
             made.append(asleep(f"w{i}", annotations={WAKE_ANNOTATION: "before"}))
-        elif phase == "Braked":
+        elif phase in LASTING:
             made.append(a_worker(f"w{i}", "Pending"))
-            trouble = {"reason": "MaxInstancesReached", "message": "full", "at": LONG_AGO}
-            made[-1].status.ec2.last_error = Problem.model_validate(trouble)
+            made[-1].status.ec2.last_error = Problem(reason=phase, message="so it is", at=LONG_AGO)
         else:
             leaving = phase == "Leaving"
             made.append(a_worker(f"w{i}", "TerminatingEC2" if leaving else phase, deleting=leaving))

@@ -650,7 +650,7 @@ async def test_the_load_is_what_is_placed_counted_and_measured() -> None:
         await scene.clock.settle()
         team = scene.cache.all(LabWorker)
         now = scene.clock.now()
-        load = ObservedDemand(scene.cache).load(pool, team, until=now, horizon=now)
+        load = ObservedDemand(scene.cache).load(pool, team, now=now, until=now, horizon=now)
         found = [load.of(next(w for w in team if w.name == n.name)) for n in (idle, labs, placed)]
         assert [(w.hosts, w.labs, w.cpu, w.memory, w.free) for w in found] == [
             (False, None, None, None, 20),

@@ -11,11 +11,23 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from controllers.aws.errors import (
+    AwsAccountForbidden,
+    AwsAuthError,
+    AwsError,
+    AwsUnknownAccount,
+    AwsUnknownRegion,
+    AwsWrongAccount,
+)
+from controllers.aws.place import Place
+from controllers.pools.conditions import limit_of
 from controllers.pools.decisions import Decision, Direction, Reason, decide, is_removable
 from controllers.pools.demand import Load, WorkerLoad
 from controllers.pools.hours import UnknownTimeZone
 from controllers.pools.kind import LabWorkerPool, Policy, ScalingDecision
+from controllers.pools.launches import LASTING
 from controllers.workers.kind import WAKE_ANNOTATION, LabWorker
+from controllers.workers.provisioning import reason_of
 from equipment.pools import NOW, a_pool, a_worker, asleep, evenly, workers
 
 BUSY = {"hosts": True}
@@ -134,17 +146,23 @@ CASES = [
         load={"cpu": 0.1, "memory": 0.1},
         status={"scalingHistory": [replaced(3, 59)]},
     ),
-    # the limit on the installation's instances
+    # what keeps workers from being launched, and a person must mend: each reason below
     Case(
         "one that it holds is given up first",
-        ("Failed", "Pending", "Braked", "Ready"),
+        ("Failed", "Pending", "MaxInstancesReached", "Ready"),
         {"replicas": 3, "maxWorkers": 3, **CAPACITY},
         (DOWN, "AboveMaximum", 0, ("w2",)),
     ),
-    Case("and is not on its way", ("Ready", "Braked"), CAPACITY, (DOWN, "Idle", 0, ("w1",)), load={"cpu": 0.1}),
+    Case(
+        "and is not on its way",
+        ("Ready", "MaxInstancesReached"),
+        CAPACITY,
+        (DOWN, "Idle", 0, ("w1",)),
+        load={"cpu": 0.1},
+    ),
     Case(
         "load makes no further one",
-        ("Active", "Braked"),
+        ("Active", "MaxInstancesReached"),
         CAPACITY,
         (NONE, "MaxInstancesReached", 0, ()),
         load={"cpu": 0.9},
@@ -393,6 +411,29 @@ def test_each_rule(case: Case) -> None:
     assert decision.acts == (case.expected[0] != NONE)
 
 
+@pytest.mark.parametrize("reason", sorted(LASTING))
+def test_a_worker_that_cannot_be_launched_is_told_of_and_holds_up_nothing_but_growth(reason: str) -> None:
+    def told(*phases: str, load: dict[str, Any], **spec: Any) -> tuple[str, str]:
+        team = workers(*phases)
+        decision = decide(a_pool(**spec), team, evenly(team, **load), NOW)
+        return decision.direction.value, limit_of(decision)[0]
+
+    assert told("Active", reason, load={"labs": 20, "waiting": 40, **BUSY}, **LABS) == (NONE, reason)
+    assert told("Active", reason, load={"labs": 5, **BUSY}, **LABS) == (NONE, reason), "the size is not reached"
+    assert told("Ready", reason, load={}, minWorkers=2) == (NONE, reason), "nor is it where a person says it"
+    assert told("Active", reason, "Asleep", load={**FULL, "waiting": 41, **BUSY}, **LABS) == (WAKE, "")
+    assert told("Ready", reason, load={"labs": 0}, **LABS) == (DOWN, "")
+    recent = {"lastScaleUpAt": minutes_ago(1)}
+    assert told("Active", reason, load={"labs": 20, **BUSY}, status=recent, **LABS) == (NONE, reason), "no cooldown's"
+
+
+@pytest.mark.parametrize(
+    "error", [AwsAccountForbidden, AwsAuthError, AwsUnknownAccount, AwsUnknownRegion, AwsWrongAccount]
+)
+def test_what_a_worker_says_of_an_account_that_it_cannot_use_is_known_as_lasting(error: type[AwsError]) -> None:
+    assert reason_of(error("x", "so it is", place=Place("us-east-1", "exams"))) in LASTING
+
+
 def test_a_zone_that_this_machine_does_not_know_decides_nothing() -> None:
     pool = a_pool(policy="Scheduled", schedule=[{**NOON, "workers": 2}])
     pool.spec.time_zone = "Nowhere/At-All"  # as another machine's data had it
@@ -475,7 +516,7 @@ class Story:
     made: int = 0
     taken: list[Decision] = field(default_factory=list)
 
-    def load(self, cpu: float | None = None, labs: int | None = None, waiting: int = 0) -> Load:
+    def load(self, cpu: float | None = None, labs: int | None = None, waiting: int = 0, expected: int = 0) -> Load:
         """The whole load, shared by all that serve."""
         serving = [w for w in self.team if w.status.phase in ("Ready", "Active") and not w.deleting]
         share = None if cpu is None or not serving else min(1.0, cpu / len(serving))
@@ -484,7 +525,7 @@ class Story:
         for i, worker in enumerate(serving):
             count = None if labs is None else each + (i < rest)
             told[worker.name] = WorkerLoad(worker.name in self.hosting, count, 20, share, share)
-        return Load(told, waiting)
+        return Load(told, waiting, max(waiting, expected))
 
     def decide(self, load: Load) -> Decision:
         """Decide and carry out, as the controller does."""
@@ -551,9 +592,16 @@ POLICIES: st.SearchStrategy[Policy] = st.sampled_from(["None", "CapacityBased", 
     cpu=st.floats(0, 6),
     labs=st.integers(0, 80),
     limits=st.tuples(st.floats(0.05, 1), st.floats(0, 0.95), st.integers(0, 6)),
+    wanted=st.just((0, 0)) | st.tuples(st.integers(0, 60), st.integers(0, 60)),
 )
 def test_a_constant_load_settles_and_nothing_moves_again(
-    policy: str, bounds: tuple[int, int], cpu: float, labs: int, limits: tuple[float, float, int]
+    *,
+    policy: str,
+    bounds: tuple[int, int],
+    cpu: float,
+    labs: int,
+    limits: tuple[float, float, int],
+    wanted: tuple[int, int],
 ) -> None:
     up, share, start = limits
     story = Story(
@@ -566,11 +614,11 @@ def test_a_constant_load_settles_and_nothing_moves_again(
     )
     story.team = [a_worker(f"w{i}") for i in range(start)]
     for _ in range(start + bounds[1] + 3):
-        story.decide(story.load(cpu, labs))
+        story.decide(story.load(cpu, labs, *wanted))
         story.pass_time(30)
     settled = len(story.taken)
     for _ in range(10):
-        assert not story.decide(story.load(cpu, labs)).acts, story.taken
+        assert not story.decide(story.load(cpu, labs, *wanted)).acts, story.taken
         story.pass_time(30)
     assert len(story.taken) == settled
     moves = [d.direction for d in story.taken if d.reason not in (Reason.BELOW_WISHED, Reason.ABOVE_MAXIMUM)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
@@ -10,12 +11,16 @@ import pytest
 
 from controllers.instances.kind import LabInstanceRequest, LabInstanceRequestSpec, Need, WorkerRef
 from controllers.instances.phases import Conditions, Reasons
+from controllers.pools.conditions import SCALING_LIMITED
 from controllers.pools.kind import LabWorkerPool
-from controllers.pools.waiting import labs_for
-from equipment.pools import NOW, a_pool
+from controllers.pools.launches import BRAKE, LASTING
+from controllers.pools.waiting import labs_for, labs_kept_for, rivals_of
+from controllers.workers.kind import LabWorker
+from controllers.workers.status import Problem
+from equipment.pools import NOW, a_pool, workers
 from equipment.pools_scene import INTERVAL, pool_scene
 from lrm.model import rfc3339
-from lrm.resource import ObjectMeta
+from lrm.resource import PAUSE_ANNOTATION, ObjectMeta
 
 UNTIL = NOW + timedelta(minutes=20)
 """When a worker that is begun now serves."""
@@ -34,6 +39,14 @@ def pool(name: str = "p", **spec: Any) -> LabWorkerPool:
     made = a_pool(policy="LabCountBased", **spec)
     made.metadata.name = made.metadata.uid = name
     return made
+
+
+def wanted(
+    pools: list[LabWorkerPool], requests: list[LabInstanceRequest], pending: Sequence[LabWorker] = ()
+) -> dict[str, int]:
+    """By pool, so many slots; `pending` workers are those Pending."""
+    rivals = rivals_of(pools, pending, NOW)
+    return {p.name: labs_for(p, rivals, requests, UNTIL) for p in pools}
 
 
 def waits_for(request: LabInstanceRequest, reason: str) -> LabInstanceRequest:
@@ -85,31 +98,98 @@ CASES = [
 def test_what_waits_for_a_pool(case: Case) -> None:
     mine = pool()
     mine.spec.policy = case.pool.get("policy", mine.spec.policy)
-    assert labs_for(mine, [mine], [case.request], UNTIL) == case.expected
+    assert wanted([mine], [case.request]) == {"p": case.expected}
 
 
 def test_a_request_of_another_namespace_wants_only_workers_that_are_shared() -> None:
     request, own, shared = a_request(), pool(), pool("shared")
     request.metadata.namespace = "other"
     shared.spec.template.spec.shared = True
-    assert labs_for(own, [own, shared], [request], UNTIL) == 0
-    assert labs_for(shared, [own, shared], [request], UNTIL) == 1
+    assert wanted([own, shared], [request]) == {"p": 0, "shared": 1}
 
 
-def test_what_two_pools_could_take_counts_for_the_first_that_can_grow() -> None:
-    a, b = pool("a", maxWorkers=2), pool("b", maxWorkers=2)
+@dataclass
+class Rivalry:
+    why: str
+    counts_for: str
+    a: dict[str, Any] = field(default_factory=dict)
+    """How `a`, which comes first, differs from a pool that can grow."""
+    b: dict[str, Any] = field(default_factory=dict)
+
+
+FULL, ASLEEP = {"replicas": 2}, {"replicas": 2, "paused_replicas": 1}
+NIGHT, NOON = ({"scaleUp": {"start": f"{n}:00", "end": f"{n + 2}:00"}} for n in (20, 11))
+RIVALRIES = [
+    Rivalry("both can grow", "a"),
+    Rivalry("one is full", "b", a=FULL),
+    Rivalry("one of it can be woken", "a", a=ASLEEP),
+    Rivalry("neither can: it is told of once", "a", a=FULL, b=FULL),
+    Rivalry("a person has paused it", "b", a={"paused": True}),
+    Rivalry("nor does it tell of anything then", "b", a={"paused": True}, b=FULL),
+    Rivalry("it is not its hour", "b", a={"hours": NIGHT}),
+    Rivalry("it is", "a", a={"hours": NOON}),
+    Rivalry("nor is one woken then", "b", a={"hours": NIGHT, **ASLEEP}),
+    Rivalry("nobody here knows its hours", "b", a={"hours": NOON, "zone": "Nowhere/At-All"}),
+    *(Rivalry(f"one of it is stuck: {r}", "b", a={"stuck": r}) for r in sorted(LASTING - {BRAKE})),
+    Rivalry("one of it is stuck and another sleeps", "a", a={"stuck": "UnknownAccount", **ASLEEP}),
+    Rivalry("the limit on instances holds all", "a", a={"stuck": BRAKE}),
+    Rivalry("but not those who only sleep", "b", a={"stuck": BRAKE}, b=ASLEEP),
+]
+
+
+@pytest.mark.parametrize("case", RIVALRIES, ids=lambda case: case.why)
+def test_what_two_pools_could_take_counts_for_the_first_that_can_grow_now(case: Rivalry) -> None:
+    pending: list[LabWorker] = []
+
+    def rival(name: str, *, paused: bool = False, hours: Any = None, stuck: str = "", **status: Any) -> LabWorkerPool:
+        zone = status.pop("zone", "UTC")
+        made = pool(name, maxWorkers=2, allowedHours=hours or {})
+        made.spec.time_zone = zone
+        made.metadata.annotations[PAUSE_ANNOTATION] = str(paused).lower()
+        made.status = made.status.model_copy(update=status)
+        for worker in workers(stuck) if stuck else ():
+            worker.metadata.owner_references[0].uid = name
+            pending.append(worker)
+        return made
+
+    pools = [rival("b", **case.b), rival("a", **case.a)]
     requests = [a_request(f"r{n}") for n in range(3)]
+    assert wanted(pools, requests, pending) == {"a": 0, "b": 0, case.counts_for: 3}
 
-    def counted() -> tuple[int, int]:
-        return labs_for(a, [b, a], requests, UNTIL), labs_for(b, [b, a], requests, UNTIL)
 
-    assert counted() == (3, 0)
-    a.status.replicas = 2
-    assert counted() == (0, 3)
-    a.status.paused_replicas = 1
-    assert counted() == (3, 0), "one of it can be woken"
-    a.status.paused_replicas, b.status.replicas = 0, 2
-    assert counted() == (3, 0), "neither can: it is told of once"
+def test_a_pool_keeps_the_stuck_worker_because_of_which_requests_count_for_another() -> None:
+    """Given up, it would be made again as soon as it is gone, and be stuck again."""
+    a, b = pool("a", maxWorkers=2), pool("b", maxWorkers=2)
+    (stuck,) = workers("UnknownAccount")
+    stuck.metadata.owner_references[0].uid = "a"
+    rivals = rivals_of([a, b], [stuck], NOW)
+    kept = [labs_kept_for(p, rivals, [a_request(), a_request("other", labTrack="ccnp")], UNTIL) for p in (a, b)]
+    assert kept == [1, 1]
+
+
+@pytest.mark.parametrize("trouble", ["paused", "UnknownAccount"])
+async def test_a_pool_that_cannot_grow_leaves_the_students_to_another_and_says_why(trouble: str) -> None:
+    async with pool_scene() as scene:
+        for name in ("a", "b"):
+            await scene.make(name, policy="LabCountBased", minWorkers=0, maxWorkers=3)
+        await scene.clock.settle()
+        if trouble == "paused":
+            await scene.annotate(await scene.pool("a"), PAUSE_ANNOTATION, "true")
+        await scene.want("r")
+        await scene.clock.advance(INTERVAL)
+        if trouble != "paused":
+            (worker,) = await scene.workers()
+            problem = Problem(reason=trouble, message="the settings do not know it", at=scene.clock.now())
+            await scene.workers_client.update_status(worker, lambda w: setattr(w.status.ec2, "last_error", problem))
+            await scene.clock.advance(INTERVAL)
+        await scene.clock.advance(INTERVAL * 4)
+        names = [w.metadata.owner_references[0].name for w in await scene.workers() if not w.status.ec2.last_error]
+        assert names == ["b"]
+        if trouble != "paused":
+            limited = (await scene.pool("a")).status.condition(SCALING_LIMITED)
+            assert limited is not None
+            assert (limited.status, limited.reason) == ("True", trouble)
+            assert "the settings do not know it" in limited.message
 
 
 async def test_a_pool_grows_for_students_who_wait_and_ahead_of_those_with_a_time() -> None:
