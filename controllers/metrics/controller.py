@@ -2,8 +2,9 @@
 
 Whoever leads the lock `metrics` refreshes all workers that have an instance, and on demand those that got a new value
 of the annotation `reconcile-now`, began or ceased to serve, or have another machine or theirs in another state: the
-first at once, all that ask within `metrics_on_demand_interval` together. A refresh changes nothing outside. It ends
-with the term, whose exact values are forgotten: the next leader refreshes first of all.
+first of a place at once, all of it that ask within `metrics_on_demand_interval` together, and none waits for another
+place. A refresh changes nothing outside. It ends with the term, whose exact values are forgotten: the next leader
+refreshes first of all.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import Any
 import structlog
 from opentelemetry.metrics import Meter
 
+from controllers.aws.place import Place
 from controllers.metrics import gauges
 from controllers.metrics.refresh import Refresher, has_instance
 from controllers.metrics.settings import MetricsSettings
@@ -52,8 +54,10 @@ class FleetMetrics:
         self._settings = settings
         self._leading = False
         self._working: list[asyncio.Task[None]] = []
-        # Not bounded by a number: at most one key per worker.
-        self._asked: set[Key] = set()
+        # Not bounded by a number: at most one key per worker and place that it was in.
+        self._asked: dict[Place, set[Key]] = {}
+        self._busy: set[Place] = set()
+        """Places whose batches are under way."""
         self._somebody_asked = asyncio.Event()
         self._cycles = 0
         self._on_demand_refreshes = 0
@@ -79,6 +83,7 @@ class FleetMetrics:
             self._leading, self._working = False, []
             self._refresher.known.clear()
             self._asked.clear()
+            self._busy.clear()
 
     async def drain(self, seconds: float) -> None:
         """Leave off: nothing of a refresh is worth waiting for, the next leader begins with one."""
@@ -124,11 +129,22 @@ class FleetMetrics:
             await self._clock.sleep(max(interval - (self._clock.monotonic() - began), 0))
 
     async def _on_demand(self, term: Term) -> None:
+        async with asyncio.TaskGroup() as batches:
+            while True:
+                await self._somebody_asked.wait()
+                self._somebody_asked.clear()
+                for place in sorted(self._asked.keys() - self._busy):
+                    self._busy.add(place)
+                    batches.create_task(self._batches(place, term), name=f"metrics on demand of {place}")
+
+    async def _batches(self, place: Place, term: Term) -> None:
+        """Refresh whom somebody asks for in a place, one batch after the other, until nobody does."""
         while True:
-            await self._somebody_asked.wait()
             await self._clock.sleep(_GATHER)
-            self._somebody_asked.clear()
-            asked, self._asked = self._asked, set()
+            asked = self._asked.pop(place, None)
+            if asked is None:
+                self._busy.discard(place)
+                return
             began = self._clock.monotonic()
             found = (self._cache.get(LabWorker, *key) for key in sorted(asked))
             if await self._refresh([w for w in found if w is not None], term):
@@ -160,7 +176,7 @@ class FleetMetrics:
             old, new = (item.resource if item is not None else None for item in (change.old, change.new))
             if isinstance(new, LabWorker):
                 if _asks(old if isinstance(old, LabWorker) else None, new):
-                    self._asked.add((new.namespace, new.name))
+                    self._asked.setdefault(new.spec.place, set()).add((new.namespace, new.name))
                     self._somebody_asked.set()
             elif old is not None:
                 self._refresher.known.pop(old.uid, None)
