@@ -237,22 +237,25 @@ def _aws_environment(plan: DevPlan) -> dict[str, str]:
         "AWS_ACCESS_KEY_ID": "lrm-dev",
         "AWS_SECRET_ACCESS_KEY": "lrm-dev",
         "AWS_EC2_METADATA_DISABLED": "true",
-        "LRM_WORKER_POLL_INTERVAL": "0.5",
-        "LRM_WORKER_REST_INTERVAL": "2",
-        "LRM_WORKER_EXAMINE_INTERVAL": "10",
-        "LRM_METRICS_REFRESH_INTERVAL": "5",
-        # The simulated EC2 is of one mind at once; a launch that it does not show was not made.
-        "LRM_WORKER_TRACE_TIMEOUT": "20",
-        "LRM_WORKER_GONE_AFTER": "5",
-        "LRM_POOL_INTERVAL": "1",
     }
+
+
+_AWS_PACE = {
+    "LRM_WORKER_POLL_INTERVAL": "0.5",
+    "LRM_WORKER_REST_INTERVAL": "2",
+    "LRM_WORKER_EXAMINE_INTERVAL": "10",
+    "LRM_METRICS_REFRESH_INTERVAL": "5",
+    # The simulated EC2 is of one mind at once; a launch that it does not show was not made.
+    "LRM_WORKER_TRACE_TIMEOUT": "20",
+    "LRM_WORKER_GONE_AFTER": "5",
+    "LRM_POOL_INTERVAL": "1",
+}
+_CML_PACE = {"LRM_LABS_REFRESH_INTERVAL": "1", "LRM_LABS_STEP_INTERVAL": "0.5"}
 
 
 def _cml_environment(plan: DevPlan) -> dict[str, str]:
     return {
         "LRM_CML_URL_TEMPLATE": f"{plan.url('cml')}/{{instance_id}}",
-        "LRM_LABS_REFRESH_INTERVAL": "1",
-        "LRM_LABS_STEP_INTERVAL": "0.5",
         "LRM_SECRETS_ALLOW": "CML_PASSWORD,CML_LICENSE_TOKEN",
         "CML_PASSWORD": "admin-secret",
         "CML_LICENSE_TOKEN": "ZGVtby10b2tlbg==",
@@ -270,6 +273,7 @@ DEV_SERVICES = (
             *("--delay", "1"),
         ],
         environment=_aws_environment,
+        settings=_AWS_PACE,
         ready_path="/_shim/health",
     ),
     DevService(
@@ -283,6 +287,7 @@ DEV_SERVICES = (
             *("--ec2-state-url", f"{plan.url('aws')}/_shim/instances"),
         ],
         environment=_cml_environment,
+        settings=_CML_PACE,
         ready_path="/_sim/instances",
     ),
 )

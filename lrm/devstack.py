@@ -115,7 +115,7 @@ class DevStack:
             "LRM_LEADER": "static",  # one daemon: a restarted one need not wait for the lease of the last
         }
         for service in self._services:
-            self.environment |= service.environment(plan)
+            self.environment |= daemon_environment(service, plan, os.environ)
         self.environment |= self._extra
         stack.push_async_callback(self._stop_child, "lrm")
         await self.start_daemon()
@@ -159,4 +159,9 @@ class DevStack:
         fresh.replace(path)
 
 
-__all__ = ["DevStack", "ProcessError"]
+def daemon_environment(service: DevService, plan: DevPlan, ours: Mapping[str, str]) -> dict[str, str]:
+    """What a service puts into the daemon's environment: where it is, and settings that we have not set ourselves."""
+    return {name: ours.get(name, value) for name, value in service.settings.items()} | service.environment(plan)
+
+
+__all__ = ["DevStack", "ProcessError", "daemon_environment"]

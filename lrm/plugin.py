@@ -80,6 +80,8 @@ class DevService:
     """The arguments under `lrm dev`."""
     environment: Callable[[DevPlan], dict[str, str]] = field(default=lambda _plan: {})
     """What the daemon needs in its environment to use it."""
+    settings: Mapping[str, str] = field(default_factory=dict)
+    """Settings that suit a simulator, as environment; whoever starts `lrm dev` may have set others."""
     ready_path: str = "/"
     """Answers (any status below 500) when it is ready."""
 
