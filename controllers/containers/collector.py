@@ -17,7 +17,7 @@ from opentelemetry.metrics import Meter
 
 from controllers.containers.documents import Thing
 from controllers.containers.engine import Engine
-from controllers.containers.errors import EngineError
+from controllers.containers.errors import EngineError, EngineFailed
 from controllers.containers.runtime import remove
 from controllers.instances.kind import INSTANCES, LabInstanceRequest, placed
 from lrm.cache import Cache
@@ -108,21 +108,31 @@ class Collector:
             self.error = ""
 
     async def look(self, term: Term) -> None:
-        """One look at everything. Raises `EngineError`, `StorageError`, `CacheBehind`, `NotLeading`."""
+        """One look at everything. Raises `EngineError`, `StorageError`, `CacheBehind`, `NotLeading`.
+
+        What cannot be removed is told at the end, and keeps nothing else from being removed.
+        """
         term.check()
         engine = self._engine
         things = [*await engine.containers(), *await engine.networks(), *await engine.volumes()]
         unclaimed = await self._unclaimed(things)
         now = self._clock.monotonic()
         self._suspects = {key: self._suspects.get(key, now) for key in unclaimed}
+        failed: dict[str, EngineError] = {}
         for key, thing in unclaimed.items():
             if now - self._suspects[key] < _APART:
                 continue
             whose = thing.labels
             log.warning("containers.unclaimed", kind=thing.kind, id=thing.id, uid=whose.uid, request=whose.name)
             if not self._observe_only:
-                await remove(engine, thing, term.check)
-                self._removed += 1
+                try:
+                    await remove(engine, thing, term.check)
+                    self._removed += 1
+                except EngineError as error:
+                    failed[f"{thing.kind} {thing.id}"] = error
+        if failed:
+            told = "; ".join(f"{what}: {error}" for what, error in tuple(failed.items())[:3])
+            raise EngineFailed(f"{len(failed)} cannot be removed, among them {told}")
 
     async def _unclaimed(self, things: list[Thing]) -> dict[tuple[str, str], Thing]:
         await self._cache.barrier()

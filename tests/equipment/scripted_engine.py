@@ -67,6 +67,9 @@ class ScriptedEngine:
         self.asked.append(path)
         if path == "/events":
             return await self._stream(request)
+        if request.method == "DELETE" and path not in self.answers:
+            self.containers.pop(path.removeprefix("/containers/"), None)
+            return web.Response(status=204)
         if path.endswith("/logs") and path not in self.answers:
             return await self._log(request)
         status, body, kind = self.answers.get(path) or self._truth(path)
