@@ -8,6 +8,7 @@ somebody removes the container alone.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 from controllers.containers.documents import (
@@ -20,8 +21,9 @@ from controllers.containers.documents import (
     Binding,
     Image,
 )
-from controllers.instances.kind import HealthCheck, LabInstanceRequest, Need, PublishedPort
+from controllers.instances.kind import HealthCheck, LabInstanceRequest, LabInstanceRequestSpec, Need, PublishedPort
 from controllers.instances.settings import InstanceSettings
+from lrm.errors import Cause
 
 _NANO = 1_000_000_000
 _TMP_MOST = 64 * 1024**2
@@ -37,6 +39,16 @@ def need_of(request: LabInstanceRequest, settings: InstanceSettings) -> Need:
     return Need(
         cpu=resources.cpu or settings.docker_default_cpu, memory=resources.memory or settings.docker_default_memory
     )
+
+
+def beyond(spec: LabInstanceRequestSpec, settings: InstanceSettings) -> Iterator[Cause]:
+    """What it names that no lab may have here."""
+    pids, check = spec.resources.pids, spec.lab_template.health_check
+    if pids is not None and pids > settings.docker_most_pids:
+        yield Cause("spec.resources.pids", "FieldValueInvalid", f"at most {settings.docker_most_pids}")
+    if check is not None and check.interval_seconds < settings.docker_check_interval:
+        field = "spec.labTemplate.healthCheck.intervalSeconds"
+        yield Cause(field, "FieldValueInvalid", f"at least {settings.docker_check_interval:g} seconds")
 
 
 def labels_of(request: LabInstanceRequest, installation: str) -> dict[str, str]:

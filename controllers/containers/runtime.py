@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Callable, Iterable, Iterator
 from contextlib import AsyncExitStack, aclosing, contextmanager
+from dataclasses import replace
 from functools import partial
 from types import TracebackType
 from typing import Self
@@ -29,9 +30,9 @@ from controllers.containers.errors import (
 )
 from controllers.containers.images import Images
 from controllers.containers.mirror import Mirror
-from controllers.containers.plan import container_of, need_of, network_of, ports_of
+from controllers.containers.plan import beyond, container_of, need_of, network_of, ports_of
 from controllers.instances.kind import LabInstanceRequest
-from controllers.instances.phases import Reasons
+from controllers.instances.phases import Conditions, Reasons
 from controllers.instances.runtime import LabFailed, NotNow, Prepared, Refused, Sighting, State
 from controllers.instances.settings import InstanceSettings
 from lrm.controller import Context, Hints, Key
@@ -49,6 +50,8 @@ CLEAN_CRASH_POINTS = ("containers.stopped", "containers.container-removed", "con
 LOG_TAIL_MOST = 10_000
 _LOG_MOST = 16 * 1024 * 1024
 """Bytes of a log that is not followed."""
+_HEALTH_KEPT = 10.0
+"""Seconds for which a lab is at least called healthy, or unhealthy: checks may come and go many times a second."""
 _SOON = 0.5
 """Seconds until the next step where nothing wakes us."""
 
@@ -106,7 +109,9 @@ class ContainerRuntime:
         return self.mirror.info if self.mirror is not None and self.mirror.current else None
 
     async def prepare(self, request: LabInstanceRequest, ctx: Context) -> Prepared:  # noqa: ARG002 - see `Runtime`
-        """What it is limited to; the engine is not asked."""
+        """What it is limited to; the engine is not asked. Raises `Refused` for what is beyond the settings' limits."""
+        for cause in beyond(request.spec, self._settings):
+            raise Refused(Reasons.REFUSED, f"{cause.field}: {cause.message}")
         return Prepared(need_of(request, self._settings))
 
     async def provision(self, request: LabInstanceRequest, ctx: Context) -> Sighting:
@@ -127,7 +132,7 @@ class ContainerRuntime:
                 return await self._start(request, seen[0].id, ctx)
             return self._sighting(request, seen[0], starting=True)
 
-    async def look(self, request: LabInstanceRequest, ctx: Context) -> Sighting:  # noqa: ARG002 - see `Runtime`
+    async def look(self, request: LabInstanceRequest, ctx: Context) -> Sighting:
         """How it is, from the mirror. Raises `LabFailed` also when it is gone: somebody else has removed it."""
         with _said():
             engine, mirror, _ = self._opened()
@@ -140,7 +145,7 @@ class ContainerRuntime:
                 _check_engine(request, await engine.info())
         if not mine:
             raise LabFailed(Reasons.CONTAINER_LOST, "somebody else has removed its container")
-        return self._sighting(request, mine[0], starting=False)
+        return _damped(request, self._sighting(request, mine[0], starting=False), ctx)
 
     async def clean(self, request: LabInstanceRequest, ctx: Context) -> bool:
         """One step towards the engine having nothing with its uid any more."""
@@ -378,6 +383,20 @@ def _check_engine(request: LabInstanceRequest, told: EngineInfo | None) -> None:
 def _of_attempt(request: LabInstanceRequest, containers: Iterable[Container | None]) -> list[Container]:
     """Those that were made for the request's present attempt."""
     return [c for c in containers if c is not None and c.labels.attempt == request.status.attempt]
+
+
+def _damped(request: LabInstanceRequest, seen: Sighting, ctx: Context) -> Sighting:
+    """The same, or the health that was told less than `_HEALTH_KEPT` ago: each change costs a write."""
+    ready = request.status.condition(Conditions.READY)
+    if ready is None or ready.status == "Unknown" or seen.state not in (State.RUNNING, State.UNHEALTHY):
+        return seen
+    if ready.status == "False" and ready.reason != Reasons.UNHEALTHY:
+        return seen
+    told = State.RUNNING if ready.status == "True" else State.UNHEALTHY
+    age = (ctx.clock.now() - ready.last_transition_time).total_seconds()
+    if told is seen.state or not 0 <= age < _HEALTH_KEPT:
+        return seen
+    return replace(seen, state=told, message=ready.message, again=_HEALTH_KEPT - age)
 
 
 def _making(again: float) -> Sighting:

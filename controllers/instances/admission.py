@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from controllers.containers.plan import beyond
 from controllers.instances.kind import LabInstanceRequest, LabInstanceRequestSpec
 from controllers.instances.places import counts, student_of
 from controllers.instances.settings import InstanceSettings
@@ -26,6 +27,8 @@ def admission(settings: InstanceSettings, cache: Cache, clock: Clock) -> Admissi
     def admit(new: LabInstanceRequest, old: LabInstanceRequest | None) -> Iterator[Cause | str]:
         before = old.spec if old is not None else None
         causes = [*_duration(new.spec, before, settings), *_template(new.spec, before, settings)]
+        if before is None or (new.spec.lab_template, new.spec.resources) != (before.lab_template, before.resources):
+            causes += beyond(new.spec, settings)
         yield from causes
         yield from _late(new.spec, before, clock)
         if old is None and not causes:

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from ipaddress import ip_address
+from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from controllers.instances.quantity import Bytes, Cores
 from lrm.settings import LrmSettings, Seconds, Words
+
+
+def _address(value: str) -> str:
+    """Raise ValueError for what is no IP address: the engine takes no other, and would refuse every container."""
+    return str(ip_address(value))
 
 
 class InstanceSettings(LrmSettings):
@@ -69,11 +75,15 @@ class InstanceSettings(LrmSettings):
     docker_default_cpu: Cores = Field(0.5, gt=0, description="Cores of a lab that names none.")
     docker_default_memory: Bytes = Field(256 * 1024**2, ge=6 * 1024**2, description="Bytes of a lab that names none.")
     docker_default_pids: int = Field(256, ge=1, description="Processes and threads of a lab that names none.")
+    docker_most_pids: int = Field(4096, ge=1, description="Processes and threads that a lab may name, at most.")
+    docker_check_interval: Seconds = Field(
+        5.0, description="Seconds between two of a lab's health checks that it may name, at least."
+    )
     docker_pull: Literal["IfNotPresent", "Always", "Never"] = Field(
         "IfNotPresent", description="Whether images are pulled, where a template does not say."
     )
     docker_pull_timeout: Seconds = Field(600.0, description="Seconds for the pull of one image.")
-    docker_publish: str = Field(
+    docker_publish: Annotated[str, AfterValidator(_address)] = Field(
         "127.0.0.1", description="Address of the engine's machine on which ports are published; loopback unless said."
     )
     docker_public_host: str = Field(

@@ -170,6 +170,12 @@ def test_an_engines_address_is_taken(host: str) -> None:
     assert InstanceSettings(docker_host=host).docker_host == host
 
 
+@pytest.mark.parametrize("publish", ["", "everywhere", "labs.example.edu", "127.0.0.1:80", "10.0.0.0/8"])
+def test_ports_are_published_on_an_ip_address_and_nothing_else(publish: str) -> None:
+    with pytest.raises(ValidationError, match="docker_publish"):
+        InstanceSettings(docker_publish=publish)
+
+
 @pytest.mark.parametrize("host", ["docker", "/var/run/docker.sock", "unix://", "ssh://engine", "tcp://a b"])
 def test_what_is_no_engines_address_is_refused_when_the_settings_are_read(host: str) -> None:
     with pytest.raises(ValidationError, match="docker_host"):

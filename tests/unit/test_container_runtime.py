@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,15 +11,20 @@ from typing import Any
 
 import pytest
 
+from controllers.containers.collector import Collector
 from controllers.containers.runtime import ContainerRuntime
-from controllers.instances.kind import LabInstanceRequest, WorkerRef
-from controllers.instances.phases import Reasons
-from controllers.instances.runtime import LabFailed, NotNow, State
+from controllers.instances.kind import INSTANCES, LabInstanceRequest, WorkerRef
+from controllers.instances.phases import Conditions, Reasons
+from controllers.instances.runtime import LabFailed, NotNow, Refused, State
 from controllers.instances.settings import InstanceSettings
+from equipment.containers_world import registry_at
 from equipment.scripted_engine import INSTALLATION, ScriptedEngine, scripted_engine
 from equipment.waiting import until
+from lrm.cache import Cache
 from lrm.controller import Hints
+from lrm.election import StaticElection
 from lrm.testing import VirtualClock
+from storage.memory import MemoryStorage
 
 
 @dataclass
@@ -59,12 +65,12 @@ async def scene(server_dir: Path) -> AsyncIterator[Scene]:
         yield scene
 
 
-def running(engine: str = "engine-1") -> LabInstanceRequest:
+def running(engine: str = "engine-1", **spec: Any) -> LabInstanceRequest:
     """A lab that runs in the container `c`, if there is one."""
     request = LabInstanceRequest.model_validate(
         {
             "metadata": {"name": "lab", "namespace": "default", "uid": "uid"},
-            "spec": {"labTemplate": "lab:1", "studentEmail": "ann@example.edu", "durationMinutes": 60},
+            "spec": {"labTemplate": "lab:1", "studentEmail": "ann@example.edu", "durationMinutes": 60, **spec},
         }
     ).thaw()
     request.status.phase, request.status.attempt = "Running", 1
@@ -97,3 +103,66 @@ async def test_an_engine_that_changes_behind_its_address_proves_nothing(scene: S
     scene.script.id = "engine-2"
     with pytest.raises(NotNow, match="engine-2"):
         await getattr(scene.runtime, step)(running(), scene.ctx)
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        {"resources": {"pids": 4097}},
+        {"labTemplate": {"image": "lab:1", "healthCheck": {"command": ["ok"], "intervalSeconds": 1}}},
+    ],
+)
+async def test_more_than_the_settings_allow_is_refused_also_where_it_is_stored_already(
+    scene: Scene, spec: dict[str, Any]
+) -> None:
+    with pytest.raises(Refused, match="spec"):
+        await scene.runtime.prepare(running(**spec), scene.ctx)
+
+
+async def test_a_health_that_comes_and_goes_is_told_once_in_a_while(scene: Scene) -> None:
+    lab, changes = running(), 0
+    lab.status.set_condition(Conditions.READY, True, Reasons.RUNNING, "it runs", now=scene.clock.now())
+    for n in range(300):  # half a minute of a check that flaps
+        scene.script.put("c", Health={"Status": ("healthy", "unhealthy")[n % 2]})
+        await scene.runtime.mirror.refresh("c")  # type: ignore[union-attr]
+        seen = await scene.runtime.look(lab, scene.ctx)
+        ready = lab.status.condition(Conditions.READY)
+        assert ready is not None
+        well = seen.state is State.RUNNING
+        if (ready.status == "True") != well:
+            changes += 1
+            reason = Reasons.RUNNING if well else Reasons.UNHEALTHY
+            lab.status.set_condition(Conditions.READY, well, reason, seen.message, now=scene.clock.now())
+        await scene.clock.advance(0.1)
+    assert changes == 2
+    await scene.clock.advance(10)
+    scene.script.put("c", Health={"Status": "healthy" if ready.status == "False" else "unhealthy"})
+    await scene.runtime.mirror.refresh("c")  # type: ignore[union-attr]
+    seen = await scene.runtime.look(lab, scene.ctx)
+    assert (seen.state is State.RUNNING) == (ready.status == "False"), "and what lasts is told"
+
+
+async def test_what_cannot_be_removed_keeps_nothing_else_from_being_collected(scene: Scene) -> None:
+    store, registry = MemoryStorage(), registry_at()
+    cache = Cache(store, registry, scene.clock)
+    engine = scene.runtime.engine
+    assert engine is not None
+    term = await StaticElection(store, scene.clock, root="/lrm", lock_name=INSTANCES, identity="test").acquire()
+    for container in "abc":
+        scene.script.put(container)
+    scene.script.answers["/containers/a"] = (500, b'{"message":"the device is busy"}', "application/json")
+    collector = Collector(engine, cache, scene.clock, observe_only=False)
+    following = asyncio.create_task(cache.run())
+    await cache.wait_synced()
+    leading = asyncio.create_task(collector.run(term))
+
+    async def step() -> bool:
+        await scene.clock.advance(10)
+        return "the device is busy" in collector.error
+
+    await until(step, "it has tried to remove what nobody claims")
+    for task in (leading, following):
+        task.cancel()
+    await asyncio.gather(leading, following, return_exceptions=True)
+    assert list(scene.script.containers) == ["a"]
+    assert collector.describe()["removed"] == 2

@@ -38,6 +38,10 @@ def topology(url: str) -> dict[str, Any]:
     return {"labTemplate": {"topologyUrl": url}}
 
 
+def checked_every(seconds: float) -> dict[str, Any]:
+    return {"labTemplate": {"image": "lab:1", "healthCheck": {"command": ["ok"], "intervalSeconds": seconds}}}
+
+
 @pytest.mark.parametrize(
     ("spec", "field", "why"),
     [
@@ -55,6 +59,10 @@ def topology(url: str) -> dict[str, Any]:
         (topology("https://git.example.com/labs/%2e%2e/other"), "spec.labTemplate.topologyUrl", "a hidden step up"),
         (topology("https://git.example.com.evil.org/labs/"), "spec.labTemplate.topologyUrl", "a look-alike host"),
         (topology("https://git.example.com:8443/labs/"), "spec.labTemplate.topologyUrl", "another port"),
+        ({"resources": {"pids": 4096}}, "", "as many processes as are allowed"),
+        ({"resources": {"pids": 4097}}, "spec.resources.pids", "one too many"),
+        (checked_every(5), "", "as often as is allowed"),
+        (checked_every(4.9), "spec.labTemplate.healthCheck.intervalSeconds", "more often"),
         (
             {"labTemplate": {"topologyFile": "/etc/passwd"}},
             "spec.labTemplate.topologyFile",
