@@ -17,7 +17,7 @@ from controllers.aws.place import Place
 from controllers.labs.homes import can_be_asked
 from controllers.metrics.measured import NOTHING, Known, Told, Trouble, learned, stored, worth_writing
 from controllers.metrics.settings import MetricsSettings
-from controllers.metrics.sources import INSTANCE_NOT_FOUND, RUNNING, TERMINATED, Sources
+from controllers.metrics.sources import INSTANCE_NOT_FOUND, RUNNING, TERMINATED, WRONG_ACCOUNT, Sources
 from controllers.workers.kind import METRICS, LabWorker
 from controllers.workers.phases import Phase
 from controllers.workers.status import CloudWatchMeasured, CmlMeasured, Ec2Measured
@@ -86,10 +86,13 @@ class Refresher:
         by_id = {worker.status.ec2.instance_id or "": worker for worker in workers if not self._has_ended(worker)}
         unmarked = {i for i, worker in by_id.items() if worker.spec.observe_only}
         try:
-            instances = await self._sources.ec2(place, by_id, unmarked)
+            owners = {i: worker.status.ec2.owner_id for i, worker in by_id.items()}
+            instances = await self._sources.ec2(place, owners, unmarked)
+            # What is another account's cannot be asked about there, whoever asks.
+            wrong = {i: t for i, t in instances.items() if isinstance(t, Trouble) and t.reason == WRONG_ACCOUNT}
             # CloudWatch bills by the metric: it is not asked of machines that do not run.
-            running = [i for i, worker in by_id.items() if _runs(instances[i], worker)]
-            return instances, await self._sources.cloud_watch(place, running)
+            running = [i for i, worker in by_id.items() if i not in wrong and _runs(instances[i], worker)]
+            return instances, {**await self._sources.cloud_watch(place, running), **wrong}
         except Exception:  # a mistake here must not end what the CMLs tell
             self.stats.defects += 1
             log.exception("metrics.defect", place=str(place))

@@ -2,9 +2,10 @@
 
 For W workers of a place (a region of an account) whose instances exist and bear our mark a refresh makes ⌈W/1000⌉
 DescribeInstances, ⌈W/1000⌉ DescribeInstanceStatus and ⌈2W/500⌉ GetMetricData; what others cost `Ec2.describe_fleet`
-says. Each CML is asked four questions through the session that all of lrm shares, with its breaker and its identity
-rules. An error is told as `Trouble`, of the source and the worker that it concerns; after the first refusal for
-credentials or rate nothing more is asked of that source there. Called by the refresh.
+says. Where EC2 shows no instance of an account, one GetCallerIdentity tells whether it could. Each CML is asked four
+questions through the session that all of lrm shares, with its breaker and its identity rules. An error is told as
+`Trouble`, of the source and the worker that it concerns; after the first refusal for credentials or rate nothing more
+is asked of that source there. Called by the refresh.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from controllers.workers.status import Checks, CloudWatchMeasured, CmlMeasured, 
 from storage.clock import Clock
 
 RUNNING, TERMINATED = "running", "terminated"
-INSTANCE_NOT_FOUND = "InstanceNotFound"
+INSTANCE_NOT_FOUND, WRONG_ACCOUNT = "InstanceNotFound", "WrongAccount"
 _PAIRS_A_CALL = METRICS_MOST // 2
 _HOPELESS = (CmlUnavailable, CmlAuthError, CmlIdentityMismatch, CmlTlsError, CmlNoAddress, CmlNoCredentials)
 """After one of these a CML is asked nothing more in this refresh."""
@@ -49,10 +50,13 @@ class Sources:
         self._places = asyncio.Semaphore(at_once)
 
     async def ec2(
-        self, place: Place, instance_ids: Iterable[str], unmarked: Collection[str] = ()
+        self, place: Place, owners: Mapping[str, str | None], unmarked: Collection[str] = ()
     ) -> dict[str, Ec2Measured | Trouble]:
-        """State and status checks of instances, by id; `unmarked` are those that are known to lack our tags."""
-        ids = sorted(set(instance_ids))
+        """State and status checks of instances, by id; `unmarked` are those that are known to lack our tags.
+
+        `owners` has the number of the account that each instance was seen in, if it was.
+        """
+        ids = sorted(owners)
         try:
             found = await self._ec2.describe_fleet(place, ids, self._tags, unmarked=unmarked)
         except AwsError as error:
@@ -63,7 +67,20 @@ class Sources:
             checks = await self._ec2.checks_of_running(place, (i.id for i in found.values() if i.state == RUNNING))
         except AwsError as error:
             trouble = self._aws_trouble(error)
-        return {i: self._instance(i, found.get(i), checks.get(i), trouble) for i in ids}
+        seen = {instance.owner for instance in found.values()}
+        doubts = await self._doubts(place, {o for i, o in owners.items() if o and i not in found} - seen)
+        told = {i: self._instance(i, found.get(i), checks.get(i), trouble) for i in ids}
+        return told | {i: doubts[o] for i, o in owners.items() if i not in found and o in doubts}
+
+    async def _doubts(self, place: Place, owners: Collection[str]) -> dict[str, Trouble]:
+        """Why it proves nothing that EC2 shows no instance of these accounts, by number, where it does not."""
+        doubts: dict[str, Trouble] = {}
+        for owner in sorted(owners):
+            try:
+                await self._ec2.check_owner(place, owner)
+            except AwsError as error:
+                doubts[owner] = self._aws_trouble(error)
+        return doubts
 
     async def cloud_watch(self, place: Place, instance_ids: Iterable[str]) -> dict[str, CloudWatchMeasured | Trouble]:
         """Processor and memory of running instances, by id."""

@@ -15,7 +15,7 @@ from controllers.aws.simulator.instances import ACCOUNT
 from controllers.cml.simulator import Options, Simulator
 from controllers.metrics.controller import FleetMetrics
 from controllers.workers.kind import METRICS, LabWorker
-from equipment.aws import ACCOUNTS, EXAMS_NUMBER, REGION
+from equipment.aws import ACCOUNTS, CLASSES_NUMBER, EXAMS_NUMBER, REGION, write_profiles
 from equipment.fleet_world import FleetWorld, fleet_world, servers
 from equipment.loop_lag import LoopLag
 from equipment.waiting import until
@@ -179,6 +179,24 @@ async def test_accounts_are_asked_apart_and_one_that_fails_holds_up_no_other(shi
             assert metrics is not None
             errors[name] = metrics.ec2.error.reason if metrics.ec2.error else ""
         assert errors == {"w0": "", "e0": "AWSAuthFailed", "x0": "UnknownAccount"}
+
+
+async def test_credentials_of_another_account_say_nothing_of_an_instance_and_buy_no_metrics_there(
+    shim: AwsShim, profiles: Path
+) -> None:
+    write_profiles(profiles, exams=CLASSES_NUMBER)
+    async with fleet_world(shim, aws_accounts=ACCOUNTS) as world:
+        for worker in await world.add(3, account="exams", number=EXAMS_NUMBER):
+            await world.client.update_status(worker, lambda w: setattr(w.status.ec2, "owner_id", EXAMS_NUMBER))
+        await world.cache.barrier(30)
+        await world.refresh()
+        assert world.calls() == {"DescribeInstances": 1, "GetCallerIdentity": 1}
+        for name in ("w0", "w1", "w2"):
+            metrics = (await world.status(name)).metrics
+            assert metrics is not None
+            for source in (metrics.ec2, metrics.cloud_watch):
+                assert source.error is not None
+                assert source.error.reason == "WrongAccount"
 
 
 async def test_without_the_right_to_cloudwatch_the_rest_goes_on(whole: FleetWorld, shim: AwsShim) -> None:
