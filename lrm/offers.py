@@ -22,14 +22,16 @@ class Offers:
 
     @contextmanager
     def offering(self, *things: object) -> Iterator[None]:
-        """They are to be had while this lasts."""
-        for thing in things:
-            self._things[type(thing)] = thing
+        """They are to be had while this lasts. Raises `ValueError` where one of a type is offered already."""
+        offered = {type(thing): thing for thing in things}
+        if len(offered) < len(things) or offered.keys() & self._things.keys():
+            raise ValueError(f"another one of a type is offered already: {things}")
+        self._things |= offered
         try:
             yield
         finally:
-            for thing in things:
-                del self._things[type(thing)]
+            for kind in offered:
+                del self._things[kind]
 
     def get(self, kind: type[T]) -> T:
         """The object of a type. Raises `NotOpen`."""

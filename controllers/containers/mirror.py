@@ -10,7 +10,7 @@ what a stream may have lost, whatever the number of containers. Every daemon has
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, KeysView
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NoReturn
@@ -85,6 +85,11 @@ class Mirror:
             raise EngineUnavailable(self.why)
         seen = (self._entries[container].seen for container in self._of.get(uid, ()))
         return sorted((s for s in seen if s is not None), key=lambda s: s.created)
+
+    @property
+    def ids(self) -> KeysView[str]:
+        """Of the containers that it knows of."""
+        return self._entries.keys()
 
     async def refresh(self, container: str) -> Container | None:
         """Read it from the engine now; None when it is gone. Raises `EngineError`."""

@@ -52,6 +52,8 @@ _LOG_MOST = 16 * 1024 * 1024
 """Bytes of a log that is not followed."""
 _HEALTH_KEPT = 10.0
 """Seconds for which a lab is at least called healthy, or unhealthy: checks may come and go many times a second."""
+_STOP_AGAIN = 2.0
+"""Seconds until a container is asked to end once more where the engine was not reached."""
 _SOON = 0.5
 """Seconds until the next step where nothing wakes us."""
 
@@ -298,19 +300,26 @@ class ContainerRuntime:
         if container.state != "running" or grace == 0 or container.id in self._stopped:
             return False
         key = (request.namespace, request.name)
-        self._stopped.add(container.id)
         self._chores.begin(chore, lambda: self._stop(container.id, grace, ctx), then=lambda: self._hints.tell(key))
         return True
 
     async def _stop(self, container: str, grace: float, ctx: Context) -> None:
-        engine, _, _ = self._opened()
+        """Have its grace noted once it was asked to end; where nobody was reached it is asked again."""
+        engine, mirror, _ = self._opened()
+        began = self._clock.monotonic()
         try:
             await engine.stop(container, grace, may=ctx.check_leading)
             crash_point("containers.stopped")
         except EngineError as error:
             log.warning("containers.stop_failed", container=container, error=str(error))
+            if isinstance(error, EngineUnavailable) and self._clock.monotonic() - began < grace:
+                await self._clock.sleep(_STOP_AGAIN)
+                return
         except NotLeading:
             log.info("containers.stop_left_to_the_next_leader", container=container)
+            return
+        self._stopped.intersection_update(mirror.ids)  # what others have removed comes here no more
+        self._stopped.add(container)
 
     async def _remove(self, thing: Thing, ctx: Context) -> None:
         """Send it; what came of it the next look shows."""

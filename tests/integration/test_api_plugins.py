@@ -79,4 +79,7 @@ async def test_the_outside_is_read_only_while_a_plug_in_has_it_open(api: Served)
     assert (closed.status, closed.body["reason"]) == (503, "ServiceUnavailable")
     with api.api.offers.offering(Camera()):
         assert (await api.get("/api/camera")).body == {"shows": "stars"}
+        with pytest.raises(ValueError, match="already"), api.api.offers.offering(Camera()):
+            pass
+        assert (await api.get("/api/camera")).status == 200, "a second one takes nothing away from the first"
     assert (await api.get("/api/camera")).status == 503

@@ -166,3 +166,38 @@ async def test_what_cannot_be_removed_keeps_nothing_else_from_being_collected(sc
     await asyncio.gather(leading, following, return_exceptions=True)
     assert list(scene.script.containers) == ["a"]
     assert collector.describe()["removed"] == 2
+
+
+async def _until_cleaned(scene: Scene) -> None:
+    async def step() -> bool:
+        await scene.clock.advance(1)
+        try:
+            return await scene.runtime.clean(running(), scene.ctx)
+        except NotNow:
+            return False
+
+    await until(step, "nothing is left")
+
+
+async def test_a_stop_that_has_not_reached_the_engine_is_asked_for_again(scene: Scene) -> None:
+    """Else its container would be killed without its grace."""
+    scene.script.put("c")
+    scene.script.answers["/containers/c/stop"] = (503, b'{"message":"starting"}', "application/json")
+
+    async def asked_often() -> bool:
+        await scene.clock.advance(1)
+        assert not await scene.runtime.clean(running(), scene.ctx)
+        return scene.script.asked.count("/containers/c/stop") == 3
+
+    await until(asked_often, "it is asked to end again and again")
+    assert "c" in scene.script.containers
+    scene.script.answers["/containers/c/stop"] = (204, b"", "application/json")
+    await _until_cleaned(scene)
+    assert not scene.script.containers
+
+
+async def test_what_the_engine_cannot_stop_is_killed(scene: Scene) -> None:
+    scene.script.put("c")
+    scene.script.answers["/containers/c/stop"] = (500, b'{"message":"it does not listen"}', "application/json")
+    await _until_cleaned(scene)
+    assert scene.script.asked.count("/containers/c/stop") == 1
