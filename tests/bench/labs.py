@@ -35,7 +35,7 @@ from controllers.workers.spec import LabWorkerSpec
 from controllers.workers.status import Identity, LabWorkerStatus
 from equipment.counting import counting
 from equipment.etcd import Gateway, b64, scratch_dir
-from equipment.fleet_world import LoopLag
+from equipment.loop_lag import LoopLag
 from equipment.waiting import until
 from lrm.cache import Cache, CacheUpdate
 from lrm.client import Client
@@ -220,7 +220,7 @@ async def labs(size: Size) -> list[Figure]:
     async with _scene(1, many) as scene:
         with shortened():
             big, big_again = await scene.cycle(), await scene.cycle()
-    held = max(big.lag.computed, big_again.lag.computed)
+    held = max(big.lag.held, big_again.lag.held)
     told = f"{count} workers with {LABS_EACH} labs each"
     unchanged = again.writes["labrecords MODIFIED"] + again.writes["labrecords ADDED"]
     p95 = pushed[int(len(pushed) * 0.95)]

@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import os
 import sys
-import time
 import uuid
 from collections import Counter
 from collections.abc import AsyncIterator, Iterable, Sequence
@@ -237,34 +236,6 @@ async def calls_of(aws_url: str) -> dict[str, int]:
             counted: dict[str, int] = await reply.json()
         async with session.delete(url):
             return counted
-
-
-class LoopLag:
-    """How long the event loop let others wait, in seconds: by the wall, and by what this thread computed meanwhile.
-
-    The second is the loop's own doing; the first has what else runs on the machine in it.
-    """
-
-    def __init__(self) -> None:
-        self.wall = 0.0
-        self.computed = 0.0
-
-    @asynccontextmanager
-    async def watched(self) -> AsyncIterator[None]:
-        task = asyncio.create_task(self._watch())
-        try:
-            yield
-        finally:
-            task.cancel()
-            await asyncio.wait([task])
-
-    async def _watch(self) -> None:
-        step = 0.002
-        while True:
-            began, used = time.perf_counter(), time.thread_time()
-            await asyncio.sleep(step)
-            self.wall = max(self.wall, time.perf_counter() - began - step)
-            self.computed = max(self.computed, time.thread_time() - used)
 
 
 @asynccontextmanager
