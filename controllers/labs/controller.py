@@ -19,7 +19,7 @@ from opentelemetry.trace import Span, Tracer, get_tracer
 from controllers.cml.errors import CmlCircuitOpen, CmlClosed, CmlError, CmlLoginThrottled
 from controllers.cml.inventory import Inventory, read_inventory
 from controllers.cml.sessions import CmlSessions
-from controllers.labs.due import apart, asked_for, at_rest, due_in, interval_of
+from controllers.labs.due import apart, apart_if_many, asked_for, at_rest, due_in, interval_of
 from controllers.labs.hints import PushHints
 from controllers.labs.homes import can_be_asked
 from controllers.labs.kind import DESIRED_STATE, LABS, READY, LabRecord, records_of_worker
@@ -218,9 +218,17 @@ class LabsController(Controller[LabWorker]):
             client, identity.product_uuid, {record.spec.lab_id for record in had if not record.deleting}
         )
         crash_point("labs.listed")
-        least = timedelta(seconds=apart(self._interval(worker, ctx)))
+        interval = self._interval(worker, ctx)
         # After a step of wall time, times prove nothing: the list of a moment ago may seem to be an hour old.
-        found = difference(self._records(worker), before, inventory, at=mirror.at, apart=least, held=ctx.wall_jumped)
+        found = difference(
+            self._records(worker),
+            before,
+            inventory,
+            at=mirror.at,
+            apart=timedelta(seconds=apart(interval)),
+            apart_if_many=timedelta(seconds=apart_if_many(interval)),
+            held=ctx.wall_jumped,
+        )
         span.set_attribute("labs.synced", len(inventory.ids))
         try:
             await mirror.bring_up_to(found)

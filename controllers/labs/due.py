@@ -1,10 +1,11 @@
 """When a worker's labs are to be synced next, from what its status and records say: pure, so it outlives a process.
 
 Promises a sync at the interval (spread by ±10 %, differently for each worker and time, so that a fleet does not fall
-into step; longer where nobody works), at once when this process has not synced the worker yet, when a new value of the
-reconcile-now annotation asks for it, when the worker became Ready or began to drain after the last sync, and when a
-desiredState was reached since. A last sync that lies in the future (a clock was set back) counts as none, and a turn
-that lies there is due when its time comes. Called by the sync before anything is asked of a CML.
+into step; longer where nobody works, a minute while records are Missing), at once when this process has not synced the
+worker yet, when a new value of the reconcile-now annotation asks for it, when the worker became Ready or began to drain
+after the last sync, and when a desiredState was reached since. A last sync that lies in the future (a clock was set
+back) counts as none, and a turn that lies there is due when its time comes. Called by the sync before anything is asked
+of a CML.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import zlib
 from collections.abc import Iterable, Sequence
 from datetime import datetime, timedelta
 
-from controllers.labs.kind import DESIRED_STATE, PRESENT, READY, LabRecord
+from controllers.labs.kind import DESIRED_STATE, MISSING, PRESENT, READY, LabRecord
 from controllers.labs.settings import LabsSettings
 from controllers.workers.kind import LabWorker
 from controllers.workers.phases import Phase
@@ -23,6 +24,8 @@ from lrm.resource import RECONCILE_ANNOTATION
 _SPREAD = 0.1
 _CLOCK_SLACK = timedelta(seconds=30)
 _APART = 1.0
+_APART_IF_MANY = 60.0
+"""Seconds between lists that count when most labs are missing, and until the next list while any is."""
 _AT_REST = frozenset({"STOPPED", "DEFINED_ON_CORE"})
 """States of a lab in which nobody works with it."""
 
@@ -37,9 +40,19 @@ def apart(interval: float) -> float:
     return min(_APART, interval * (1 - _SPREAD))
 
 
+def apart_if_many(interval: float) -> float:
+    """Seconds that lie between two lists that count when most labs are missing, however often pushes bring one."""
+    return min(_APART_IF_MANY, interval) * (1 - _SPREAD)
+
+
 def interval_of(worker: LabWorker, records: Sequence[LabRecord], settings: LabsSettings, now: datetime) -> float:
-    """Seconds between two syncs of a worker, as it is used: often while it drains, seldom while nobody works there."""
+    """Seconds between two syncs of a worker, as it is used: often while it drains, seldom while nobody works there.
+
+    Records that are Missing wait for the lists that prove them gone, or find them again: that takes minutes, not hours.
+    """
     interval = settings.labs_refresh_interval
+    if any(_waits(record) for record in records):
+        interval = min(interval, _APART_IF_MANY)
     if worker.status.phase == Phase.DRAINING:
         return min(interval, settings.labs_drain_interval)
     if settings.labs_idle_interval > interval and _is_quiet(worker, records, settings.labs_idle_interval, now):
@@ -65,12 +78,19 @@ def due_in(
     return max(0.0, (min(times) - now).total_seconds())
 
 
-def at_rest(worker: LabWorker, records: Iterable[LabRecord]) -> bool:
+def at_rest(worker: LabWorker, records: Sequence[LabRecord]) -> bool:
     """Whether a worker was synced, and nothing that has happened since asks for a sync before its time."""
     synced, asked = worker.status.labs_synced_at, asked_for(worker)
     if synced is None or (asked is not None and asked != worker.status.labs_asked):
         return False
+    if any(_waits(record) for record in records):
+        return False
     return all(turn is None or turn <= synced for turn in _turns(worker, records))
+
+
+def _waits(record: LabRecord) -> bool:
+    """Whether a record waits for more lists that tell what has become of its lab."""
+    return record.status.phase == MISSING and not record.deleting
 
 
 def _is_quiet(worker: LabWorker, records: Sequence[LabRecord], seconds: float, now: datetime) -> bool:

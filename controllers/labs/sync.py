@@ -4,7 +4,8 @@ Promises: without a complete list (`Inventory.complete`) no record is removed an
 a complete list lacks gets a tombstone, and is removed by the second such list in a row, or at once if CML also
 answered 404 for its lab under the same session. When a list lacks more than half of ten or more records, the short
 cut is off and removal waits for the fourth list in a row. Lists that count are some time `apart`: what is asked twice
-within a moment is one look. While `held`, nothing is counted or removed, and a missing lab is only marked as such.
+within a moment is one look; and `apart_if_many` where so many are missing, which outlasts a CML that starts again, also
+where pushes bring a list every moment. While `held`, nothing is counted or removed, and a missing lab is only marked.
 A lab that is listed without its data is there. Records that are being deleted are left to their deletion.
 """
 
@@ -67,6 +68,7 @@ def difference(
     *,
     at: datetime,
     apart: timedelta,
+    apart_if_many: timedelta,
     held: bool = False,
 ) -> Difference:
     """Compare a worker's records with a list of its labs that was asked for `at` this time.
@@ -87,9 +89,10 @@ def difference(
     lacking = [r for r in standing if r.spec.lab_id not in inventory.ids and r.spec.lab_id not in labs]
     cautious = len(standing) >= MANY_OF and len(lacking) * 2 > len(standing)
     enough = LISTS_TO_REMOVE_MANY if cautious else LISTS_TO_REMOVE
+    least = apart_if_many if cautious else apart
     tombstones, removals = [], []
     for record in lacking:
-        lists = record.status.missing_lists + _counts(record, at, apart)
+        lists = record.status.missing_lists + _counts(record, at, least)
         if held:
             tombstones.append(Tombstone(record, record.status.missing_lists))
         elif not cautious and record.spec.lab_id in inventory.absent:

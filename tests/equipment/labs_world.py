@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
-from datetime import timedelta
+from datetime import datetime, timedelta
 from typing import Any, cast
 
 import orjson
@@ -66,6 +66,19 @@ FAST = Options(
 PASSWORD_ENV = "LABS_WORLD_PASSWORD"
 
 
+class SettableClock(SystemClock):
+    """The machine's clocks, of which wall time can be set, and time can be let pass."""
+
+    ahead = timedelta(0)
+    passed = 0.0
+
+    def now(self) -> datetime:
+        return super().now() + self.ahead + timedelta(seconds=self.passed)
+
+    def monotonic(self) -> float:
+        return super().monotonic() + self.passed
+
+
 @dataclass
 class LabsWorld:
     """See the module."""
@@ -79,7 +92,7 @@ class LabsWorld:
     imports: Runner[LabImport]
     sessions: CmlSessions
     term: StaticTerm
-    clock: SystemClock
+    clock: SettableClock
     events: Events
     telemetry: Telemetry
     spans: InMemorySpanExporter
@@ -157,9 +170,8 @@ class LabsWorld:
         return synced
 
     async def later_sync(self, name: str = "w1") -> LabWorker:
-        """One sync that succeeds, whose list is another one: those within a second are one look."""
-        synced = (await self.get_worker(name)).status.labs_synced_at
-        await until(lambda: synced is None or self.clock.now() - synced >= timedelta(seconds=1))
+        """One sync that succeeds, a minute later: its list is another one, also where most labs are missing."""
+        self.clock.passed += 60
         return await self.sync(name)
 
     async def failing_sync(self, part: str = "", name: str = "w1") -> LabWorker:
@@ -239,7 +251,7 @@ async def labs_world(
     options: Options = FAST,
     simulator: Simulator | None = None,
     observe_only: bool = False,
-    clock: SystemClock | None = None,
+    clock: SettableClock | None = None,
     push: bool = False,
     timeouts: Timeouts | None = None,
     **settings: Any,
@@ -247,7 +259,7 @@ async def labs_world(
     """Everything running; `settings` are of `LabsSettings`. A store that is given is left open."""
     monkeypatch.setenv(PASSWORD_ENV, options.password)
     async with _simulator(simulator, options) as cml, _storage(storage) as store:
-        clock, registry = clock or SystemClock(), registry_at(root)
+        clock, registry = clock or SettableClock(), registry_at(root)
         cache = Cache(store, registry, clock)
         client = Client(store, registry, clock)
         values = {"labs_refresh_interval": 3600, "labs_step_interval": 0.02, "labs_step_timeout": 5, **settings}

@@ -19,6 +19,7 @@ from lrm.resource import ObjectMeta
 
 START = datetime(2026, 1, 1, tzinfo=UTC)
 APART = timedelta(seconds=1)
+APART_IF_MANY = timedelta(seconds=60)
 NEXT = START + timedelta(minutes=30)
 IDS = [f"{n:08x}-0000-4000-8000-000000000000" for n in range(14)]
 
@@ -59,7 +60,7 @@ def compare(
     *,
     held: bool = False,
 ) -> Difference:
-    return difference(records, before, inventory, at=at, apart=APART, held=held)
+    return difference(records, before, inventory, at=at, apart=APART, apart_if_many=APART_IF_MANY, held=held)
 
 
 def removed(found_for: list[LabRecord], inventory: Inventory) -> list[str]:
@@ -142,10 +143,16 @@ def test_a_listed_lab_whose_data_could_not_be_read_loses_its_tombstone(complete:
     ],
 )
 def test_lists_within_a_moment_are_one_look(after: timedelta, lists: int, why: str) -> None:
+    assert removed_at(record(IDS[0], missing=1), START + after) == (lists == LISTS_TO_REMOVE), why
+
+
+@pytest.mark.parametrize(("after", "lists"), [(APART, 1), (APART_IF_MANY - APART, 1), (APART_IF_MANY, 2)])
+def test_where_most_are_missing_lists_within_a_longer_time_are_one_look(after: timedelta, lists: int) -> None:
     known = [record(i, missing=1) for i in IDS[:6]] + [record(i) for i in IDS[6:10]]
     found = compare(known, [], listing(IDS[6:10]), START + after)
-    assert {t.lists for t in found.tombstones} == {lists}, why
-    assert removed_at(record(IDS[0], missing=1), START + after) == (lists == LISTS_TO_REMOVE), why
+    assert {t.lists for t in found.tombstones} == {lists}
+    few = compare(known[1:], [], listing(IDS[6:10]), START + after)
+    assert len(few.removals) == 5, "of nine, most may go"
 
 
 def test_after_the_clock_was_set_back_the_time_between_lists_is_taken_from_there() -> None:
@@ -195,7 +202,9 @@ looks = st.builds(
     Look,
     ids=st.frozensets(st.sampled_from(IDS)),
     unread=st.frozensets(st.sampled_from(IDS), max_size=4),
-    after=st.sampled_from([timedelta(minutes=30), timedelta(minutes=30), timedelta(milliseconds=400)]),
+    after=st.sampled_from(
+        [timedelta(minutes=30), timedelta(minutes=30), timedelta(seconds=30), timedelta(milliseconds=400)]
+    ),
     held=st.sampled_from([False, False, False, True]),
     complete=st.booleans(),
     absent=st.frozensets(st.sampled_from(IDS)),
@@ -208,6 +217,7 @@ def test_no_record_goes_without_its_proofs_whatever_the_sequence_of_lists(sequen
     """Judged from the sequence itself, not from what the records remember of it."""
     records: dict[str, LabRecord] = {}
     since: dict[str, int] = {}
+    apart: list[timedelta] = []
     now = START
     for step, look in enumerate(sequence):
         now += look.after
@@ -217,12 +227,14 @@ def test_no_record_goes_without_its_proofs_whatever_the_sequence_of_lists(sequen
         found = compare(records.values(), set(records), inventory, now, held=look.held)
         lacking = set(records) - look.ids
         many = len(records) >= MANY_OF and 2 * len(lacking) > len(records)
+        apart.append(APART_IF_MANY if many else APART)
+        past = list(zip(sequence, apart, strict=False))
         for removal in found.removals:
             gone = removal.record.spec.lab_id
             assert look.complete, "an unproven list removed a record"
             assert not look.held
             assert gone not in look.ids
-            proofs = _lists_in_a_row_without(gone, sequence[since[gone] : step + 1])
+            proofs = _lists_in_a_row_without(gone, past[since[gone] :])
             if many:
                 assert proofs >= LISTS_TO_REMOVE_MANY
             else:
@@ -231,8 +243,7 @@ def test_no_record_goes_without_its_proofs_whatever_the_sequence_of_lists(sequen
             i
             for i in (lacking if look.complete and not look.held else set())
             if (i in absent and not many)
-            or _lists_in_a_row_without(i, sequence[since[i] : step + 1])
-            >= (LISTS_TO_REMOVE_MANY if many else LISTS_TO_REMOVE)
+            or _lists_in_a_row_without(i, past[since[i] :]) >= (LISTS_TO_REMOVE_MANY if many else LISTS_TO_REMOVE)
         }
         assert {r.record.spec.lab_id for r in found.removals} == expected, "what is proven does go"
         for made in found.create:
@@ -255,15 +266,15 @@ def test_no_record_goes_without_its_proofs_whatever_the_sequence_of_lists(sequen
         assert look.ids - look.unread <= set(records)
 
 
-def _lists_in_a_row_without(lab_id: str, sequence: list[Look]) -> int:
-    """Complete lists in a row that lack a lab since the last list that had it, and are at least `APART`."""
+def _lists_in_a_row_without(lab_id: str, sequence: list[tuple[Look, timedelta]]) -> int:
+    """Complete lists in a row that lack a lab since the last list that had it, each so long after the one before."""
     count, now, last = 0, START, None
-    for look in sequence:
+    for look, apart in sequence:
         now += look.after
         if lab_id in look.ids:
             count, last = 0, None
         elif look.complete and look.held:
             last = last or now  # marked, not counted: the next look is another one after a while
-        elif look.complete and (last is None or now - last >= APART):
+        elif look.complete and (last is None or now - last >= apart):
             count, last = count + 1, now
     return count

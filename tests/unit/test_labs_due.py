@@ -7,7 +7,7 @@ from datetime import UTC, datetime, timedelta
 import pytest
 
 from controllers.labs.controller import _concerns
-from controllers.labs.due import apart, at_rest, due_in, interval_of
+from controllers.labs.due import apart, apart_if_many, at_rest, due_in, interval_of
 from controllers.labs.kind import LabOperation, LabRecord, LabRecordSpec
 from controllers.labs.settings import LabsSettings
 from controllers.workers.kind import LabWorker
@@ -47,6 +47,12 @@ def record(reached: datetime | None, *, status: bool = True) -> LabRecord:
     made = LabRecord(metadata=ObjectMeta(name="w1-x"), spec=LabRecordSpec(worker_ref="w1", lab_id="x"))
     if reached:
         made.status.set_condition("DesiredState", status, "Reached", "", now=reached)
+    return made
+
+
+def missing(*, deleting: bool = False) -> LabRecord:
+    made = record(None)
+    made.status.phase, made.metadata.deletion_timestamp = "Missing", NOW if deleting else None
     return made
 
 
@@ -103,6 +109,11 @@ def test_two_syncs_are_a_second_apart_or_an_interval_at_its_shortest(interval: f
     assert apart(interval) == pytest.approx(least)
 
 
+@pytest.mark.parametrize(("interval", "least"), [(1800.0, 54.0), (60.0, 54.0), (2.0, 1.8)])
+def test_where_most_labs_are_missing_lists_count_that_are_a_minute_apart(interval: float, least: float) -> None:
+    assert apart_if_many(interval) == pytest.approx(least)
+
+
 def test_the_interval_is_spread_by_a_tenth_and_the_same_whenever_asked() -> None:
     waits = []
     for n in range(200):
@@ -123,6 +134,8 @@ def test_the_interval_is_spread_by_a_tenth_and_the_same_whenever_asked() -> None
         (worker(synced=ago(9), asked="2", honoured="1"), [], False, "somebody asks"),
         (worker(synced=ago(9), ready=ago(5)), [], False, "Ready since then"),
         (worker(synced=ago(9)), [record(None), record(ago(5))], False, "a lab has got where it was wanted"),
+        (worker(synced=ago(9)), [record(None), missing()], False, "a lab may be gone"),
+        (worker(synced=ago(9)), [missing(deleting=True)], True, "its deletion sees to it"),
     ],
 )
 def test_a_new_leader_takes_its_time_only_where_nothing_is_asked(
@@ -168,7 +181,7 @@ BUSY, QUIET, DRAINS = 1800.0, 7200.0, 60.0
         (serving(), [lab("SOMETHING_NEW")], BUSY, "a lab is in a state that is not known to be rest"),
         (serving(), [lab(changed=HOUR)], BUSY, "a lab changed an hour ago"),
         (serving(), [lab(seen=HOUR)], BUSY, "a lab is new"),
-        (serving(), [lab(phase="Missing")], BUSY, "a lab may be gone: the next list decides"),
+        (serving(), [lab(), lab(phase="Missing")], 60.0, "a lab may be gone: the next list decides"),
         (serving(labs_sync_error="the list is HTML"), [lab()], BUSY, "the last sync failed"),
         (serving(allocations={"u": Allocation()}), [lab()], BUSY, "a lab instance is placed on it"),
         (worker(synced=ago(60), ready=ago(HOUR)), [lab()], BUSY, "it came to serve an hour ago"),
