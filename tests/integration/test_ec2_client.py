@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from controllers.aws.accounts import Accounts
 from controllers.aws.calls import IN_FLIGHT
 from controllers.aws.ec2 import Ec2, Ec2Instance
 from controllers.aws.errors import (
@@ -268,7 +269,8 @@ async def test_nobody_there_is_certainly_not_carried_out(aws_credentials: None) 
 async def test_without_credentials_or_with_an_impossible_region_or_endpoint_nothing_is_sent(
     aws_shim: AwsShim, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async with Ec2(SystemClock(), endpoint_url=aws_shim.url) as ec2:
+    set_wrongly = Accounts({}, SystemClock(), regions=["not a region"], endpoint_url=aws_shim.url)
+    async with Ec2(SystemClock(), set_wrongly) as ec2:
         with pytest.raises(AwsBadInput):
             await ec2.describe_instance(Place("not a region"), ABSENT)
     async with Ec2(SystemClock(), endpoint_url="nonsense") as ec2:
