@@ -75,6 +75,13 @@ def dev(
     data_dir: Annotated[
         Path | None, typer.Option(help="Keep everything here; else a directory that goes at the end.")
     ] = None,
+    simulator: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="More options of a simulator, such as 'aws --delay 10', with which each state on a worker's way is"
+            " there to be seen; `lrm simulate NAME --help` lists them. May be repeated."
+        ),
+    ] = None,
 ) -> None:
     """Start etcd, Redis, simulated AWS and CML, and one daemon; all end with this command."""
     from lrm.devstack import DevStack, ProcessError
@@ -97,7 +104,7 @@ def dev(
             await asyncio.gather(starting, stopping, return_exceptions=True)
 
     async def _start_and_wait() -> str:
-        async with DevStack(plugins, port=port, data_dir=data_dir) as stack:
+        async with DevStack(plugins, port=port, data_dir=data_dir, simulators=simulator or ()) as stack:
             typer.echo(f"logs in {stack.data_dir / 'logs'}")
             for name, value in sorted(stack.environment.items()):
                 if name.endswith(("_URL", "_ENDPOINTS", "_TEMPLATE")):

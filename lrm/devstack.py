@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import shlex
 import sys
 import tempfile
 from collections.abc import Awaitable, Callable, Mapping, Sequence
@@ -38,9 +39,12 @@ class DevStack:
         port: int = 0,
         data_dir: Path | None = None,
         environment: Mapping[str, str] | None = None,
+        simulators: Sequence[str] = (),
         clock: Clock | None = None,
     ) -> None:
+        """`simulators` are further options of services, each as `NAME OPTIONS`. Raises `ProcessError` for others."""
         self._services = [s for p in plugins for s in p.dev_services]
+        self._options = _by_service(simulators, [s.name for s in self._services])
         self._port = port
         self._wanted_dir = data_dir
         self._extra = dict(environment or {})
@@ -120,8 +124,12 @@ class DevStack:
         stack.push_async_callback(self._stop_child, "lrm")
         await self.start_daemon()
 
+    def arguments(self, service: DevService, plan: DevPlan) -> list[str]:
+        """What a service is started with; of an option that is said twice the last counts, which is a person's."""
+        return [*service.arguments(plan), *self._options.get(service.name, ())]
+
     async def _start_service(self, service: DevService, plan: DevPlan) -> None:
-        argv = [sys.executable, "-m", "lrm", "simulate", service.name, *service.arguments(plan)]
+        argv = [sys.executable, "-m", "lrm", "simulate", service.name, *self.arguments(service, plan)]
         child = self._spawn(service.name, argv, {**os.environ, **service.environment(plan)})
         await child.wait_ready(self._answers(plan.url(service.name) + service.ready_path), _READY_SECONDS)
 
@@ -162,6 +170,19 @@ class DevStack:
 def daemon_environment(service: DevService, plan: DevPlan, ours: Mapping[str, str]) -> dict[str, str]:
     """What a service puts into the daemon's environment: where it is, and settings that we have not set ourselves."""
     return {name: ours.get(name, value) for name, value in service.settings.items()} | service.environment(plan)
+
+
+def _by_service(simulators: Sequence[str], names: Sequence[str]) -> dict[str, list[str]]:
+    options: dict[str, list[str]] = {}
+    for text in simulators:
+        try:
+            name, *words = shlex.split(text)
+        except ValueError:
+            name, words = text, []
+        if name not in names:
+            raise ProcessError(f"{text!r} is not the options of a simulator; begin with one of {', '.join(names)}")
+        options.setdefault(name, []).extend(words)
+    return options
 
 
 __all__ = ["DevStack", "ProcessError", "daemon_environment"]
