@@ -72,6 +72,7 @@ def test_a_new_status_has_everything_and_no_history() -> None:
         "firstSeenAt": "2026-01-01T00:00:00Z",
         "missingLists": 0,
         "operationHistory": [],
+        "pastOperations": [],
     }
 
 
