@@ -1,9 +1,9 @@
 """No secret is anywhere but where it was put: workers live, fail and end on a real daemon, then everything is searched.
 
 Searched are etcd (all keys and values of all its history, and its files), Redis, the logs at debug level in both
-formats with their tracebacks, every answer of the API, the audit file, and what `lrm config show` prints; for each
-secret in plain, base64, URL-encoded and JSON-escaped. A control that was put into each place shows that the search
-can find.
+formats with their tracebacks, the traces, every answer of the API, the audit file, and what `lrm config show` prints;
+for each secret in plain, base64, URL-encoded and JSON-escaped. A control that was put into each place shows that the
+search can find.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from controllers.aws.simulator import DEMO_AMI, DEMO_KEY, AwsShim, ShimOptions
 from controllers.cml.simulator import Simulator
 from equipment.api import tokens_file
 from equipment.daemons import DaemonProcess
-from equipment.leaky_plugin import LEAK_ANNOTATION
+from equipment.leaky_plugin import LEAK_ANNOTATION, SPANS_ENV
 from equipment.waiting import until
 from equipment.workers_world import FAST_CML, REGION
 from lrm.devservers import EtcdServer, RedisServer
@@ -227,6 +227,7 @@ async def scene(server_dir: Path, tmp_path: Path, moto_url: str) -> AsyncIterato
             A_PASSWORD=PASSWORD,
             A_TOKEN=TOKEN,
             **SPEED,
+            **{SPANS_ENV: str(tmp_path / "spans")},
         )
         try:
             yield Scene(daemon, shim, cml, etcd, redis_server, tmp_path)
@@ -318,6 +319,7 @@ async def _gather(scene: Scene) -> dict[str, bytes]:
     places["config"] = shown.stdout + shown.stderr
     await scene.daemon.end()
     places["logs"] = scene.daemon.log().encode()
+    places["traces"] = (scene.folder / "spans").read_bytes()
     places["audit"] = (scene.folder / "audit.log").read_bytes()
     await scene.etcd.stop()
     files = [p.read_bytes().rstrip(b"\0") for p in scene.etcd.data_dir.rglob("*") if p.is_file()]
@@ -356,7 +358,7 @@ async def test_no_secret_is_anywhere_but_where_it_was_put(scene: Scene) -> None:
     await scene.end(names)
     places = await _gather(scene)
 
-    controls = dict.fromkeys(("etcd", "etcd's files", "API", "logs", "audit"), CONTROL_NAME)
+    controls = dict.fromkeys(("etcd", "etcd's files", "API", "logs", "traces", "audit"), CONTROL_NAME)
     controls |= {"Redis": "bookmark:workers", "config": "A_PASSWORD"}
     assert places.keys() == controls.keys()
     for place, control in controls.items():
