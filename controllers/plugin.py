@@ -27,6 +27,7 @@ from controllers.instances.allocations import Allocations, AllocationsController
 from controllers.instances.cml_runtime import CmlRuntime
 from controllers.instances.controller import InstancesController
 from controllers.instances.deadlines import DeadlinesController
+from controllers.instances.ended import ended
 from controllers.instances.kind import LAB_INSTANCE_REQUEST, LabInstanceRequest
 from controllers.instances.phases import WAITING
 from controllers.instances.placing import Placing
@@ -124,7 +125,12 @@ async def controllers(context: PluginContext) -> AsyncIterator[Sequence[Controll
         context.telemetry.observe(sweep.observe)
         measures = LabMeasures(context.telemetry.meter)
         labs = LabsController(
-            cache=context.cache, sessions=sessions, settings=settings, clock=context.clock, measures=measures
+            cache=context.cache,
+            sessions=sessions,
+            settings=settings,
+            clock=context.clock,
+            measures=measures,
+            is_ended=lambda record: ended(record, context.cache, context.installation),
         )
         push = LabsPush(
             cache=context.cache,

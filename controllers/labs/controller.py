@@ -10,7 +10,7 @@ The writes of one sync are `mirror`'s. Changes nothing in CML: deletion of labs 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from datetime import timedelta
 
@@ -86,12 +86,15 @@ class LabsController(Controller[LabWorker]):
         clock: Clock,
         measures: LabMeasures | None = None,
         tracer: Tracer | None = None,
+        is_ended: Callable[[LabRecord], bool] = lambda _: False,
     ) -> None:
+        """`is_ended`: whether lrm itself made a record's lab, and has no more use for it."""
         self._cache = cache
         self._sessions = sessions
         self._settings = settings
         self._measures = measures or LabMeasures()
         self._tracer = tracer or get_tracer("controllers.labs")
+        self._is_ended = is_ended
         self._gate = asyncio.Semaphore(AT_ONCE_IN_ALL)
         self.hints = PushHints(clock, interval=settings.labs_push_interval)
         self.poll = min(self.poll, settings.labs_refresh_interval)
@@ -168,6 +171,7 @@ class LabsController(Controller[LabWorker]):
             updated=mirror.updated,
             missing=mirror.missing,
             removed=mirror.removed,
+            orphans=mirror.orphans,
         )
         by_the_clock, interval = self._due_in(worker, ctx)
         wait, pushed = max(by_the_clock, apart(interval)), self.hints.due_in(worker.uid)
@@ -227,6 +231,7 @@ class LabsController(Controller[LabWorker]):
             at=mirror.at,
             apart=timedelta(seconds=apart(interval)),
             apart_if_many=timedelta(seconds=apart_if_many(interval)),
+            is_ended=self._is_ended,
             held=ctx.wall_jumped,
         )
         span.set_attribute("labs.synced", len(inventory.ids))

@@ -30,14 +30,14 @@ class LabMeasures:
         self._hints = meter.create_counter("lrm_labs_push_hints", description="Pushes that made a sync due.")
         self._deletes = meter.create_counter("lrm_labs_deletes", description="Deletions of labs in CML, by result.")
 
-    def synced(self, seconds: float, *, created: int, updated: int, missing: int, removed: int) -> None:
+    def synced(self, seconds: float, *, created: int, updated: int, missing: int, removed: int, orphans: int) -> None:
         """A sync came to its end."""
         self._syncs.record(seconds, {"result": "synced"})
         for change, count in (("created", created), ("updated", updated), ("missing", missing), ("removed", removed)):
             if count:
                 self._changes.add(count, {"change": change})
-        if missing + removed:
-            self._orphans.add(missing + removed)
+        if orphans:
+            self._orphans.add(orphans)
 
     def sync_failed(self, seconds: float, reason: str) -> None:
         """A sync was given up; `reason` is one word of few."""

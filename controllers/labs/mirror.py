@@ -51,12 +51,19 @@ class Mirror:
     updated: int = 0
     missing: int = 0
     removed: int = 0
+    ended: int = 0
+    """Of those removed, the ones whose labs lrm itself had no more use for."""
     failures: Failures = field(default_factory=Failures)
 
     @property
     def news(self) -> bool:
         """Whether anything had to be written."""
         return bool(self.created or self.updated or self.missing or self.removed)
+
+    @property
+    def orphans(self) -> int:
+        """Records whose labs went without lrm's doing."""
+        return self.missing + self.removed - self.ended
 
     async def bring_up_to(self, found: Difference) -> None:
         """First what is there, then what is not."""
@@ -77,6 +84,7 @@ class Mirror:
                 removing=len(found.removals),
                 cautious=found.cautious,
             )
+        await write_each(found.ended, _lab_of, self._end, failures, self.gate)
         await write_each(found.tombstones, lambda t: _lab_of(t.record), self._mark, failures, self.gate)
         failed = "labs.orphan_removal_failed"
         await write_each(found.removals, lambda r: _lab_of(r.record), self._remove, failures, self.gate, failed=failed)
@@ -165,6 +173,13 @@ class Mirror:
         self.removed += 1
         self.telling.vanished(removal.record, removal.proof)
         self.ctx.log.info("labs.orphan_removed", lab=_lab_of(removal.record), proof=removal.proof)
+        crash_point("labs.record-removed")
+
+    async def _end(self, record: LabRecord) -> None:
+        await self.ctx.client.forget(record)
+        self.removed += 1
+        self.ended += 1
+        self.ctx.log.info("labs.record_ended", lab=_lab_of(record), title=printable(record.status.title))
         crash_point("labs.record-removed")
 
 

@@ -6,12 +6,13 @@ answered 404 for its lab under the same session. When a list lacks more than hal
 cut is off and removal waits for the fourth list in a row. Lists that count are some time `apart`: what is asked twice
 within a moment is one look; and `apart_if_many` where so many are missing, which outlasts a CML that starts again, also
 where pushes bring a list every moment. While `held`, nothing is counted or removed, and a missing lab is only marked.
-A lab that is listed without its data is there. Records that are being deleted are left to their deletion.
+A record of a lab that lrm itself has removed (`ended`) goes at the first complete list that lacks it, and is no part
+of the law. A lab that is listed without its data is there. Records that are being deleted are left to their deletion.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 
@@ -52,6 +53,8 @@ class Difference:
     """Records with a tombstone whose labs are in the list, but without their data."""
     tombstones: tuple[Tombstone, ...] = ()
     removals: tuple[Removal, ...] = ()
+    ended: tuple[LabRecord, ...] = ()
+    """Records that a complete list lacks, of labs that lrm had no more use for."""
     cautious: bool = False
     """The half rule held the removals back."""
 
@@ -69,6 +72,7 @@ def difference(
     at: datetime,
     apart: timedelta,
     apart_if_many: timedelta,
+    is_ended: Callable[[LabRecord], bool] = lambda _: False,
     held: bool = False,
 ) -> Difference:
     """Compare a worker's records with a list of its labs that was asked for `at` this time.
@@ -86,8 +90,12 @@ def difference(
     )
     if not inventory.complete:
         return Difference(create, seen, listed)
-    lacking = [r for r in standing if r.spec.lab_id not in inventory.ids and r.spec.lab_id not in labs]
-    cautious = len(standing) >= MANY_OF and len(lacking) * 2 > len(standing)
+    unlisted = [r for r in standing if r.spec.lab_id not in inventory.ids and r.spec.lab_id not in labs]
+    ended = tuple(record for record in unlisted if is_ended(record))
+    gone = {record.spec.lab_id for record in ended}
+    lacking = [record for record in unlisted if record.spec.lab_id not in gone]
+    judged = len(standing) - len(ended)
+    cautious = judged >= MANY_OF and len(lacking) * 2 > judged
     enough = LISTS_TO_REMOVE_MANY if cautious else LISTS_TO_REMOVE
     least = apart_if_many if cautious else apart
     tombstones, removals = [], []
@@ -101,7 +109,7 @@ def difference(
             removals.append(Removal(record, f"not in {lists} complete lists in a row"))
         else:
             tombstones.append(Tombstone(record, lists))
-    return Difference(create, seen, listed, tuple(tombstones), tuple(removals), cautious)
+    return Difference(create, seen, listed, tuple(tombstones), tuple(removals), ended, cautious)
 
 
 def _counts(record: LabRecord, at: datetime, apart: timedelta) -> bool:

@@ -30,14 +30,12 @@ from controllers.instances.settings import InstanceSettings
 from controllers.instances.strays import StrayLabs
 from controllers.workers.kind import LabWorker
 from controllers.workers.status import Capacity
-from equipment.labs_world import LabsWorld, labs_world
+from equipment.labs_world import INSTALLATION, LabsWorld, labs_world
 from equipment.waiting import until
 from lrm.election import StaticElection, StaticTerm
 from lrm.errors import ResourceNotFound
 from lrm.reconcile import Runner
 from lrm.resource import ObjectMeta
-
-INSTALLATION = "33333333-4444-4555-8666-777777777777"
 
 
 def topology(nodes: int = 2, *, notes: str = "", **extra: Any) -> str:

@@ -25,6 +25,7 @@ from controllers.cml.client import Timeouts
 from controllers.cml.sessions import CmlSessions
 from controllers.cml.simulator import Machine, Options, Simulator
 from controllers.cml.simulator.labs import Lab
+from controllers.instances.ended import ended
 from controllers.instances.kind import LAB_INSTANCE_REQUEST
 from controllers.labs.controller import LabsController
 from controllers.labs.imports import LabImportsController
@@ -63,6 +64,7 @@ FAST = Options(
     node_wipe=0.02,
     nodes_unlicensed=10_000,
 )
+INSTALLATION = "33333333-4444-4555-8666-777777777777"
 PASSWORD_ENV = "LABS_WORLD_PASSWORD"
 
 
@@ -276,6 +278,7 @@ async def labs_world(
                 clock=clock,
                 measures=measures,
                 tracer=tracers.get_tracer("test"),
+                is_ended=lambda record: ended(record, cache, INSTALLATION),
             )
             labs = Runner(controller, client, cache, clock, observe_only=observe_only, events=events)
             listening = LabsPush(

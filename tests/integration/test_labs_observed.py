@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import AsyncIterator, Iterator
+from functools import partial
 from typing import Any
 
 import pytest
@@ -12,9 +14,11 @@ from prometheus_client.parser import text_string_to_metric_families
 from structlog.testing import capture_logs
 
 from controllers.cml.simulator.labs import Lab
+from controllers.instances.kind import INSTANCES, LabInstanceRequest, WorkerRef
 from controllers.labs.controller import SyncFailed
-from equipment.labs_world import LabsWorld, labs_world
+from equipment.labs_world import INSTALLATION, LabsWorld, labs_world
 from equipment.waiting import until
+from lrm.client import Client
 from storage.errors import TooLarge
 from storage.memory import MemoryStorage
 
@@ -96,6 +100,43 @@ async def test_a_lab_that_was_deleted_through_lrm_did_not_vanish(world: LabsWorl
     await world.gone(record)
     await world.sync()
     assert await world.told("w1", "LabWorker") == []
+
+
+def _place(request: LabInstanceRequest, *, ref: WorkerRef | None) -> None:
+    request.status.worker_ref = ref
+
+
+async def test_labs_of_instances_that_are_over_are_not_missed(world: LabsWorld) -> None:
+    """They were removed by lrm itself: their records go at once, nobody is warned, and no half rule begins."""
+    await world.worker()
+    gone: list[Lab] = []
+    instances = Client(world.storage, world.registry, world.clock, owner=INSTANCES)
+    for place in [None] * 12 + ["w1", "w2"]:
+        request = await world.client.create(
+            LabInstanceRequest.model_validate(
+                {
+                    "metadata": {"name": f"r{len(gone)}"},
+                    "spec": {"studentEmail": "a@b.edu", "durationMinutes": 9, "labTemplate": {"topology": "{}"}},
+                }
+            )
+        )
+        ref = WorkerRef(kind="LabWorker", namespace="default", name=place) if place else None
+        await instances.update_status(request, partial(_place, ref=ref))
+        gone.append(world.machine().add_lab(request.outside_name))
+    forgotten = str(uuid.UUID(int=7))
+    mark = f"lrm installation={INSTALLATION} uid={forgotten} attempt=1"
+    gone += [world.machine().add_lab(f"lrm-{forgotten}", notes=notes) for notes in (mark, "somebody's")]
+    await world.sync()
+    for lab in gone:
+        world.machine().remove(lab)
+    await world.sync()
+    assert not await world.records()
+    told = [message for _, reason, message in await world.told("w1", "LabWorker") if reason == "LabVanished"]
+    assert sorted(lab.id for lab in gone if any(lab.id in message for message in told)) == sorted(
+        [gone[12].id, gone[15].id]
+    ), "one that is placed here, and one of somebody else"
+    assert len(told) == 2
+    assert measured(world, "lrm_labs_orphans_total") == {(): 2}
 
 
 async def test_a_lab_that_the_list_lacks_is_told_as_missing_once(world: LabsWorld) -> None:

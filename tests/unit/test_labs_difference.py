@@ -177,6 +177,22 @@ def test_while_held_nothing_is_removed_and_no_list_is_counted() -> None:
     assert removed(known, listing(IDS[3:4], absent=IDS[:3])) == IDS[:3], "and then it goes on"
 
 
+def test_what_lrm_itself_has_ended_goes_at_once_and_is_no_part_of_the_half_rule() -> None:
+    known = [record(i) for i in IDS[:12]]
+    found = difference(
+        known,
+        IDS,
+        listing(IDS[9:12]),
+        at=NEXT,
+        apart=APART,
+        apart_if_many=APART_IF_MANY,
+        is_ended=lambda r: r.spec.lab_id != IDS[0],
+    )
+    assert [r.spec.lab_id for r in found.ended] == IDS[1:9], "those that are listed are there"
+    assert [t.record.spec.lab_id for t in found.tombstones] == IDS[:1]
+    assert (found.cautious, found.orphans) == (False, 1)
+
+
 def test_records_that_are_being_deleted_are_left_alone_and_not_counted() -> None:
     dying = [record(i, deleting=True) for i in IDS[:7]]
     known = dying + [record(i) for i in IDS[7:12]]

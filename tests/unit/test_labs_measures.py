@@ -21,7 +21,7 @@ def samples(telemetry: Telemetry) -> dict[tuple[str, str], float]:
 def test_syncs_orphans_and_deletions_are_counted_by_how_they_ended() -> None:
     telemetry = Telemetry()
     measures = LabMeasures(telemetry.meter)
-    measures.synced(0.5, created=3, updated=0, missing=1, removed=2)
+    measures.synced(0.5, created=3, updated=0, missing=1, removed=3, orphans=3)
     measures.sync_failed(0.25, "CmlTimeout")
     measures.deleted()
     measures.delete_failed()
@@ -35,7 +35,7 @@ def test_syncs_orphans_and_deletions_are_counted_by_how_they_ended() -> None:
         ("lrm_labs_sync_errors_total", "CmlTimeout"): 1,
         ("lrm_labs_changes_total", "created"): 3,
         ("lrm_labs_changes_total", "missing"): 1,
-        ("lrm_labs_changes_total", "removed"): 2,
+        ("lrm_labs_changes_total", "removed"): 3,
         ("lrm_labs_orphans_total", ""): 3,
         ("lrm_labs_deletes_total", "success"): 1,
         ("lrm_labs_deletes_total", "failure"): 2,
