@@ -254,17 +254,23 @@ class LabsController(Controller[LabWorker]):
             why = f"the list of labs proves nothing about those that it lacks: {inventory.why_incomplete}"
             raise await self._failed(worker, ctx, "ListIncomplete", why)
 
+        message = "every lab has its record"
+        if mirror.waiting:
+            message += f"; records whose labs are not listed, and that go when more lists prove it: {mirror.waiting}"
+
         def note(w: LabWorker) -> None:
             w.status.labs_count = len(inventory.ids)
             w.status.labs_synced_at = mirror.at
             w.status.labs_sync_error = None
             w.status.labs_asked = asked_for(worker)
             w.status.labs_last_sync = LabsSync(
-                synced=len(inventory.ids), created=mirror.created, updated=mirror.updated, removed=mirror.removed
+                synced=len(inventory.ids),
+                created=mirror.created,
+                updated=mirror.updated,
+                removed=mirror.removed,
+                missing=mirror.waiting,
             )
-            w.status.set_condition(
-                LABS_SYNCED, status=True, reason="Synced", message="every lab has its record", now=ctx.clock.now()
-            )
+            w.status.set_condition(LABS_SYNCED, status=True, reason="Synced", message=message, now=ctx.clock.now())
 
         worker = await ctx.client.update_status(worker, note)
         crash_point("labs.worker-written")

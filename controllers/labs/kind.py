@@ -243,7 +243,7 @@ LAB_RECORD = Kind(
     columns=(
         Column("Worker", lambda r: r.spec.worker_ref),
         Column("Title", lambda r: r.status.title),
-        Column("State", lambda r: r.status.state),
+        Column("State", lambda r: MISSING if r.status.phase == MISSING else r.status.state),
         Column("Nodes", lambda r: r.status.node_count, type="integer"),
         Column("Owner", lambda r: r.status.owner_username or r.status.owner),
         Column("Lab", lambda r: r.spec.lab_id, priority=1, description="CML's id of the lab"),

@@ -51,6 +51,8 @@ class Mirror:
     updated: int = 0
     missing: int = 0
     removed: int = 0
+    waiting: int = 0
+    """Records that this list lacks and that stay, written or not."""
     ended: int = 0
     """Of those removed, the ones whose labs lrm itself had no more use for."""
     failures: Failures = field(default_factory=Failures)
@@ -68,6 +70,7 @@ class Mirror:
     async def bring_up_to(self, found: Difference) -> None:
         """First what is there, then what is not."""
         log, failures = self.ctx.log, self.failures
+        self.waiting = len(found.tombstones)
         changed = await self._changed(found.seen)
         # A worker on its way out gets no more records to take along, unless it waits for its labs to end.
         if not self.worker.deleting or self.worker.status.phase == Phase.DRAINING:

@@ -220,6 +220,8 @@ class LabsSync(Model):
     updated: int = 0
     removed: int = 0
     """Records that were written."""
+    missing: int = 0
+    """Records whose labs were not listed, and which wait for the lists that prove them gone."""
 
 
 class LabWorkerStatus(Status):

@@ -216,7 +216,12 @@ async def test_a_list_that_lacks_most_labs_removes_them_at_the_fourth_time(world
     for lab in labs[:7]:
         world.machine().remove(lab)
     for lists in (1, 2, 3):
-        await world.later_sync()
+        worker = await world.later_sync()
+        assert worker.status.labs_last_sync is not None
+        assert worker.status.labs_last_sync.missing == 7
+        synced = worker.status.condition("LabsSynced")
+        assert synced is not None
+        assert synced.message.endswith("prove it: 7")
         records = await world.records()
         assert len(records) == 12
         assert {r.status.missing_lists for i, r in records.items() if i in {lab.id for lab in labs[:7]}} == {lists}

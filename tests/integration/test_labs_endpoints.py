@@ -168,8 +168,8 @@ async def test_a_refresh_tells_what_its_sync_came_to(world: LabsWorld, api: Serv
     world.machine().remove(gone)
     answer = await post(api, "/refresh")
     assert answer.status == 200
-    counts = {name: answer.body[name] for name in ("synced", "created", "updated", "removed")}
-    assert counts == {"synced": 3, "created": 1, "updated": 1, "removed": 1}
+    counts = {name: answer.body[name] for name in ("synced", "created", "updated", "removed", "missing")}
+    assert counts == {"synced": 3, "created": 1, "updated": 1, "removed": 1, "missing": 0}
     assert {lab["title"] for lab in (await listed(api)).values()} == {kept.title, "changed a bit", "new"}
 
 

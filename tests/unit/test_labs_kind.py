@@ -122,3 +122,12 @@ def test_last_synced_is_served_from_the_worker_and_never_before_the_lab_was_seen
 )
 def test_the_next_step(wanted: str, state: str, step: Step | bool | None, why: str) -> None:
     assert next_step(wanted, state) is step, why
+
+
+def test_a_record_whose_lab_is_missing_says_so_where_its_state_stands() -> None:
+    made = LabRecord(metadata=ObjectMeta(name="w1-x"), spec=LabRecordSpec(worker_ref="w1", lab_id="x"))
+    state = next(column for column in LAB_RECORD.columns if column.name == "State")
+    made.status.state, made.status.phase = "STARTED", "Present"
+    assert state.value(made) == "STARTED"
+    made.status.phase = "Missing"
+    assert state.value(made) == "Missing"
