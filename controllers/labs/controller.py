@@ -188,7 +188,8 @@ class LabsController(Controller[LabWorker]):
         """Seconds until the next sync by the clock, and the interval that this goes by."""
         records, now = self._records(worker), ctx.clock.now()
         interval = interval_of(worker, records, self._settings, now)
-        return due_in(worker, records, interval=interval, now=now, first=worker.uid not in self._synced), interval
+        first, held = worker.uid not in self._synced, self.hints.held_for(worker.uid)
+        return due_in(worker, records, interval=interval, now=now, first=first, held=held), interval
 
     def _records(self, worker: LabWorker) -> list[LabRecord]:
         return records_of_worker(self._cache, worker.namespace, worker.name)

@@ -61,9 +61,18 @@ def interval_of(worker: LabWorker, records: Sequence[LabRecord], settings: LabsS
 
 
 def due_in(
-    worker: LabWorker, records: Iterable[LabRecord], *, interval: float, now: datetime, first: bool = False
+    worker: LabWorker,
+    records: Iterable[LabRecord],
+    *,
+    interval: float,
+    now: datetime,
+    first: bool = False,
+    held: float = 0.0,
 ) -> float:
-    """Seconds until the next sync; zero when it is due. `first` is true until this process has synced the worker."""
+    """Seconds until the next sync; zero when it is due. `first` is true until this process has synced the worker.
+
+    What has turned since the last sync waits `held` seconds: forty labs started one by one are not forty lists.
+    """
     synced = worker.status.labs_synced_at
     asked = asked_for(worker)
     if first or synced is None or synced > now + _CLOCK_SLACK:
@@ -71,7 +80,8 @@ def due_in(
     if asked is not None and asked != worker.status.labs_asked:
         return 0.0
     turns = _turns(worker, records)
-    unseen = [turn for turn in turns if turn is not None and turn > synced]
+    soonest = now + timedelta(seconds=held)
+    unseen = [max(turn, soonest) for turn in turns if turn is not None and turn > synced]
     # A turn that is later than now (another clock wrote it, or ours was set back) is no reason to sync before its time:
     # every sync until then would be older than it, and so due again at once.
     times = [synced + timedelta(seconds=interval * (1 + _SPREAD * _spread(worker, synced))), *unseen]

@@ -67,6 +67,11 @@ class PushHints(Hints):
             return None
         return max(0.0, ear.due_at - self._clock.monotonic())
 
+    def held_for(self, uid: str) -> float:
+        """Seconds until a sync may follow the last one, for whatever has happened since: CML needs time of its own."""
+        ear = self._ears.get(uid)
+        return 0.0 if ear is None else max(0.0, ear.not_before - self._clock.monotonic())
+
     def begin(self, uid: str) -> None:
         """A sync begins, whoever asked for it: it sees all that was pushed until now."""
         ear = self._ears.setdefault(uid, _Ear())

@@ -7,7 +7,7 @@ from datetime import timedelta
 
 import pytest
 
-from controllers.labs.kind import LAB_FINALIZER, LAB_RECORD, LabRecord
+from controllers.labs.kind import LAB_FINALIZER, LAB_RECORD, LabRecord, Operation
 from controllers.workers.kind import LabWorker
 from equipment.labs_world import LabsWorld, labs_world
 from equipment.waiting import until
@@ -299,3 +299,61 @@ async def test_two_thousand_labs_come_in_with_one_write_each_and_cost_none_after
         await world.sync(timeout=60)
     assert dict(writes) == {"labworkers MODIFIED": 2}
     assert world.machine().counts.total() == 2
+
+
+async def test_labs_that_are_started_one_by_one_keep_a_slow_cml_no_busier_than_pushes_do(world: LabsWorld) -> None:
+    await world.worker()
+    for n in range(200):
+        world.machine().add_lab(f"Lab {n}", nodes=1)
+    await world.sync()
+    world.fault("delay", path="/populate_lab_tiles", seconds=0.5)
+    await world.sync()
+    world.machine().counts.clear()
+    began = world.clock.monotonic()
+    for record in world.known():
+        if world.clock.monotonic() - began >= 2:
+            break
+        await world.client.update(record, lambda r: setattr(r.spec, "operation", Operation(id="a", verb="Start")))
+
+        async def ended(name: str = record.name) -> bool:
+            outcome = (await world.client.get(LabRecord, "default", name)).status.operation
+            return outcome is not None and outcome.result == "Succeeded"
+
+        await until(ended)
+    took = world.clock.monotonic() - began
+    assert world.machine().counts["GET /populate_lab_tiles"] <= 1 + took // 2.5
+
+
+async def test_no_more_than_so_many_workers_are_synced_at_once(world: LabsWorld) -> None:
+    names = [f"w{n}" for n in range(34)]
+    for name in names:
+        world.fault("delay", name, path="/labs", seconds=60)
+        await world.worker(name)
+    await until(lambda: (world.labs.queue.processing, len(world.labs.queue)) == (32, 2))
+
+
+async def test_a_worker_on_which_nobody_works_is_listed_at_the_longer_interval(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with labs_world(monkeypatch, labs_refresh_interval=1800, labs_idle_interval=7200) as world:
+        await world.worker()
+        world.machine().add_lab("at rest")
+        await world.sync()
+        world.clock.passed += 7300
+        await world.sync()
+        world.machine().counts.clear()
+        for passed, lists in ((2000, 0), (6000, 1)):
+            world.clock.passed += passed
+            world.labs.queue.add(("default", "w1"))
+            await world.settled()
+            assert world.machine().counts["GET /labs"] == lists
+
+
+async def test_as_many_operations_are_kept_as_is_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with labs_world(monkeypatch, labs_history_length=2) as world:
+        await world.worker()
+        lab = world.machine().add_lab("title 0")
+        await world.sync()
+        for n in range(1, 5):
+            world.edit(lab, title=f"title {n}")
+            await world.sync()
+        kept = (await world.record(lab.id)).status.operation_history
+        assert [entry.changed_fields["title"].new for entry in kept] == ["title 3", "title 4"]

@@ -100,6 +100,15 @@ def test_a_turn_that_lies_in_the_future_is_due_when_its_time_comes(
     assert due_in(subject, records, interval=HOUR, now=NOW + timedelta(seconds=20)) == 0
 
 
+def test_what_has_turned_waits_while_the_cml_is_given_time() -> None:
+    turned = [record(ago(1))]
+    assert due_in(worker(synced=ago(5)), turned, interval=HOUR, now=NOW, held=8) == 8
+    assert due_in(worker(synced=ago(5), asked="a"), turned, interval=HOUR, now=NOW, held=8) == 0, "who asks is answered"
+    assert due_in(worker(synced=ago(2 * HOUR)), turned, interval=HOUR, now=NOW, held=8) == 0, (
+        "nor is the interval longer"
+    )
+
+
 def test_a_turn_that_lies_far_in_the_future_puts_nothing_off() -> None:
     assert due_in(worker(synced=ago(2 * HOUR), ready=ago(-99 * HOUR)), [], interval=HOUR, now=NOW) == 0
 

@@ -66,7 +66,9 @@ async def test_a_sync_that_was_due_anyway_counts_as_the_first_of_the_two(scene: 
 
 async def test_a_cml_whose_lists_take_long_is_asked_the_less(scene: Scene) -> None:
     scene.hear()
+    assert scene.hints.held_for(UID) == 0
     await scene.sync(took=6.0)
+    assert scene.hints.held_for(UID) == 5 * 6 - 6, "also for what was not pushed"
     scene.hear()
     assert scene.due_in() == 5 * 6 - 6
 
