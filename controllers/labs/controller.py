@@ -34,7 +34,7 @@ from controllers.workers.phases import Phase
 from controllers.workers.status import LabsSync
 from lrm.cache import Cache, Change
 from lrm.crashpoints import crash_point
-from lrm.errors import RetryLater
+from lrm.errors import NotLeading, RetryLater
 from lrm.reconcile import Context, Controller, Key, Result, Trigger
 from lrm.resource import AnyResource
 from storage.base import Guard
@@ -161,7 +161,8 @@ class LabsController(Controller[LabWorker]):
             return Result.done()  # the worker went or was made anew meanwhile; its deletion wakes us
         except BaseException as error:  # a deadline that is over is a cancellation here
             self.hints.failed(worker.uid)
-            self._measures.sync_failed(ctx.clock.monotonic() - began, getattr(error, "reason", type(error).__name__))
+            if _leads(ctx):
+                self._measures.sync_failed(ctx.clock.monotonic() - began, _reason(error))
             raise
         self._synced.add(worker.uid)
         self.hints.end(worker.uid, news=mirror.news)
@@ -304,6 +305,22 @@ class LabsController(Controller[LabWorker]):
 
         await ctx.client.update_status(worker, note)
         return SyncFailed(reason, f"labs of {worker.name}: {problem or reason}")
+
+
+def _leads(ctx: Context) -> bool:
+    """Whether the term lasts: a sync that its end has cut short is no trouble of a CML."""
+    try:
+        ctx.check_leading()
+    except NotLeading:
+        return False
+    return True
+
+
+def _reason(error: BaseException) -> str:
+    """One word of few for what ended a sync."""
+    if isinstance(error, asyncio.CancelledError):
+        return "DeadlineExceeded"
+    return str(getattr(error, "reason", type(error).__name__))
 
 
 def _problem(error: CmlError, worker: LabWorker) -> str | None:

@@ -1,7 +1,7 @@
 """What is measured of the mirror of labs: one place for the meters of the sync, of the push and of the deletions.
 
 What happens is counted as it happens; label values are few and fixed, reasons are the names of error classes. What is
-now (records by worker, open channels) `LabsController.observe` tells at each scrape.
+now (records by worker, open channels) `LabsPush.observe` tells at each scrape.
 """
 
 from __future__ import annotations

@@ -139,6 +139,30 @@ async def test_labs_of_instances_that_are_over_are_not_missed(world: LabsWorld) 
     assert measured(world, "lrm_labs_orphans_total") == {(): 2}
 
 
+async def test_a_sync_that_its_deadline_ends_has_failed_and_one_that_a_lost_term_ends_has_not(
+    world: LabsWorld, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await mirrored(world)
+    fault = world.fault("delay", path="/labs", seconds=60)
+    monkeypatch.setattr(world.labs.controller, "deadline", 0.2)
+    await world.ask()
+    await until(lambda: measured(world, "lrm_labs_sync_errors_total"))
+    monkeypatch.setattr(world.labs.controller, "deadline", 300.0)
+    world.simulator.faults.clear(fault)
+    await world.sync()
+    world.fault("delay", path="/labs", seconds=60)
+    counted = measured(world, "lrm_labs_sync_errors_total")
+    assert set(counted) == {("DeadlineExceeded",)}
+    world.machine().log.clear()
+    world.spans.clear()
+    await world.ask()
+    await until(lambda: any(entry["path"] == "/labs" for entry in world.machine().log), "the list to be under way")
+    world.term.lost()
+    await until(world.spans.get_finished_spans, "the end of the sync")
+    await until(lambda: world.labs.queue.processing == 0)
+    assert measured(world, "lrm_labs_sync_errors_total") == counted
+
+
 async def test_a_lab_that_the_list_lacks_is_told_as_missing_once(world: LabsWorld) -> None:
     labs = await mirrored(world, *(f"Lab {n}" for n in range(12)))
     for lab in labs[:7]:
