@@ -2,7 +2,8 @@
 
 Promises: pushes within a moment are one hint; between the beginnings of two syncs of a worker that pushes asked for lie
 `interval` seconds at least, and four times what the first of them took; a push that comes while a sync is under way
-asks for another; and where a sync found nothing new after a push, CML's own picture may have been behind, so one more
+asks for another; a channel that opens is a hint too, but one that opens again and again is so a few times and then once
+in ten minutes; and where a sync found nothing new after a push, CML's own picture may have been behind, so one more
 follows. A hint that is lost costs freshness until the next poll, and nothing else. Pure but for the clock.
 """
 
@@ -21,6 +22,12 @@ _SHARE = 5.0
 """A CML is busy with syncs that pushes asked for no more than a fifth of the time."""
 
 
+_OPENED_EVERY = 600.0
+"""Seconds between two syncs that channels which open ask for, in the long run: a proxy may cut them each minute."""
+_OPENED_AT_ONCE = 4
+"""So many of them come without that delay."""
+
+
 @dataclass(slots=True)
 class _Ear:
     """What is known of one worker."""
@@ -29,6 +36,8 @@ class _Ear:
     """When a sync is due that was asked for and not begun."""
     not_before: float = 0.0
     began: float = 0.0
+    opened_until: float = 0.0
+    """Up to when the syncs that opened channels have asked for are used up, at one in `_OPENED_EVERY`."""
     answers: bool = False
     """The sync that is under way was asked for by a push."""
     last_look: bool = False
@@ -57,8 +66,15 @@ class PushHints(Hints):
 
     def opened(self, uid: str, key: Key) -> None:
         """CML pushes from now on. What happened since the last sync began may have been missed."""
-        if uid in self._ears and self.heard(uid, key):
-            self._ears[uid].last_look = True  # nothing was pushed that a list would have to show
+        ear = self._ears.get(uid)
+        if ear is None or ear.due_at is not None:
+            return  # the first sync is still to come, or one that sees everything
+        now = self._clock.monotonic()
+        used = max(now, ear.opened_until)
+        ear.opened_until = used + _OPENED_EVERY
+        ear.due_at = max(now + _GATHER, ear.not_before, used - (_OPENED_AT_ONCE - 1) * _OPENED_EVERY)
+        ear.last_look = True  # nothing was pushed that a list would have to show
+        self.tell(key)
 
     def due_in(self, uid: str) -> float | None:
         """Seconds until the sync that was asked for; None when none was."""

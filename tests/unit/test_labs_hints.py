@@ -134,6 +134,23 @@ async def test_an_opened_channel_is_a_hint_only_after_a_sync_that_it_did_not_acc
     assert scene.due_in() is None, "nothing was pushed that the list could have been too early for"
 
 
+async def test_a_channel_that_is_cut_each_minute_asks_for_few_syncs_and_pushes_for_all(scene: Scene) -> None:
+    await scene.sync()
+    syncs = 0
+    for second in range(3600):
+        if second % 61 == 0:
+            scene.hints.opened(UID, KEY)
+        await scene.clock.advance(1)
+        if scene.due_in() == 0:
+            syncs += 1
+            await scene.sync(news=False)
+    assert 4 <= syncs <= 10
+    scene.hints.opened(UID, KEY)
+    assert (scene.due_in() or 0) > 60, "it is put off, not forgotten"
+    assert scene.hear()
+    assert (scene.due_in() or 0) <= 2
+
+
 async def test_a_worker_that_is_gone_is_forgotten(scene: Scene) -> None:
     scene.hear()
     scene.hints.forget(UID)
