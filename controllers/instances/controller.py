@@ -475,10 +475,10 @@ class InstancesController(Controller[LabInstanceRequest]):
 
     def _not_yet(self, request: LabInstanceRequest, ctx: Context) -> Waits | None:
         """Why it is not to have a place now, whatever is free."""
-        now, planned, status = ctx.clock.now(), request.spec.scheduled_start_time, request.status
+        now, status = ctx.clock.now(), request.status
         if status.retry_at is not None and now < status.retry_at:
             return Waits(Reasons.BACKING_OFF, status.error_message or "", status.retry_at)
-        due = planned - timedelta(seconds=self._settings.instances_early_start) if planned else None
+        due = request.due_at(self._settings.instances_early_start)
         if due is not None and now < due:
             return Waits(Reasons.NOT_YET_DUE, "its time has not come", due)
         if ctx.observe_only:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Coroutine
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -232,15 +232,22 @@ class InstancesScene:
             for key, value in spec.items():
                 setattr(request.spec, key, value)
 
-        await self.client.update(await self.get(name), mutate)
-        await self.clock.settle()
+        await self._ask(self.client.update(await self.get(name), mutate))
 
     async def annotate(self, key: str, value: str, name: str = "a") -> None:
-        await self.client.update(await self.get(name), lambda r: r.metadata.annotations.update({key: value}))
-        await self.clock.settle()
+        request = await self.get(name)
+        await self._ask(self.client.update(request, lambda r: r.metadata.annotations.update({key: value})))
 
     async def delete(self, name: str = "a") -> None:
-        await self.client.delete(await self.get(name))
+        await self._ask(self.client.delete(await self.get(name)))
+
+    async def _ask(self, call: Coroutine[Any, Any, Any]) -> None:
+        """A person's call; it may meet the controller's writes, and then waits a moment before it tries again."""
+        asking = asyncio.create_task(call)
+        await self.clock.settle()
+        while not asking.done():
+            await self.clock.advance(0.01)
+        await asking
         await self.clock.settle()
 
     async def find(self, name: str = "a") -> LabInstanceRequest | None:
