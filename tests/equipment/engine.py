@@ -150,15 +150,19 @@ def _clear(host: str) -> None:
 
 @contextmanager
 def with_images(host: str) -> Iterator[Engine]:
-    """An engine with our images for as long as this lasts."""
+    """An engine with our images for as long as this lasts; those that somebody else has made stay."""
     client = _connect(host)
     engine = Engine(host, client)
+    ours = {"reference": "lrm-test/*"}
+    before = {image.id for image in client.images.list(filters=ours)}
     try:
-        _make_images(client, engine)
+        if not before:
+            _make_images(client, engine)
         yield engine
     finally:
-        for image in client.images.list(filters={"reference": "lrm-test/*"}):
-            client.images.remove(image.id, force=True)
+        for image in client.images.list(filters=ours):
+            if image.id not in before:
+                client.images.remove(image.id, force=True)
         client.close()
 
 

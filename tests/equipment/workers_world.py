@@ -18,6 +18,7 @@ import orjson
 import pytest
 
 from controllers.aws.ec2 import Ec2, LaunchParameters
+from controllers.aws.errors import AwsUnavailable
 from controllers.aws.simulator import DEMO_AMI, DEMO_KEY, AwsShim, ShimOptions
 from controllers.aws.simulator.instances import Instance
 from controllers.cml.simulator import Machine, Options, Simulator
@@ -273,9 +274,16 @@ async def someone_elses(world: WorkersWorld, token: str = "mine", **tags: str) -
         ami_id=DEMO_AMI, instance_type="m5zn.metal", client_token=token, key_name=DEMO_KEY, tags=tags
     )
     async with Ec2(world.clock, endpoint_url=world.shim.url) as ec2:
-        made = await ec2.run_instance(HERE, parameters)
-    await until(lambda: any(i.id == made.id for i in world.instances("running")), "the instance running")
-    return made.id
+
+        async def launched() -> str | None:
+            try:
+                return (await ec2.run_instance(HERE, parameters)).id
+            except AwsUnavailable:  # certainly not sent: the first client of a process may take a while to make
+                return None
+
+        made: str = await until(launched, "the launch", 60)
+    await until(lambda: any(i.id == made for i in world.instances("running")), "the instance running")
+    return made
 
 
 def tags_of(world: WorkersWorld, instance_id: str) -> dict[str, str]:
