@@ -21,7 +21,7 @@ from controllers.instances.kind import (
     over,
     placed,
 )
-from controllers.instances.notes import completing, ending, entering, note_exit, sighted, tell, timing_out
+from controllers.instances.notes import completing, ending, entering, note_exit, sighted, tell, time_over, timing_out
 from controllers.instances.phases import Conditions, Phase, Reasons
 from controllers.instances.runtime import (
     InstanceError,
@@ -383,6 +383,7 @@ class InstancesController(Controller[LabInstanceRequest]):
 
     async def _time_out(self, request: LabInstanceRequest, ctx: Context, phase: Phase) -> LabInstanceRequest:
         ended = await self._write(request, ctx, timing_out(request, phase, ctx))
+        ctx.events.record(ended, "Normal", Reasons.DURATION_ELAPSED, time_over(ended))
         crash_point("instances.ending")
         return ended
 

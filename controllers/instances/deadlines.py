@@ -8,8 +8,8 @@ it is due, and the other one, woken by that, cleans up. Both write on exactly th
 from __future__ import annotations
 
 from controllers.instances.kind import INSTANCES, LabInstanceRequest
-from controllers.instances.notes import timing_out
-from controllers.instances.phases import Phase
+from controllers.instances.notes import time_over, timing_out
+from controllers.instances.phases import Phase, Reasons
 from lrm.controller import Context, Controller, Result
 from lrm.crashpoints import crash_point
 
@@ -40,7 +40,8 @@ class DeadlinesController(Controller[LabInstanceRequest]):
             return Result.after(min(left, _LONGEST_WAIT))
         if ctx.wall_jumped:
             return Result.after(1.0)
-        await ctx.client.update_status(request, timing_out(request, Phase.TIMEOUT, ctx), retry=False)
+        ended = await ctx.client.update_status(request, timing_out(request, Phase.TIMEOUT, ctx), retry=False)
+        ctx.events.record(ended, "Normal", Reasons.DURATION_ELAPSED, time_over(ended))
         crash_point("instances.ending")
         ctx.log.info("instance.phase", source=Phase.RUNNING, to=Phase.TIMEOUT)
         return Result.done()

@@ -69,10 +69,15 @@ def ending(phase: Phase, ctx: Context, why: tuple[str, str]) -> Mutate:
     return end
 
 
+def time_over(request: LabInstanceRequest) -> str:
+    """That its time is over, in a sentence."""
+    minutes = request.spec.duration_minutes
+    return f"its {minutes} minutes are over" if minutes > 1 else "its minute is over"
+
+
 def timing_out(request: LabInstanceRequest, phase: Phase, ctx: Context) -> Mutate:
     """Its time is over."""
-    minutes = request.spec.duration_minutes
-    why = Reasons.DURATION_ELAPSED, f"its {minutes} minutes are over" if minutes > 1 else "its minute is over"
+    why = Reasons.DURATION_ELAPSED, time_over(request)
 
     def time_out(r: LabInstanceRequest) -> None:
         ending(phase, ctx, why)(r)
