@@ -1,11 +1,14 @@
-"""A lab in the flat form that clients of the list of labs know, under exactly their keys."""
+"""A lab in the flat form that clients of the list of labs know, under exactly their keys.
+
+A lab that the last complete list lacked is told too, in the state `Missing`: it is not proven to be gone, and not there.
+"""
 
 from __future__ import annotations
 
 from datetime import datetime
 from typing import Any
 
-from controllers.labs.kind import LabRecord, last_synced
+from controllers.labs.kind import LabRecord, last_synced, shown_state
 from lrm.model import rfc3339
 
 
@@ -22,7 +25,7 @@ def flat(record: LabRecord, worker_synced: datetime | None) -> dict[str, Any]:
         "title": status.title,
         "description": status.description,
         "notes": status.notes,
-        "state": status.state,
+        "state": shown_state(record),
         "owner": status.owner_fullname,
         "owner_username": status.owner_username,
         "node_count": status.node_count,

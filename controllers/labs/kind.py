@@ -188,6 +188,11 @@ def runs(record: LabRecord) -> bool:
     return record.status.state == "STARTED" and record.status.missing_since is None
 
 
+def shown_state(record: LabRecord) -> str:
+    """The lab's state in CML's word, or `Missing`: what a lab was before it went is not what it is."""
+    return MISSING if record.status.phase == MISSING else record.status.state
+
+
 def forgets(record: LabRecord) -> bool:
     """Whether deleting this record leaves the lab alone."""
     return record.metadata.annotations.get(FORGET_ANNOTATION, "false") != "false"
@@ -243,7 +248,7 @@ LAB_RECORD = Kind(
     columns=(
         Column("Worker", lambda r: r.spec.worker_ref),
         Column("Title", lambda r: r.status.title),
-        Column("State", lambda r: MISSING if r.status.phase == MISSING else r.status.state),
+        Column("State", shown_state),
         Column("Nodes", lambda r: r.status.node_count, type="integer"),
         Column("Owner", lambda r: r.status.owner_username or r.status.owner),
         Column("Lab", lambda r: r.spec.lab_id, priority=1, description="CML's id of the lab"),

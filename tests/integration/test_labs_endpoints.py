@@ -101,6 +101,21 @@ async def test_the_list_has_the_known_keys_and_its_age_and_needs_no_cml(world: L
     assert "the last sync failed" in stale.warnings[0]
 
 
+async def test_a_lab_that_is_known_to_be_missing_does_not_look_present(world: LabsWorld, api: Served) -> None:
+    """Most labs are missing, so nothing is proven yet: each stays in the list, under the same keys, and says so."""
+    labs = await labs_of(world, *(f"lab {n}" for n in range(12)), running=True)
+    gone = {lab.id for lab in labs[:7]}
+    for lab in labs[:7]:
+        world.machine().remove(lab)
+    answer = await post(api, "/refresh")
+    assert (answer.body["synced"], answer.body["removed"], answer.body["missing"]) == (5, 0, 7)
+    shown = await listed(api)
+    assert {id: lab["state"] for id, lab in shown.items()} == {
+        lab.id: "Missing" if lab.id in gone else "STARTED" for lab in labs
+    }
+    assert all(set(lab) == KEYS for lab in shown.values())
+
+
 async def test_a_worker_is_found_by_name_or_instance_in_its_region_and_namespace_only(
     world: LabsWorld, api: Served
 ) -> None:
