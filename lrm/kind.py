@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import datetime
 from fnmatch import fnmatchcase
 from typing import Any, Generic, TypeVar
 
@@ -35,10 +36,13 @@ GENERATED_LENGTH = 8
 
 @dataclass(frozen=True, slots=True)
 class Column:
-    """A column of `kubectl get`; `priority` 1 is shown with `-o wide` only. `value` may return None."""
+    """A column of `kubectl get`; `priority` 1 is shown with `-o wide` only. `value` may return None.
+
+    A time is shown as how long ago it was, `5m`, or how long it is until then, `in 5m`.
+    """
 
     name: str
-    value: Callable[[Any], str | int | bool | None]
+    value: Callable[[Any], str | int | bool | datetime | None]
     type: str = "string"
     description: str = ""
     priority: int = 0

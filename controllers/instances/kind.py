@@ -35,11 +35,20 @@ TOPOLOGY_MOST = 512 * 1024
 _ENVIRONMENT_MOST = 32 * 1024
 _HOST_LABEL = r"[A-Za-z0-9]([A-Za-z0-9-]{0,61}[A-Za-z0-9])?"
 _EMAIL = re.compile(rf"[A-Za-z0-9.!#$%&'*+/=?^_`{{|}}~-]{{1,64}}@({_HOST_LABEL}\.)+[A-Za-z]{{2,63}}")
+_ADDRESS_MOST = 254
+EXAMPLE_ADDRESS = "student@university.edu"
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,127}")
 _IMAGE = re.compile(r"(?=[a-z0-9])(?!.*(\.\.|//))[A-Za-z0-9._:/-]{0,254}[A-Za-z0-9._-](@sha256:[0-9a-f]{64})?")
 """An engine is asked about it in a path: no step of it leads up, or to nothing."""
+_FILE = re.compile(r"/[^\x00]+")
+_URL = re.compile(r"https?://[^\s/?#@]+(/\S*)?")
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 """Unicode's category Cc: whoever reads an environment, in a terminal or line by line, takes some of them for more."""
+
+
+def is_address(text: str) -> bool:
+    """Whether a text can be a student's e-mail address."""
+    return len(text) <= _ADDRESS_MOST and _EMAIL.fullmatch(text) is not None
 
 
 def _number(value: Any) -> Any:
@@ -75,8 +84,8 @@ class LabTemplate(Model):
     """Whether the container may write to its own root; /tmp it may always."""
     topology: str | None = Field(None, min_length=1, max_length=TOPOLOGY_MOST)
     """A CML topology, YAML or JSON."""
-    topology_file: str | None = Field(None, pattern=r"^/[^\x00]+$", max_length=1024)
-    topology_url: str | None = Field(None, pattern=r"^https?://[^\s/?#@]+(/[^\s]*)?$", max_length=2048)
+    topology_file: str | None = Field(None, max_length=1024)
+    topology_url: str | None = Field(None, max_length=2048)
 
     @model_validator(mode="before")
     @classmethod
@@ -88,6 +97,20 @@ class LabTemplate(Model):
     def _image(cls, value: str | None) -> str | None:
         if value is not None and not _IMAGE.fullmatch(value):
             raise ValueError("an image looks like python:3.11-alpine or registry.example.com/team/lab@sha256:…")
+        return value
+
+    @field_validator("topology_file")
+    @classmethod
+    def _file(cls, value: str | None) -> str | None:
+        if value is not None and not _FILE.fullmatch(value):
+            raise ValueError("a file is named by its whole path, as in /srv/labs/ccna.yaml")
+        return value
+
+    @field_validator("topology_url")
+    @classmethod
+    def _url(cls, value: str | None) -> str | None:
+        if value is not None and not _URL.fullmatch(value):
+            raise ValueError("an address looks like https://host/labs/ccna.yaml: http or https, no login, no spaces")
         return value
 
     @field_validator("ports")
@@ -132,7 +155,7 @@ class LabInstanceRequestSpec(Model):
     """Of the workers that may take it; empty is any. A container has none."""
     pool: str | None = Field(None, min_length=1, max_length=63)
     """Only workers of this pool."""
-    student_email: str = Field(max_length=254)
+    student_email: str = Field(max_length=_ADDRESS_MOST)
     duration_minutes: Annotated[int, BeforeValidator(_number)] = Field(ge=1, le=MINUTES_MOST)
     """From Running on. Raised while Running, it is an extension."""
     scheduled_start_time: Timestamp | None = None
@@ -152,8 +175,8 @@ class LabInstanceRequestSpec(Model):
     @field_validator("student_email")
     @classmethod
     def _address(cls, value: str) -> str:
-        if not _EMAIL.fullmatch(value):
-            raise ValueError("an e-mail address looks like student@university.edu")
+        if not is_address(value):
+            raise ValueError(f"an e-mail address looks like {EXAMPLE_ADDRESS}")
         return value
 
     @field_validator("environment")
@@ -363,9 +386,10 @@ COLUMNS = (
     Column("Runtime", lambda r: r.spec.runs_in, description="Container or CML."),
     Column("Worker", lambda r: r.status.worker_ref.name if r.status.worker_ref else None, description="Where it is."),
     Column("Minutes", lambda r: r.spec.duration_minutes, type="integer", description="How long it may run."),
+    Column("Ends", lambda r: r.ends_at if placed(r) else None, description="When its time is over."),
     Column("URL", lambda r: r.status.access_url, description="Where it is worked with."),
     Column("Reason", _waiting_reason, description="Why it waits, failed or ended."),
-    Column("Started", lambda r: r.wire()["status"].get("startedAt"), type="date", priority=1),
+    Column("Started", lambda r: r.status.started_at, description="When it began to run.", priority=1),
     Column("Retries", lambda r: r.status.retry_count, type="integer", priority=1),
 )
 

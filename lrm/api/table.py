@@ -56,7 +56,7 @@ def definitions(kind: Kind[Any]) -> list[dict[str, Any]]:
 
 def cells(kind: Kind[Any], resource: AnyResource, now: datetime) -> list[Any]:
     """One row."""
-    row: list[Any] = [resource.name, *(column.value(resource) for column in kind.columns)]
+    row: list[Any] = [resource.name, *(_cell(column.value(resource), now) for column in kind.columns)]
     if _age_of(kind):
         created = resource.metadata.creation_timestamp
         row.append(age(now - created) if created else "<unknown>")
@@ -88,6 +88,13 @@ def age(since: timedelta) -> str:
         if fits:
             return f"{large}{rest}{unit}" if rest else large
     return f"{years}y"
+
+
+def _cell(value: Any, now: datetime) -> Any:
+    """A time as its distance from now; everything else as it is."""
+    if not isinstance(value, datetime):
+        return value
+    return f"in {age(value - now)}" if value > now else age(now - value)
 
 
 def _age_of(kind: Kind[Any]) -> tuple[Column, ...]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 
 import pytest
 
 from equipment.api import TELESCOPE, Telescope, telescope
-from lrm.api.table import age, table_of
+from lrm.api.table import age, cells, table_of
+from lrm.kind import Column
 
 NOW = datetime(2026, 5, 1, tzinfo=UTC)
 
@@ -48,6 +50,13 @@ def test_a_row_has_a_cell_for_each_column() -> None:
     assert table["rows"][0]["cells"] == ["hubble", "orbit", "Pending", 240, "5s"]
     assert table["rows"][0]["object"]["kind"] == "PartialObjectMetadata"
     assert "spec" not in table["rows"][0]["object"]
+
+
+@pytest.mark.parametrize(("seconds", "told"), [(-125, "2m5s"), (0, "0s"), (42 * 60, "in 42m"), (None, None)], ids=str)
+def test_a_time_is_told_by_its_distance(seconds: int | None, told: str | None) -> None:
+    column = Column("Ends", lambda _: None if seconds is None else NOW + timedelta(seconds=seconds))
+    kind = replace(TELESCOPE, columns=(column,))
+    assert cells(kind, Telescope.model_validate(telescope()), NOW)[1] == told
 
 
 def test_an_object_without_a_birthday_has_an_unknown_age() -> None:
