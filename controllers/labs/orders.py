@@ -55,6 +55,8 @@ class Order:
     before: AnyResource | None
     look: Callable[[], Outcome | None]
     """What the cache shows of it; None while nothing is to be told."""
+    so_far: Callable[[], str] = str
+    """What its resource tells while there is no outcome: why it takes so long; empty where it tells nothing."""
 
 
 class Orders:
@@ -80,7 +82,12 @@ class Orders:
             away = f"the worker {now.name} is {now.status.phase}: it is synced when its CML can be asked"
             return None if can_be_asked(now) else Outcome(WAITING, away)
 
-        return Order(written, worker, self._since(written.revision, look))
+        def so_far() -> str:
+            now = self._api.cache.get(LabWorker, worker.namespace, worker.name)
+            error = now.status.labs_sync_error if now is not None else None
+            return f"not synced yet; the last try failed: {error}" if error else ""
+
+        return Order(written, worker, self._since(written.revision, look), so_far)
 
     async def operate(self, record: LabRecord, verb: Verb, order_id: str) -> Order:
         """Have a lab started, stopped or wiped, or share in the same that was ordered and has not ended.
@@ -107,7 +114,12 @@ class Orders:
                 return None
             return Outcome(told.result, told.message)
 
-        return Order(written, record, self._since(written.revision, look))
+        def so_far() -> str:
+            now = self._api.cache.get(LabRecord, record.namespace, record.name)
+            told = outcome_of(now, given) if now is not None else None
+            return told.message if told is not None else ""
+
+        return Order(written, record, self._since(written.revision, look), so_far)
 
     async def delete(self, record: LabRecord) -> Order:
         """Have a lab deleted, or its record forgotten where its annotation says so. Raises `Forbidden`."""
@@ -123,7 +135,12 @@ class Orders:
             told = now.status.condition(LAB_DELETED)
             return Outcome(WAITING, told.message) if told is not None and told.reason in AWAY_REASONS else None
 
-        return Order(written, record, self._since(written.revision, look))
+        def so_far() -> str:
+            now = self._api.cache.get(LabRecord, record.namespace, record.name)
+            told = now.status.condition(LAB_DELETED) if now is not None else None
+            return told.message if told is not None else ""
+
+        return Order(written, record, self._since(written.revision, look), so_far)
 
     async def import_lab(self, worker: LabWorker, title: str, topology: str, *, name: str = "") -> Order:
         """Have a lab made; without a name it is given one. Raises `Invalid`, `TooLarge`, `ResourceExists`."""
@@ -145,7 +162,12 @@ class Orders:
                 return Outcome(SUCCEEDED if now.status.phase == IMPORTED else FAILED, message)
             return Outcome(WAITING, message) if told is not None and told.reason in AWAY_REASONS else None
 
-        return Order(made, None, self._since(made.revision, look))
+        def so_far() -> str:
+            now = self._api.cache.get(LabImport, made.namespace, made.name)
+            told = now.status.condition(IMPORT_READY) if now is not None else None
+            return told.message if told is not None else ""
+
+        return Order(made, None, self._since(made.revision, look), so_far)
 
     async def seen(self, plural: str, look: Callable[[], T | None], seconds: float) -> T | None:
         """What `look` finds in the cache as soon as it finds something, None after so long."""

@@ -66,6 +66,8 @@ DELETION_CRASH_POINTS = (
 """Where the deletion of a lab can be killed, in order."""
 STEP_CRASH_POINT = "labs.step-sent"
 """Where a wish can be killed: CML has taken the step, the record does not know it."""
+_NOT_ASKED = (CmlCircuitOpen, CmlLoginThrottled, CmlClosed)
+"""Errors that are no news of a CML: nothing was sent to it."""
 _OF_ONE_CML = 4
 """Records of one worker that are in hand at once."""
 
@@ -176,6 +178,8 @@ class LabRecordsController(Controller[LabRecord]):
         except CmlError as error:
             self._measures.delete_failed()
             ctx.log.warning("lab.delete_failed", lab=lab_id, worker=record.spec.worker_ref, error=str(error))
+            if not isinstance(error, _NOT_ASKED):
+                ctx.events.record(record, "Warning", "DeleteFailed", str(error))
             raise await self._held_up(record, ctx, None, error) from error
         return Result.after(self._settings.labs_step_interval)
 
@@ -222,7 +226,7 @@ class LabRecordsController(Controller[LabRecord]):
         step = next_step(wish.state, state)
         if step is REACHED:
             ctx.log.info("lab.desired_state_reached", lab=lab_id, worker=home.worker.name, state=state)
-            return await self._settle(record, ctx, wish)
+            return await self._settle(record, ctx, wish, message=f"the lab is {state}")
         acting = wish.acting(record)
         if self._is_over(acting, ctx):
             return await self._settle(record, ctx, wish, "TimedOut", f"it is still {state}, and is left so")
@@ -249,7 +253,6 @@ class LabRecordsController(Controller[LabRecord]):
         """The wish is done with: reached without a reason, given up with one. None: it was taken back."""
         generation, wanted, now = record.metadata.generation, record.spec.desired_state, ctx.clock.now()
         operation = wish.operation if wish is not None else None
-        message = message or (f"the lab was brought to {wish.state}" if wish is not None else "")
 
         def note(r: LabRecord) -> None:
             status = r.status
@@ -297,7 +300,7 @@ class LabRecordsController(Controller[LabRecord]):
 
         With `tried` the time that CML has begins, if it has not yet: it is not merely away.
         """
-        if not isinstance(error, CmlCircuitOpen | CmlLoginThrottled | CmlClosed):  # not having asked is no news
+        if not isinstance(error, _NOT_ASKED):
             acting = wish.acting(record) if wish is not None else None
             if acting is None and wish is not None and tried:
                 acting = Acting(

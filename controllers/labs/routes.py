@@ -116,14 +116,12 @@ async def refresh(request: web.Request) -> web.Response:
     _note(request, order, "refresh")
     outcome = await orders.seen(LAB_WORKER.plural, order.look, seconds)
     now = api.cache.get(LabWorker, worker.namespace, worker.name)
-    document: dict[str, Any] = {"worker": worker.name, **_told(outcome)}
+    document: dict[str, Any] = {"worker": worker.name, **_told(order, outcome)}
     if outcome is not None and outcome.result == SUCCEEDED and now is not None:
         counts = now.status.labs_last_sync
         synced = now.status.labs_synced_at
         document |= counts.wire() if counts is not None else {}
         document["last_synced"] = rfc3339(synced) if synced is not None else None
-    elif outcome is None and now is not None and now.status.labs_sync_error:
-        document["message"] = f"not synced yet; the last try failed: {now.status.labs_sync_error}"
     return await _answer(request, accepted, order, outcome, document)
 
 
@@ -136,7 +134,7 @@ async def operate(request: web.Request) -> web.Response:
     order = await orders.operate(record, _VERBS[action], call_of(request).request_id)
     _note(request, order, action)
     outcome = await orders.seen(LAB_RECORD.plural, order.look, seconds)
-    document = {"lab_id": record.spec.lab_id, "action": action, **_told(outcome)}
+    document = {"lab_id": record.spec.lab_id, "action": action, **_told(order, outcome)}
     return await _answer(request, accepted, order, outcome, document)
 
 
@@ -148,7 +146,7 @@ async def delete(request: web.Request) -> web.Response:
     order = await orders.delete(record)
     _note(request, order, "delete")
     outcome = await orders.seen(LAB_RECORD.plural, order.look, seconds)
-    document = {"lab_id": record.spec.lab_id, "action": "delete", **_told(outcome)}
+    document = {"lab_id": record.spec.lab_id, "action": "delete", **_told(order, outcome)}
     return await _answer(request, accepted, order, outcome, document)
 
 
@@ -210,7 +208,7 @@ async def import_lab(request: web.Request) -> web.Response:
         "title": title,
         "warnings": made.status.warnings if made is not None else [],
         "import": order.resource.name,
-        **_told(outcome),
+        **_told(order, outcome),
     }
     return await _answer(request, accepted, order, outcome, document, done=201)
 
@@ -313,7 +311,7 @@ def _bulk_body(body: dict[str, Any], everything: Sequence[str]) -> tuple[str, Se
 def _bulk_result(lab_id: str, given: Order | Exception, request_id: str) -> dict[str, Any]:
     if isinstance(given, Order):
         outcome = given.look()
-        return {"lab_id": lab_id, **_told(outcome), "code": _code(outcome)}
+        return {"lab_id": lab_id, **_told(given, outcome), "code": _code(outcome)}
     answer = answer_of(given, request_id, writing=True)
     return {"lab_id": lab_id, "result": "Failed", "message": answer.message, "code": answer.code}
 
@@ -330,9 +328,10 @@ async def _each(items: Sequence[str], do: Callable[[str], Awaitable[None]]) -> N
             tasks.create_task(some())
 
 
-def _told(outcome: Outcome | None) -> dict[str, str]:
+def _told(order: Order, outcome: Outcome | None) -> dict[str, str]:
     if outcome is None:
-        return {"result": _ACCEPTED, "message": "it is under way"}
+        so_far = order.so_far()
+        return {"result": _ACCEPTED, "message": f"it is under way: {so_far}" if so_far else "it is under way"}
     return {"result": outcome.result, "message": outcome.message}
 
 

@@ -221,7 +221,9 @@ async def test_a_lab_is_started_stopped_wiped_and_deleted(world: LabsWorld, api:
     for action, state in (("start", "STARTED"), ("start", "STARTED"), ("stop", "STOPPED"), ("wipe", "DEFINED_ON_CORE")):
         answer = await post(api, f"/{lab.id}/{action}")
         assert (answer.status, answer.body["lab_id"], answer.body["result"]) == (200, lab.id, "Succeeded"), answer.raw
-        assert lab.state == state
+        assert (lab.state, answer.body["message"]) == (state, f"the lab is {state}")
+    again = await post(api, f"/{lab.id}/stop")
+    assert (again.status, again.body["message"]) == (200, "the lab is DEFINED_ON_CORE"), "not brought to STOPPED"
     gone = await api.call("DELETE", labs_path(f"/{lab.id}"))
     assert gone.status == 200
     assert (gone.body["lab_id"], gone.body["message"]) == (lab.id, "Lab deleted successfully")
@@ -266,6 +268,32 @@ async def test_cmls_no_is_told_as_a_conflict(world: LabsWorld, api: Served) -> N
     answer = await post(api, f"/{lab.id}/start")
     assert (answer.status, answer.body["reason"]) == (409, "Conflict")
     assert "no licence left" in answer.body["message"]
+
+
+async def test_a_deletion_that_cml_keeps_failing_says_so_in_its_answer_and_in_one_event(
+    world: LabsWorld, api: Served
+) -> None:
+    (lab,) = await labs_of(world, "one")
+    record = await world.record(lab.id)
+    world.fault("status", path=f"/labs/{lab.id}/state", status=500, description="out of disk")
+
+    async def tried_twice() -> bool:
+        return sum(entry["path"] == f"/labs/{lab.id}/state" for entry in world.machine().log) >= 2
+
+    first = await api.call("DELETE", labs_path(f"/{lab.id}?wait=0"))
+    assert (first.status, first.body["result"]) == (202, "Accepted")
+    await until(tried_twice, "the deletion to be tried again")
+    await world.settled()
+    answer = await api.call("DELETE", labs_path(f"/{lab.id}?wait=0"))
+    assert (answer.status, answer.body["result"]) == (202, "Accepted")
+    assert "500" in answer.body["message"]
+    assert "out of disk" in answer.body["message"]
+    failed = [(type, message) for type, reason, message in await world.told(record.name) if reason == "DeleteFailed"]
+    assert len(failed) == 1
+    assert failed[0][0] == "Warning"
+    assert "out of disk" in failed[0][1]
+    world.simulator.faults.clear()
+    await world.gone(record)
 
 
 async def test_what_has_to_wait_for_the_worker_is_taken_at_once_and_done_later(world: LabsWorld, api: Served) -> None:
