@@ -16,7 +16,8 @@ from aiohttp import web
 
 from controllers.containers.engine import keep_alive
 from controllers.containers.runtime import ContainerRuntime
-from controllers.instances.kind import LAB_INSTANCE_REQUEST, LabInstanceRequest
+from controllers.instances.kind import EXAMPLE_ADDRESS, LAB_INSTANCE_REQUEST, LabInstanceRequest, is_address
+from controllers.instances.phases import Phase
 from controllers.instances.runtime import NotNow, Refused
 from lrm.api.call import API, Api, call_of
 from lrm.api.codec import negotiate, read_object, respond
@@ -92,9 +93,8 @@ async def _list(request: web.Request) -> web.Response:
     call = call_of(request)
     call.about = target.about
     call.principal.require("read", namespace, f"list {target.kind.plural}")
-    accepted = negotiate(request)
-    listing = await read_list(api, target, list_query(request, target.kind))
-    wanted = _filter(request)
+    accepted, query, wanted = negotiate(request), list_query(request, target.kind), _filter(request)
+    listing = await read_list(api, target, query)
     found = [_own(item.resource) for item in listing.items if item.resource is not None and wanted(item.resource)]
     for key in listing.left_out:
         call.warn(f"left out: {key} cannot be decoded")
@@ -226,11 +226,17 @@ def _flat_path(path: str) -> str:
 
 
 def _filter(request: web.Request) -> Selector:
+    """Raises 400 for what can match nothing, so that nobody takes a slip for an empty list."""
     unknown = sorted(set(request.query) - {*_FILTERS, "namespace", "labelSelector", "fieldSelector", "resourceVersion"})
     if unknown:
         raise bad_request(f"{unknown[0][:40]!r} is no filter; there are namespace, {', '.join(_FILTERS)}")
     phase = request.query.get("phase", "").lower()
     student = request.query.get("student_email", "").lower()
+    if phase and phase not in {one.lower() for one in Phase}:
+        there = ", ".join(one.upper() for one in Phase)
+        raise bad_request(f"{request.query['phase'][:40]!r} is no phase; there are {there}")
+    if student and not is_address(student):
+        raise bad_request(f"{student[:80]!r} is no e-mail address: one looks like {EXAMPLE_ADDRESS}")
 
     def wanted(resource: AnyResource) -> bool:
         found = _own(resource)

@@ -35,6 +35,8 @@ log = structlog.get_logger(__name__)
 _LOOK_EVERY = 1.0
 """Seconds between looks at the tokens file."""
 _MAX_FILE = 4 * 1024 * 1024
+_NAMED_MOST = 10
+"""Namespaces of a token that a message names."""
 
 Verb = Literal["read", "write", "status", "force"]
 
@@ -80,8 +82,17 @@ class Principal:
         """Raise 403 unless it is allowed; `what` names the action for people."""
         if self.may(verb, namespace):
             return
-        where = f'in namespace "{namespace}"' if namespace else "in all namespaces"
+        where = f'in namespace "{namespace}"' if namespace else f"in all namespaces{self._in_which(verb)}"
         raise RequestError(403, "Forbidden", f'"{self.name}" with role {self.role} may not {what} {where}')
+
+    def _in_which(self, verb: Verb) -> str:
+        """Where it is allowed, for who asked for all namespaces at once."""
+        names = sorted(self.namespaces or ()) if verb in _ALLOWED[self.role] else []
+        if not names:
+            return ""
+        more = f" and {len(names) - _NAMED_MOST} more" if len(names) > _NAMED_MOST else ""
+        told = ", ".join(names[:_NAMED_MOST]) + more
+        return f", but in {told}: name one (kubectl -n {names[0]}; on other paths ?namespace={names[0]})"
 
 
 ANONYMOUS = Principal("anonymous", Role.VIEWER, frozenset())
