@@ -1,6 +1,6 @@
 """A lab in the flat form that clients of the list of labs know, under exactly their keys.
 
-A lab that the last complete list lacked is told too, in the state `Missing`: it is not proven to be gone, and not there.
+A lab that the last complete list lacked is told too, in the state `Missing`: not proven to be gone, and not there.
 """
 
 from __future__ import annotations

@@ -39,6 +39,8 @@ name is known."""
 WARNINGS_KEPT = 20
 TTL_MOST = 366 * 24 * 3600
 
+CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
+"""Unicode's category Cc: a terminal obeys some of them."""
 _RESERVED = re.compile(r"lrm-(import-)?[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 
 
@@ -122,6 +124,8 @@ def is_reserved(title: str) -> bool:
 def _validate(new: LabImport, old: LabImport | None) -> Iterable[Cause]:
     if is_reserved(new.spec.title) and (old is None or old.spec.title != new.spec.title):
         yield Cause("spec.title", "FieldValueInvalid", "is of the form by which lrm finds what it makes for others")
+    if CONTROL.search(new.spec.title) and (old is None or old.spec.title != new.spec.title):
+        yield Cause("spec.title", "FieldValueInvalid", "must not hold control characters")
     if old is None or old.status.sent_at is None:
         return
     before, after = old.spec.wire(), new.spec.wire()

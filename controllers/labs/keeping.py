@@ -14,6 +14,7 @@ from math import ceil
 from controllers.cml.client import CmlClient
 from controllers.cml.errors import CmlCircuitOpen, CmlClosed, CmlError, CmlLoginThrottled, CmlNotFound
 from controllers.labs.imports_kind import (
+    CONTROL,
     LAB_LABEL,
     TITLE_MOST,
     TOPOLOGY_BYTES,
@@ -68,7 +69,7 @@ async def keep_topology(record: LabRecord, client: CmlClient, ctx: Context, sett
 
 
 def _copy_of(record: LabRecord, topology: str, ttl: int) -> LabImport:
-    title = record.status.title or record.spec.lab_id
+    title = CONTROL.sub("\N{REPLACEMENT CHARACTER}", record.status.title) or record.spec.lab_id
     title = f"Copy of {title}" if is_reserved(title) else title
     labels = {WORKER_LABEL: record.spec.worker_ref, LAB_LABEL: record.spec.lab_id}
     return LabImport(

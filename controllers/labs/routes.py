@@ -30,10 +30,10 @@ from controllers.cml.errors import (
 )
 from controllers.cml.models import is_lab_id
 from controllers.cml.sessions import CmlSessions
-from controllers.instances.topology import TopologyError, check
+from controllers.instances.topology import Topology, TopologyError, check
 from controllers.labs.flat import flat
 from controllers.labs.homes import Away, Gone, home_of
-from controllers.labs.imports_kind import TITLE_MOST, TOPOLOGY_BYTES, LabImport
+from controllers.labs.imports_kind import CONTROL, TITLE_MOST, TOPOLOGY_BYTES, LabImport
 from controllers.labs.kind import (
     LAB_RECORD,
     SUCCEEDED,
@@ -68,6 +68,8 @@ _AT_ONCE = 8
 _ACCEPTED = "Accepted"
 _VERBS: Mapping[str, LabVerb] = {"start": "Start", "stop": "Stop", "wipe": "Wipe"}
 _CODES = {SUCCEEDED: 200, WAITING: 202, _ACCEPTED: 202}
+_PROSE = ("description", "notes")
+_LINES = dict.fromkeys(map(ord, "\t\n\r"))
 _SECONDS = re.compile(r"[0-9]{1,2}(\.[0-9]{1,3})?")
 
 
@@ -192,10 +194,13 @@ async def import_lab(request: web.Request) -> web.Response:
     body = await read_body(request, api.settings.model_copy(update={"max_body_bytes": limit}), api.clock)
     try:
         text = body.decode()
-        own_title = (await asyncio.to_thread(check, text)).title
+        inside = await asyncio.to_thread(check, text)
     except (TopologyError, UnicodeDecodeError) as error:
         raise _unprocessable("topology", f"it is no topology: {error}") from error
-    title = request.query.get("title") or own_title
+    title = request.query.get("title") or inside.title
+    for field, said in (("title", title), *((f"topology.lab.{name}", _prose(inside, name)) for name in _PROSE)):
+        if CONTROL.search(said):
+            raise _unprocessable(field, "must not hold control characters")
     if not 1 <= len(title) <= TITLE_MOST:
         raise _unprocessable("title", f"a lab needs a title of 1 to {TITLE_MOST} characters: ?title= or lab.title")
     orders = Orders(api)
@@ -278,6 +283,12 @@ def _is_of(item: Item, worker: LabWorker) -> bool:
     """Whether an item is a record of a lab of this worker, by its name alone."""
     lab_id = item.name.removeprefix(f"{worker.name}-")
     return item.kind is LAB_RECORD and item.namespace == worker.namespace and is_lab_id(lab_id)
+
+
+def _prose(topology: Topology, name: str) -> str:
+    """What a topology says of its lab for people, without the control characters that lines of text are made of."""
+    said = topology.document["lab"].get(name)
+    return said.translate(_LINES) if isinstance(said, str) else ""
 
 
 def _wait(request: web.Request) -> float:

@@ -110,7 +110,7 @@ async def test_a_lab_that_is_known_to_be_missing_does_not_look_present(world: La
     answer = await post(api, "/refresh")
     assert (answer.body["synced"], answer.body["removed"], answer.body["missing"]) == (5, 0, 7)
     shown = await listed(api)
-    assert {id: lab["state"] for id, lab in shown.items()} == {
+    assert {lab_id: lab["state"] for lab_id, lab in shown.items()} == {
         lab.id: "Missing" if lab.id in gone else "STARTED" for lab in labs
     }
     assert all(set(lab) == KEYS for lab in shown.values())
@@ -288,10 +288,10 @@ async def test_a_deletion_that_cml_keeps_failing_says_so_in_its_answer_and_in_on
     assert (answer.status, answer.body["result"]) == (202, "Accepted")
     assert "500" in answer.body["message"]
     assert "out of disk" in answer.body["message"]
-    failed = [(type, message) for type, reason, message in await world.told(record.name) if reason == "DeleteFailed"]
+    failed = [told for told in await world.told(record.name) if told[1] == "DeleteFailed"]
     assert len(failed) == 1
     assert failed[0][0] == "Warning"
-    assert "out of disk" in failed[0][1]
+    assert "out of disk" in failed[0][2]
     world.simulator.faults.clear()
     await world.gone(record)
 
@@ -457,6 +457,15 @@ async def test_what_is_no_topology_or_too_large_is_refused_and_not_kept(world: L
     ):
         answer = await post(api, "/import", body, headers=YAML)
         assert (answer.status, body[:20]) == (status, body[:20])
+    for text, field in (
+        (r'lab: {title: "a\u0007", version: 0.2.0}', "title"),
+        (r'lab: {title: a, description: "\e[2J", version: 0.2.0}', "topology.lab.description"),
+        (r'lab: {title: a, notes: "one\n\ttwo \x9b", version: 0.2.0}', "topology.lab.notes"),
+        (r"lab: {title: a, notes: [1], version: 0.2.0}", "topology"),
+    ):
+        answer = await post(api, "/import", f"{text}\nnodes: []\nlinks: []\n", headers=YAML)
+        assert (answer.status, answer.body["details"]["causes"][0]["field"]) == (422, field), answer.raw
+    assert (await post(api, "/import?title=%07", TOPOLOGY, headers=YAML)).status == 422
     assert not await world.client.list(LabImport)
     refused = await post(api, "/import", "lab: {title: x, version: '9'}\nnodes: []\nlinks: []", headers=YAML)
     assert (refused.status, refused.body["reason"]) == (409, "Conflict")

@@ -205,9 +205,9 @@ async def test_titles_by_which_lrm_finds_its_own_labs_are_not_taken(world: LabsW
 # Topologies that are kept
 
 
-async def deleted_with(world: LabsWorld) -> tuple[str, LabRecord]:
+async def deleted_with(world: LabsWorld, title: str = "BGP") -> tuple[str, LabRecord]:
     await world.worker()
-    lab = world.machine().add_lab("BGP", nodes=2, running=True)
+    lab = world.machine().add_lab(title, nodes=2, running=True)
     await world.sync()
     record = await world.record(lab.id)
     await world.client.delete(record)
@@ -218,17 +218,17 @@ async def test_a_topology_is_kept_before_its_lab_is_deleted_and_one_annotation_i
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     async with labs_world(monkeypatch, labs_topology_retention=3600) as world:
-        lab_id, record = await deleted_with(world)
+        lab_id, record = await deleted_with(world, "BGP \x07")
         await world.gone(record)
         assert not world.machine().labs
         (kept,) = await world.client.list(LabImport)
-        assert (kept.spec.title, kept.spec.held, kept.spec.ttl_seconds) == ("BGP", True, 3600)
+        assert (kept.spec.title, kept.spec.held, kept.spec.ttl_seconds) == ("BGP \N{REPLACEMENT CHARACTER}", True, 3600)
         assert kept.metadata.labels == {"lab.neuroglia.io/worker": "w1", "lab.neuroglia.io/lab": lab_id}
         held = await in_phase(world, kept, "Held")
         await world.client.update(held, lambda i: i.metadata.annotations.update({IMPORT_ANNOTATION: "true"}))
         again = await in_phase(world, kept, "Imported")
         (lab,) = world.machine().labs.values()
-        assert (lab.id, lab.title, len(lab.nodes)) == (again.status.lab_id, "BGP", 2)
+        assert (lab.id, lab.title, len(lab.nodes)) == (again.status.lab_id, kept.spec.title, 2)
         assert lab.id != lab_id
 
 

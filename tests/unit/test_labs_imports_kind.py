@@ -78,6 +78,16 @@ def test_nobody_takes_titles_by_which_lrm_finds_its_own(title: str) -> None:
         order(title=title)
 
 
+def test_a_title_that_a_terminal_would_obey_is_refused_and_one_that_is_stored_stays_readable() -> None:
+    for title in ("bell \x07", "clear \x1b[2J", "two\nlines", "c1 \x9b", "del \x7f"):
+        with pytest.raises(Invalid, match=r"spec\.title"):
+            order(title=title)
+    assert order(title="Ärger 😀 zero\u200bwidth").spec.title
+    stored = order().thaw()
+    stored.spec.title = "bell \x07"
+    changed(stored, ttl_seconds=5)
+
+
 @pytest.mark.parametrize("spec", [{"topology": " \n"}, {"topology": "é" * 300_000}, {"title": ""}, {"ttl_seconds": 0}])
 def test_what_makes_no_sense_is_refused(spec: dict[str, Any]) -> None:
     with pytest.raises(ValidationError):
