@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Self
 
+from controllers.containers.words import one_line
+
 INSTALLATION_LABEL = "lrm/installation"
 UID_LABEL = "lrm/uid"
 NAMESPACE_LABEL = "lrm/namespace"
@@ -137,7 +139,7 @@ class Container:
     exit_code: int
     oom_killed: bool
     error: str
-    """Why it could not be started."""
+    """Why it could not be started, in a line of the engine's."""
     health: str
     """starting, healthy, unhealthy; empty without a check, and of what does not run."""
     ports: tuple[Binding, ...]
@@ -154,7 +156,7 @@ class Container:
             status=status,
             exit_code=int(state.get("ExitCode") or 0),
             oom_killed=bool(state.get("OOMKilled")),
-            error=str(state.get("Error") or ""),
+            error=one_line(str(state.get("Error") or "")),
             health="" if health == "none" else health,
             ports=tuple(_bindings((document.get("NetworkSettings") or {}).get("Ports") or {})),
         )

@@ -130,6 +130,25 @@ class Engine:
         """An image that the engine has. Raises `EngineNotFound`."""
         return await self._read(lambda d: d.images.inspect(name), Image.of)
 
+    async def last_log(self, container: str, lines: int, most: int) -> bytes:
+        """The end of what it has written: so many lines, and about so many bytes, at most."""
+
+        async def ask(docker: Docker) -> bytes:
+            wanted = {"stdout": "1", "stderr": "1", "tail": str(lines)}
+            if docker.api_version == "auto":
+                await docker.version()  # by which the library finds out
+            async with docker.session.get(
+                f"{docker.docker_host}/{docker.api_version}/containers/{container}/logs", params=wanted
+            ) as response:
+                if response.status != 200:
+                    raise of_status(response.status, (await response.text())[:1000])
+                end = b""
+                while (data := await _frame(response.content)) is not None:
+                    end = (end + data)[-most:]
+                return end
+
+        return await self._call(ask, seconds=_READ)
+
     # Changes
 
     async def create_network(self, document: Document, *, may: May, seconds: float) -> str:

@@ -10,6 +10,8 @@ EngineError
 
 from __future__ import annotations
 
+from controllers.containers.words import one_line
+
 
 class EngineError(Exception):
     """Base; the text is the engine's own where it has said anything."""
@@ -37,7 +39,7 @@ class EngineFailed(EngineError):  # noqa: N818 - it says what happened
 
 def of_status(status: int, message: str) -> EngineError:
     """The error for an answer that is none of success."""
-    text = message.strip()[:1000] or f"status {status}"
+    text = one_line(message, 1000) or f"status {status}"
     if status == 404:
         return EngineNotFound(text)
     if status == 409 or (status == 403 and "active endpoints" in text):

@@ -31,6 +31,7 @@ from controllers.containers.errors import (
 from controllers.containers.images import Images
 from controllers.containers.mirror import Mirror
 from controllers.containers.plan import beyond, container_of, need_of, network_of, ports_of
+from controllers.containers.words import LAST_LINES, LAST_LOG_MOST, last_lines, one_line
 from controllers.instances.kind import LabInstanceRequest
 from controllers.instances.phases import Conditions, Reasons
 from controllers.instances.runtime import LabFailed, NotNow, Prepared, Refused, Sighting, State
@@ -50,6 +51,8 @@ CLEAN_CRASH_POINTS = ("containers.stopped", "containers.container-removed", "con
 LOG_TAIL_MOST = 10_000
 _LOG_MOST = 16 * 1024 * 1024
 """Bytes of a log that is not followed."""
+_LAST_LOG_SECONDS = 2.0
+"""For which the end of a log is waited for."""
 _HEALTH_KEPT = 10.0
 """Seconds for which a lab is at least called healthy, or unhealthy: checks may come and go many times a second."""
 _STOP_AGAIN = 2.0
@@ -132,7 +135,7 @@ class ContainerRuntime:
                 return made if isinstance(made, Sighting) else await self._start(request, made, ctx)
             if seen[0].status == "created":
                 return await self._start(request, seen[0].id, ctx)
-            return self._sighting(request, seen[0], starting=True)
+            return await self._sighting(request, seen[0], starting=True)
 
     async def look(self, request: LabInstanceRequest, ctx: Context) -> Sighting:
         """How it is, from the mirror. Raises `LabFailed` also when it is gone: somebody else has removed it."""
@@ -147,7 +150,11 @@ class ContainerRuntime:
                 _check_engine(request, await engine.info())
         if not mine:
             raise LabFailed(Reasons.CONTAINER_LOST, "somebody else has removed its container")
-        return _damped(request, self._sighting(request, mine[0], starting=False), ctx)
+        return _damped(request, await self._sighting(request, mine[0], starting=False), ctx)
+
+    async def last_log(self, request: LabInstanceRequest) -> str | None:
+        """What its container wrote last; None also while the engine does not answer, or answers late."""
+        return await self._last_log(request.outside_name)
 
     async def clean(self, request: LabInstanceRequest, ctx: Context) -> bool:
         """One step towards the engine having nothing with its uid any more."""
@@ -273,7 +280,7 @@ class ContainerRuntime:
                 return _making(_SOON)
             crash_point("containers.started")
             seen = await mirror.refresh(container)
-        return self._sighting(request, seen, starting=True) if seen is not None else _making(_SOON)
+        return await self._sighting(request, seen, starting=True) if seen is not None else _making(_SOON)
 
     async def _one_network(self, request: LabInstanceRequest, container: str, ctx: Context) -> bool:
         """Whether there were several of its networks, and one is left: two at once can make two of one name.
@@ -331,10 +338,10 @@ class ContainerRuntime:
 
     # How it is
 
-    def _sighting(self, request: LabInstanceRequest, container: Container, *, starting: bool) -> Sighting:
+    async def _sighting(self, request: LabInstanceRequest, container: Container, *, starting: bool) -> Sighting:
         """What its container's state means. Raises `LabFailed`."""
         if container.status in ("exited", "dead"):
-            return self._ended(container)
+            return _ended(container, await self._last_log(container.id))
         state, message = State.STARTING, f"its container is {container.status}"
         if container.status == "running":
             state, message = _HEALTH[container.health]
@@ -349,15 +356,16 @@ class ContainerRuntime:
             ports=ports,
         )
 
-    def _ended(self, container: Container) -> Sighting:
-        code = container.exit_code
-        if code == 0:
-            message = "its container ended by itself"
-            return Sighting(State.ENDED, message, container_id=container.id, exit_code=0, oom_killed=False)
-        if container.oom_killed:
-            message = f"it needed more memory than it may use (exit code {code})"
-            raise LabFailed(Reasons.OUT_OF_MEMORY, message, exit_code=code, oom_killed=True)
-        raise LabFailed(Reasons.CONTAINER_FAILED, f"its container ended with exit code {code}", exit_code=code)
+    async def _last_log(self, container: str) -> str | None:
+        if self._engine is None or self.mirror is None or not self.mirror.current:
+            return None
+        try:
+            async with self._clock.timeout(_LAST_LOG_SECONDS):
+                log_end = await self._engine.last_log(container, LAST_LINES, 2 * LAST_LOG_MOST)
+        except (EngineError, TimeoutError) as error:
+            log.info("containers.last_log_not_read", container=container, error=str(error) or "not in time")
+            return None
+        return last_lines(log_end)
 
     def _opened(self) -> tuple[Engine, Mirror, Images]:
         if self._engine is None or self.mirror is None or self._images is None:
@@ -371,6 +379,22 @@ async def remove(engine: Engine, thing: Thing, may: Callable[[], None]) -> None:
         await engine.remove(thing, may=may)
     except (EngineNotFound, EngineConflict) as error:
         log.debug("containers.not_removed_now", kind=thing.kind, id=thing.id, detail=str(error))
+
+
+def _ended(container: Container, last_log: str | None) -> Sighting:
+    """What its exit code means. Raises `LabFailed`, in the words of the engine, else with the last of its own."""
+    code = container.exit_code
+    if code == 0:
+        message = "its container ended by itself"
+        return Sighting(
+            State.ENDED, message, container_id=container.id, exit_code=0, oom_killed=False, last_log=last_log
+        )
+    if container.oom_killed:
+        message = f"it needed more memory than it may use (exit code {code})"
+        raise LabFailed(Reasons.OUT_OF_MEMORY, message, exit_code=code, oom_killed=True, last_log=last_log)
+    why = container.error or one_line((last_log or "").rstrip().rpartition("\n")[2])
+    message = f"its container ended with exit code {code}" + (f": {why}" if why else "")
+    raise LabFailed(Reasons.CONTAINER_FAILED, message, exit_code=code, last_log=last_log)
 
 
 _HEALTH = {

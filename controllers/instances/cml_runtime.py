@@ -110,6 +110,10 @@ class CmlRuntime:
             raise LabFailed(Reasons.LAB_STOPPED, f"its lab {lab_id} does not run any more: CML says {state}")
         return running
 
+    async def last_log(self, request: LabInstanceRequest) -> str | None:  # noqa: ARG002 - see `Runtime`
+        """None: its nodes have consoles, and it has no log."""
+        return None
+
     async def clean(self, request: LabInstanceRequest, ctx: Context) -> bool:
         """One step towards no lab of its title being left; True on a complete list that has none, or no such place."""
         ref = _ref(request)

@@ -267,6 +267,9 @@ class LabInstanceRequestStatus(Status):
     error_message: str | None = None
     """What went wrong last, in a sentence; the reason for programs is in the conditions and in `failure`."""
     failure: Failure | None = None
+    last_log: str | None = None
+    """The last lines that the container wrote before it ended last: 20 and 2 KiB at most, printable. Its `log` answers
+    with them once the container is gone."""
 
 
 class LabInstanceRequest(Resource[LabInstanceRequestSpec, LabInstanceRequestStatus]):

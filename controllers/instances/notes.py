@@ -50,9 +50,16 @@ def sighted(seen: Sighting, ctx: Context, *, ready: bool, reason: str) -> Mutate
 
 
 def note_exit(r: LabInstanceRequest, error: InstanceError) -> None:
-    """How a lab that failed by itself has ended."""
+    """How a lab that failed has ended, and its last words."""
+    note_log(r, error.last_log)
     if isinstance(error, LabFailed):
         r.status.exit_code, r.status.oom_killed = error.exit_code, error.oom_killed or None
+
+
+def note_log(r: LabInstanceRequest, last_log: str | None) -> None:
+    """The last that it has written; where that is not known an earlier attempt's stays."""
+    if last_log is not None:
+        r.status.last_log = last_log
 
 
 def ending(phase: Phase, ctx: Context, why: tuple[str, str]) -> Mutate:

@@ -23,11 +23,12 @@ from lrm.controller import Context
 
 
 class InstanceError(Exception):
-    """Base; `reason` is one of `phases.Reasons`."""
+    """Base; `reason` is one of `phases.Reasons`, `last_log` the last that its lab has written, if that is known."""
 
-    def __init__(self, reason: str, message: str) -> None:
+    def __init__(self, reason: str, message: str, *, last_log: str | None = None) -> None:
         super().__init__(message)
         self.reason = reason
+        self.last_log = last_log
 
 
 class Refused(InstanceError):  # noqa: N818 - it says what happened
@@ -41,8 +42,16 @@ class WorkerLost(InstanceError):  # noqa: N818 - it says what happened
 class LabFailed(InstanceError):  # noqa: N818 - it says what happened
     """It ended by a failure of its own."""
 
-    def __init__(self, reason: str, message: str, *, exit_code: int | None = None, oom_killed: bool = False) -> None:
-        super().__init__(reason, message)
+    def __init__(
+        self,
+        reason: str,
+        message: str,
+        *,
+        exit_code: int | None = None,
+        oom_killed: bool = False,
+        last_log: str | None = None,
+    ) -> None:
+        super().__init__(reason, message, last_log=last_log)
         self.exit_code = exit_code
         self.oom_killed = oom_killed
 
@@ -89,6 +98,8 @@ class Sighting:
     ports: list[PublishedPort] = field(default_factory=list)
     exit_code: int | None = None
     oom_killed: bool | None = None
+    last_log: str | None = None
+    """Of what has ended: the last that it has written."""
     again: float | None = None
     """Seconds after which to look again; None: a hint or the cache tells of every change."""
 
@@ -106,6 +117,13 @@ class Runtime(Protocol):
 
     async def look(self, request: LabInstanceRequest, ctx: Context) -> Sighting:
         """How it is, in phase Running; makes nothing. What somebody took away is `LabFailed`."""
+        ...
+
+    async def last_log(self, request: LabInstanceRequest) -> str | None:
+        """The last that its lab has written, bounded and printable; None where that cannot be had within a moment.
+
+        Raises none of the errors above: an end never waits for it.
+        """
         ...
 
     async def clean(self, request: LabInstanceRequest, ctx: Context) -> bool:

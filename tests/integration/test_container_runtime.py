@@ -140,6 +140,21 @@ async def test_a_container_that_fails_says_how(world: ContainersWorld, script: s
     await world.clean(request)
 
 
+async def test_what_a_container_wrote_last_is_known_at_its_end(world: ContainersWorld) -> None:
+    """And told in its failure: it is removed a moment later."""
+    script = "for i in 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 19 20 21; do echo line $i; done; exit 3"
+    failing = world.request("failing", command=["sh", "-c", script])
+    with pytest.raises(LabFailed, match=r"exit code 3: line 21$") as failed:
+        await _ends(world, failing)
+    assert failed.value.last_log == "".join(f"line {n}\n" for n in range(2, 22))
+    ending = world.request("ending", command=["sh", "-c", "echo bye"])
+    assert (await _ends(world, ending)).last_log == "bye\n"
+    for request in (failing, ending):
+        assert await world.runtime.last_log(request), "and while it is there"
+        await world.clean(request)
+        assert await world.runtime.last_log(request) is None
+
+
 async def test_a_container_that_ends_well_has_ended(world: ContainersWorld) -> None:
     request = world.request(command=["sh", "-c", "exit 0"])
     seen = await _ends(world, request)
@@ -198,7 +213,7 @@ async def test_one_who_does_not_lead_makes_and_removes_nothing(world: Containers
 @pytest.mark.parametrize(
     ("template", "spec", "words"),
     [
-        pytest.param({"command": ["/nothing/here"], "writable": True}, {}, "127", id="no such program"),
+        pytest.param({"command": ["/no/such"]}, {}, r"exit code 127: .*/no/such", id="no such program"),
         pytest.param({}, {"resources": {"cpu": 1000}}, "CPUs", id="more cores than the engine has"),
     ],
 )
