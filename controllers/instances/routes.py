@@ -7,17 +7,16 @@ phases in capitals. What it cannot say (resources, tracks, pools), the resource 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator
 from contextlib import aclosing
-from typing import Any
 
 import structlog
 from aiohttp import web
 
 from controllers.containers.engine import keep_alive
 from controllers.containers.runtime import ContainerRuntime
+from controllers.instances.flat import PHASES, document_of, flat_of, flat_path
 from controllers.instances.kind import EXAMPLE_ADDRESS, LAB_INSTANCE_REQUEST, LabInstanceRequest, is_address
-from controllers.instances.phases import Phase
 from controllers.instances.runtime import NotNow, Refused
 from lrm.api.call import API, Api, call_of
 from lrm.api.codec import negotiate, read_object, respond
@@ -27,7 +26,6 @@ from lrm.api.requests import Target, boolean, check_namespace, list_query, write
 from lrm.api.status import RequestError, bad_request
 from lrm.errors import Cause, Invalid
 from lrm.fanout import Selector
-from lrm.model import rfc3339
 from lrm.resource import AnyResource
 
 log = structlog.get_logger(__name__)
@@ -35,15 +33,6 @@ log = structlog.get_logger(__name__)
 PATH = "/api/lab-instances"
 RESOURCES = f"/apis/{LAB_INSTANCE_REQUEST.api_version}/namespaces/{{namespace}}/{LAB_INSTANCE_REQUEST.plural}"
 
-_FIELDS = {
-    "lab_template": "labTemplate",
-    "student_email": "studentEmail",
-    "duration_minutes": "durationMinutes",
-    "scheduled_start_time": "scheduledStartTime",
-    "environment": "environment",
-}
-"""Flat name → name in the spec."""
-_FLAT = {f"spec.{wire}": flat for flat, wire in _FIELDS.items()} | {"metadata.name": "name"}
 _LEFT_AFTER = 2.0
 """Seconds between two looks whether the reader of a log is still there."""
 _FILTERS = ("phase", "student_email")
@@ -74,11 +63,11 @@ async def _create(request: web.Request) -> web.Response:
     target = Target(kind, namespace, str(body.get("name", ""))[:80])
     call.about = target.about
     try:
-        wanted = parse(kind, _document(body, namespace), options, call)
+        wanted = parse(kind, document_of(body, namespace), options, call)
         check_admission(api, call, wanted, None)
         created = await store_new(api, kind, wanted, options)
     except Invalid as error:
-        flat = [Cause(_flat_path(c.field), c.reason, c.message) for c in error.causes]
+        flat = [Cause(flat_path(c.field), c.reason, c.message) for c in error.causes]
         raise Invalid(f'lab instance "{target.name}"', flat) from error
     Edit(request, accepted, target, options).note("created", created, None, created)
     return await respond(accepted, flat_of(_own(created)), status=201)
@@ -176,55 +165,6 @@ async def _until_left(request: web.Request) -> None:
         await request.app[API].clock.sleep(_LEFT_AFTER)
 
 
-def flat_of(request: LabInstanceRequest) -> dict[str, Any]:
-    """A lab instance as one flat object; what is not known is null."""
-    meta, spec, status = request.metadata, request.spec, request.status
-    template, need = spec.lab_template, status.need
-    return {
-        "name": meta.name,
-        "namespace": meta.namespace,
-        "uid": meta.uid,
-        "resource_version": meta.resource_version,
-        "created_at": _time(meta.creation_timestamp),
-        "lab_template": template.image or template.topology_file or template.topology_url or "inline",
-        "runtime": spec.runs_in,
-        "student_email": spec.student_email,
-        "duration_minutes": spec.duration_minutes,
-        "scheduled_start_time": _time(spec.scheduled_start_time),
-        "environment": dict(spec.environment),
-        "phase": status.phase.upper(),
-        "worker": status.worker_ref.name if status.worker_ref else None,
-        "container_id": status.container_id,
-        "cml_lab_id": status.cml_lab_id,
-        "access_url": status.access_url,
-        "started_at": _time(status.started_at),
-        "ends_at": _time(request.ends_at),
-        "completed_at": _time(status.completed_at),
-        "error_message": status.error_message,
-        "retry_count": status.retry_count,
-        "resource_allocation": need.wire() if need is not None else None,
-        "conditions": [c.wire() for c in status.conditions],
-    }
-
-
-def _document(body: Mapping[str, Any], namespace: str) -> dict[str, Any]:
-    """The resource that a flat body means. Raises `Invalid` for fields that it does not have."""
-    strangers = sorted(set(body) - set(_FIELDS) - {"name", "namespace"})
-    if strangers:
-        raise Invalid("lab instance", [Cause(f, "FieldValueInvalid", f'unknown field "{f}"') for f in strangers])
-    metadata: dict[str, Any] = {"namespace": namespace}
-    metadata |= {"name": body["name"]} if body.get("name") else {"generateName": "lab-"}
-    spec = {wire: body[flat] for flat, wire in _FIELDS.items() if body.get(flat) is not None}
-    return {"metadata": metadata, "spec": spec}
-
-
-def _flat_path(path: str) -> str:
-    for wire, flat in _FLAT.items():
-        if path == wire or path.startswith((f"{wire}.", f"{wire}[")):
-            return flat + path[len(wire) :]
-    return path
-
-
 def _filter(request: web.Request) -> Selector:
     """Raises 400 for what can match nothing, so that nobody takes a slip for an empty list."""
     unknown = sorted(set(request.query) - {*_FILTERS, "namespace", "labelSelector", "fieldSelector", "resourceVersion"})
@@ -232,9 +172,8 @@ def _filter(request: web.Request) -> Selector:
         raise bad_request(f"{unknown[0][:40]!r} is no filter; there are namespace, {', '.join(_FILTERS)}")
     phase = request.query.get("phase", "").lower()
     student = request.query.get("student_email", "").lower()
-    if phase and phase not in {one.lower() for one in Phase}:
-        there = ", ".join(one.upper() for one in Phase)
-        raise bad_request(f"{request.query['phase'][:40]!r} is no phase; there are {there}")
+    if phase and phase.upper() not in PHASES:
+        raise bad_request(f"{request.query['phase'][:40]!r} is no phase; there are {', '.join(PHASES)}")
     if student and not is_address(student):
         raise bad_request(f"{student[:80]!r} is no e-mail address: one looks like {EXAMPLE_ADDRESS}")
 
@@ -259,7 +198,3 @@ def _own(resource: AnyResource) -> LabInstanceRequest:
     if not isinstance(resource, LabInstanceRequest):
         raise TypeError(f"{resource.kind} is no lab instance")
     return resource
-
-
-def _time(value: Any) -> str | None:
-    return rfc3339(value) if value is not None else None
