@@ -139,6 +139,7 @@ class Daemon:
             status=self.status,
             telemetry=self.telemetry,
             routes=tuple(r for p in self._plugins for r in p.routes),
+            operations=tuple(o for p in self._plugins for o in p.operations),
             admission={
                 model: admit
                 for p in self._plugins

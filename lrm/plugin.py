@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from lrm.admission import Admission
+from lrm.api.operations import Operation
 from lrm.bookmarks import Bookmarks
 from lrm.cache import Cache
 from lrm.errors import LrmError
@@ -101,6 +102,8 @@ class Plugin:
     settings: type[LrmSettings] = LrmSettings
     routes: tuple[Callable[..., None], ...] = ()
     """Called with the aiohttp application and lrm's `Api`."""
+    operations: tuple[Operation, ...] = ()
+    """What the routes take and answer; `/openapi/v3` tells it."""
     admission: Callable[[Any, Cache, Clock], Admission] = lambda _settings, _cache, _clock: {}
     """Called once with the plug-in's settings."""
     dev_services: tuple[DevService, ...] = ()

@@ -11,6 +11,7 @@ from aiohttp import web
 from lrm.admission import Admission
 from lrm.api.audit import Touched
 from lrm.api.auth import Principal
+from lrm.api.operations import Operation
 from lrm.api.settings import ApiSettings
 from lrm.api.status import About
 from lrm.cache import Cache
@@ -73,6 +74,8 @@ class Api:
     routes: Sequence[Callable[[web.Application, Api], None]] = ()
     """Plug-ins' own endpoints: authenticated, recorded, and their errors answered as `Status`. A handler that acts in
     a namespace calls `call_of(request).principal.require(...)`."""
+    operations: Sequence[Operation] = ()
+    """What those are, for the OpenAPI documents."""
     admission: Admission = field(default_factory=dict)
     """What plug-ins say about objects that people want to store."""
     offers: Offers = field(default_factory=Offers)

@@ -6,7 +6,7 @@ from typing import Any
 
 from aiohttp import web
 
-from lrm.api import discovery, edits, scale
+from lrm.api import core_operations, discovery, edits, scale
 from lrm.api.answers import OBJECT_FORMS, answer_item, answer_list
 from lrm.api.call import API, call_of
 from lrm.api.codec import negotiate, respond
@@ -22,7 +22,9 @@ _OPENAPI: web.AppKey[OpenApi] = web.AppKey("openapi")
 
 def add_resource_routes(app: web.Application) -> None:
     """Everything under /api, /apis, /openapi and /version."""
-    app[_OPENAPI] = OpenApi(app[API].registry, discovery.version_info()["lrmVersion"])
+    api = app[API]
+    operations = (*core_operations.OPERATIONS, *api.operations)
+    app[_OPENAPI] = OpenApi(api.registry, discovery.version_info()["lrmVersion"], operations)
     group = "/apis/{group}/{version}"
     everywhere = f"{group}/{{plural}}"
     inside = f"{group}/namespaces/{{namespace}}/{{plural}}"
