@@ -79,8 +79,7 @@ class Orders:
                 return Outcome(FAILED, f"the worker {worker.name} is gone")
             if now.status.labs_asked == asked_for(now):
                 return Outcome(SUCCEEDED, "")
-            away = f"the worker {now.name} is {now.status.phase}: it is synced when its CML can be asked"
-            return None if can_be_asked(now) else Outcome(WAITING, away)
+            return awaited(now)
 
         def so_far() -> str:
             now = self._api.cache.get(LabWorker, worker.namespace, worker.name)
@@ -186,6 +185,12 @@ class Orders:
 
     def _since(self, revision: int, look: Callable[[], Outcome | None]) -> Callable[[], Outcome | None]:
         return lambda: look() if self._api.cache.revision >= revision else None
+
+
+def awaited(worker: LabWorker) -> Outcome | None:
+    """What a refresh of this worker has to wait for; None where nothing is in its way."""
+    away = f"the worker {worker.name} is {worker.status.phase}: it is synced when its CML can be asked"
+    return None if can_be_asked(worker) else Outcome(WAITING, away)
 
 
 def path_of(api: Api, resource: Any) -> str:

@@ -6,8 +6,11 @@
     POST labs/bulk         {action: start|stop|wipe|delete, labs: [id, …]}, 500 at most, or labs: all to start or stop
     POST labs/{lab}/start|stop|wipe, DELETE labs/{lab}, GET labs/{lab}/download (from CML itself)
 
-The worker is a name or an EC2 instance id, in `?namespace=` (default). What changes something is an order that the
-leader carries out (`orders`), waited for `?wait=` seconds (20); then 202 names the resource that tells.
+and of many workers, `POST /api/v1/workers/labs/refresh` and `POST /api/v1/workers/region/{region}/labs/refresh`.
+
+The worker is a name or an EC2 instance id, in `?namespace=` (default; of many: all that the caller may write in). What
+changes something is an order that the leader carries out (`orders`), waited for `?wait=` seconds (20), of many workers
+not at all; then 202 names the resource that tells.
 """
 
 from __future__ import annotations
@@ -15,7 +18,7 @@ from __future__ import annotations
 import asyncio
 import re
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import structlog
 from aiohttp import web
@@ -35,6 +38,7 @@ from controllers.labs.flat import flat
 from controllers.labs.homes import Away, Gone, home_of
 from controllers.labs.imports_kind import CONTROL, TITLE_MOST, TOPOLOGY_BYTES, LabImport
 from controllers.labs.kind import (
+    FAILED,
     LAB_RECORD,
     SUCCEEDED,
     WAITING,
@@ -45,7 +49,7 @@ from controllers.labs.kind import (
     records_of_worker,
 )
 from controllers.labs.kind import Verb as LabVerb
-from controllers.labs.orders import Order, Orders, Outcome, path_of
+from controllers.labs.orders import Order, Orders, Outcome, awaited, path_of
 from controllers.workers.kind import LAB_WORKER, LabWorker
 from lrm.api.audit import Touched
 from lrm.api.auth import Verb
@@ -59,6 +63,8 @@ from lrm.model import rfc3339
 from storage.errors import StorageError
 
 log = structlog.get_logger(__name__)
+
+T = TypeVar("T")
 
 LONGEST_WAIT = 20.0
 """Seconds; proxies give up after thirty."""
@@ -76,10 +82,13 @@ _SECONDS = re.compile(r"[0-9]{1,2}(\.[0-9]{1,3})?")
 def add_labs_routes(app: web.Application, api: Api) -> None:
     """See the module."""
     del api
-    labs = "/api/v1/workers/region/{region}/workers/{worker}/labs"
+    workers = "/api/v1/workers"
+    labs = f"{workers}/region/{{region}}/workers/{{worker}}/labs"
     app.add_routes(
         [
             web.get(labs, list_labs),
+            web.post(f"{workers}/labs/refresh", refresh_all),
+            web.post(f"{workers}/region/{{region}}/labs/refresh", refresh_all),
             web.post(f"{labs}/refresh", refresh),
             web.post(f"{labs}/import", import_lab),
             web.post(f"{labs}/bulk", bulk),
@@ -125,6 +134,38 @@ async def refresh(request: web.Request) -> web.Response:
         document |= counts.wire() if counts is not None else {}
         document["last_synced"] = rfc3339(synced) if synced is not None else None
     return await _answer(request, accepted, order, outcome, document)
+
+
+async def refresh_all(request: web.Request) -> web.Response:
+    """POST: sync the labs of all workers, or of a region's; not waited for, with a result for each.
+
+    202, or 207 when one was not taken. So many are asked for at once as the controller has hands: the others queue.
+    """
+    region = request.match_info.get("region")
+    items = await _workers(request, region)
+    accepted, call, orders = negotiate(request), call_of(request), Orders(request.app[API])
+    results: dict[tuple[str, str], dict[str, Any]] = {}
+
+    async def give(item: Item) -> None:
+        result: dict[str, Any] = {"worker": item.name, "namespace": item.namespace}
+        try:
+            if not isinstance(item.resource, LabWorker):
+                raise Undecodable(item.entry.key, item.error)
+            order = await orders.refresh(item.resource, call.request_id)
+        except (LrmError, StorageError) as error:
+            answer = answer_of(error, call.request_id, writing=True)
+            result |= {"result": FAILED, "message": answer.message}
+        else:
+            result |= _told(order, order.look() or awaited(item.resource))
+            _note(request, order, "refresh")
+        results[item.namespace, item.name] = result
+
+    await _each(items, give)
+    if not items:
+        call.warn(f"there is no worker {f'in the region {region[:80]!r}' if region else 'to refresh'}")
+    failed = any(result["result"] == FAILED for result in results.values())
+    document = {"action": "refresh", "results": [results[place] for place in sorted(results)]}
+    return await respond(accepted, document, status=207 if failed else 202)
 
 
 async def operate(request: web.Request) -> web.Response:
@@ -235,13 +276,33 @@ async def download(request: web.Request) -> web.Response:
     return web.Response(body=text.encode(), headers=headers, content_type="application/yaml", charset="utf-8")
 
 
+async def _workers(request: web.Request, region: str | None) -> list[Item]:
+    """The workers of a region, or of all, in the namespace that is asked for or wherever the caller may write.
+
+    Of one that cannot be decoded nobody knows the region: it is among them. Raises 400, 403, `CacheBehind`.
+    """
+    if "dryRun" in request.query:
+        raise _no_rehearsal()
+    api, call, asked = request.app[API], call_of(request), request.query.get("namespace", "")
+    call.about = About(LAB_WORKER.group, LAB_WORKER.plural, "", asked)
+    if asked:
+        check_namespace(asked)
+    if asked or not call.principal.may_somewhere("write"):
+        call.principal.require("write", asked, "refresh the labs of labworkers")
+    await api.cache.barrier(api.settings.barrier_seconds)
+    found = [i for i in api.cache.items(LAB_WORKER, asked) if call.principal.may("write", i.namespace)]
+    return [
+        i for i in found if region is None or not isinstance(i.resource, LabWorker) or i.resource.spec.region == region
+    ]
+
+
 async def _worker(request: web.Request, verb: Verb, what: str) -> LabWorker:
     """The worker of the path, once its caller may do that and the cache holds all that was written before.
 
     With resourceVersion=0 it is taken as it is. Raises 400, 403, `ResourceNotFound`, `Undecodable`, `CacheBehind`.
     """
     if "dryRun" in request.query:
-        raise bad_request("dryRun is not for these endpoints: change the resources themselves to rehearse")
+        raise _no_rehearsal()
     api, call, info = request.app[API], call_of(request), request.match_info
     namespace, name = request.query.get("namespace") or "default", info["worker"]
     check_namespace(namespace)
@@ -277,6 +338,10 @@ def _record(request: web.Request, worker: LabWorker, lab_id: str) -> LabRecord:
         )
         raise ResourceNotFound(LAB_RECORD.plural, f"{worker.name}-{lab_id[:80]}")
     return record
+
+
+def _no_rehearsal() -> RequestError:
+    return bad_request("dryRun is not for these endpoints: change the resources themselves to rehearse")
 
 
 def _is_of(item: Item, worker: LabWorker) -> bool:
@@ -324,10 +389,10 @@ def _bulk_result(lab_id: str, given: Order | Exception, request_id: str) -> dict
         outcome = given.look()
         return {"lab_id": lab_id, **_told(given, outcome), "code": _code(outcome)}
     answer = answer_of(given, request_id, writing=True)
-    return {"lab_id": lab_id, "result": "Failed", "message": answer.message, "code": answer.code}
+    return {"lab_id": lab_id, "result": FAILED, "message": answer.message, "code": answer.code}
 
 
-async def _each(items: Sequence[str], do: Callable[[str], Awaitable[None]]) -> None:
+async def _each(items: Sequence[T], do: Callable[[T], Awaitable[None]]) -> None:
     left = iter(items)
 
     async def some() -> None:

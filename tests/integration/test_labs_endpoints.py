@@ -23,7 +23,7 @@ from equipment.labs_api import labs_api, labs_path
 from equipment.labs_world import LabsWorld, instance_of, labs_world
 from equipment.waiting import until
 from lrm.client import Client
-from lrm.resource import PROTECT_ANNOTATION
+from lrm.resource import PROTECT_ANNOTATION, ObjectMeta
 
 KEYS = {
     *("id", "title", "description", "notes", "state", "owner", "owner_username"),
@@ -211,6 +211,63 @@ async def test_two_refreshes_at_once_both_end(world: LabsWorld, api: Served) -> 
     await labs_of(world, "one")
     answers = await asyncio.gather(*(post(api, "/refresh") for _ in range(4)))
     assert [a.status for a in answers] == [200] * 4
+
+
+async def test_all_workers_are_refreshed_at_once_with_a_result_for_each(world: LabsWorld, api: Served) -> None:
+    for name in ("w1", "w2", "w3"):
+        await world.worker(name)
+        await world.sync(name)
+        world.machine(name).add_lab(f"new on {name}")
+    await world.change_worker(lambda w: w.status.enter("Stopped", "Test", world.clock.now()), "w3")
+    answer = await api.call("POST", "/api/v1/workers/labs/refresh")
+    assert (answer.status, answer.body["action"]) == (202, "refresh")
+    told = {r["worker"]: (r["namespace"], r["result"]) for r in answer.body["results"]}
+    assert told == {"w1": ("default", "Accepted"), "w2": ("default", "Accepted"), "w3": ("default", "Waiting")}
+    assert "Stopped" in answer.body["results"][2]["message"]
+
+    async def mirrored() -> bool:
+        return [len(await world.records(name)) for name in ("w1", "w2", "w3")] == [1, 1, 0]
+
+    await until(mirrored, "the labs of those that serve, within no interval")
+    await world.storage.set(world.registry.key_of(await world.get_worker("w2")), b'{"spec": 7}')
+    async with world.counting() as writes:
+        answer = await api.call("POST", "/api/v1/workers/region/us-east-1/labs/refresh")
+        told = {r["worker"]: (r["result"], "decode" in r["message"]) for r in answer.body["results"]}
+        assert (answer.status, told["w2"], told["w1"]) == (207, ("Failed", True), ("Accepted", False))
+        await world.settled()
+    assert writes["labworkers MODIFIED"] == 3, "an order for each of two, and what came of one"
+
+
+async def test_who_refreshes_all_workers_refreshes_those_that_are_theirs(world: LabsWorld, tmp_path: Path) -> None:
+    made = await world.worker()
+    for name, namespace in (("far", "lab-a"), ("near", "lab-b")):
+        spec = made.spec.model_copy(update={"region": "eu-west-1"} if name == "far" else {})
+        await world.client.create(LabWorker(metadata=ObjectMeta(name=name, namespace=namespace), spec=spec))
+    tokens = [
+        {"name": who, "sha256": hashlib.sha256(who.encode()).hexdigest(), "role": role, "namespaces": namespaces}
+        for who, role, namespaces in (
+            ("all", "manager", None),
+            ("some", "manager", ["lab-a", "lab-b"]),
+            ("reader", "viewer", None),
+        )
+    ]
+    here, everywhere = "/api/v1/workers/region/eu-west-1/labs/refresh", "/api/v1/workers/labs/refresh"
+    async with labs_api(world, tokens_file=tokens_file(tmp_path, *tokens)) as api:
+        for who, path, expected in (
+            ("all", everywhere, ["w1", "far", "near"]),
+            ("all", here, ["far"]),
+            ("all", "/api/v1/workers/region/mars/labs/refresh", []),
+            ("some", everywhere, ["far", "near"]),
+            ("some", f"{everywhere}?namespace=lab-b", ["near"]),
+            ("some", f"{everywhere}?namespace=default", 403),
+            ("some", f"{everywhere}?namespace=No_Label", 400),
+            ("all", f"{everywhere}?dryRun=All", 400),
+            ("reader", everywhere, 403),
+        ):
+            answer = await api.call("POST", path, headers={"Authorization": f"Bearer {who}"})
+            found = [r["worker"] for r in answer.body["results"]] if answer.status == 202 else answer.status
+            assert found == expected, (who, path)
+            assert bool(answer.warnings) is (found == [])
 
 
 # One lab
