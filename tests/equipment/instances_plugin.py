@@ -11,20 +11,24 @@ from controllers.cml.sessions import CmlSessions
 from controllers.instances.allocations import Allocations, AllocationsController
 from controllers.instances.cml_runtime import CmlRuntime
 from controllers.instances.controller import InstancesController
+from controllers.instances.deadlines import DeadlinesController
 from controllers.instances.kind import LAB_INSTANCE_REQUEST
 from controllers.instances.placing import Placing
+from controllers.instances.strays import StrayLabs
 from controllers.labs.controller import LabsController
 from controllers.labs.imports_kind import LAB_IMPORT
 from controllers.labs.kind import LAB_RECORD
 from controllers.labs.records import LabRecordsController
 from controllers.plugin import ControllersSettings
 from controllers.workers.kind import LAB_WORKER
+from lrm.client import Client
+from lrm.led import Led
 from lrm.plugin import Plugin, PluginContext
 from lrm.reconcile import Controller
 
 
 @asynccontextmanager
-async def _controllers(context: PluginContext) -> AsyncIterator[Sequence[Controller[Any]]]:
+async def _controllers(context: PluginContext) -> AsyncIterator[Sequence[Controller[Any] | Led]]:
     settings: ControllersSettings = context.settings
     cache, clock = context.cache, context.clock
     async with CmlSessions(settings, context.secrets, clock) as sessions, asyncio.TaskGroup() as tasks:
@@ -37,7 +41,17 @@ async def _controllers(context: PluginContext) -> AsyncIterator[Sequence[Control
                 LabsController(cache=cache, sessions=sessions, settings=settings, clock=clock),
                 LabRecordsController(cache=cache, sessions=sessions, settings=settings),
                 InstancesController(cache, placing, {"CML": runtime}, settings),
+                DeadlinesController(),
                 AllocationsController(cache, allocations, placing.promised),
+                StrayLabs(
+                    cache,
+                    sessions,
+                    Client(context.storage, context.registry, clock),
+                    clock,
+                    settings,
+                    installation=context.installation,
+                    observe_only=False,
+                ),
             )
         finally:
             closing.cancel()
