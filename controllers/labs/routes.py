@@ -34,6 +34,7 @@ from controllers.cml.errors import (
 from controllers.cml.models import is_lab_id
 from controllers.cml.sessions import CmlSessions
 from controllers.instances.topology import Topology, TopologyError, check
+from controllers.labs.bulk import bulk_order
 from controllers.labs.flat import flat
 from controllers.labs.homes import Away, Gone, home_of
 from controllers.labs.imports_kind import CONTROL, TITLE_MOST, TOPOLOGY_BYTES, LabImport
@@ -68,8 +69,6 @@ T = TypeVar("T")
 
 LONGEST_WAIT = 20.0
 """Seconds; proxies give up after thirty."""
-BULK_MOST = 500
-"""Labs that one bulk order names; all of a worker's may be more."""
 _AT_ONCE = 8
 _ACCEPTED = "Accepted"
 _VERBS: Mapping[str, LabVerb] = {"start": "Start", "stop": "Stop", "wipe": "Wipe"}
@@ -197,8 +196,9 @@ async def bulk(request: web.Request) -> web.Response:
     """POST: one action on many labs, with a result for each: 200 all done, 202 some under way, 207 some failed."""
     worker = await _worker(request, "write", "change labs of")
     accepted, seconds, api = negotiate(request), _wait(request), request.app[API]
-    everything = [record.spec.lab_id for record in records_of_worker(api.cache, worker.namespace, worker.name)]
-    action, ids = _bulk_body(await read_object(request, api.settings, api.clock), everything)
+    order = bulk_order(await read_object(request, api.settings, api.clock))
+    records = records_of_worker(api.cache, worker.namespace, worker.name)
+    action, ids = order.action, [r.spec.lab_id for r in records] if order.labs == "all" else order.labs
     orders, order_id = Orders(api), call_of(request).request_id
     given: dict[str, Order | Exception] = {}
 
@@ -364,24 +364,6 @@ def _wait(request: web.Request) -> float:
     if not _SECONDS.fullmatch(text) or float(text) > LONGEST_WAIT:
         raise bad_request(f"wait must be seconds from 0 to {LONGEST_WAIT:g}, not {text[:40]!r}")
     return float(text)
-
-
-def _bulk_body(body: dict[str, Any], everything: Sequence[str]) -> tuple[str, Sequence[str]]:
-    """The action and the labs, each once; what is lost for good is asked for by name. Raises 422."""
-    strangers = sorted(set(body) - {"action", "labs"})
-    if strangers:
-        raise _unprocessable(strangers[0], "is not known: there are action and labs")
-    action, labs = body.get("action"), body.get("labs")
-    if not isinstance(action, str) or action not in {*_VERBS, "delete"}:
-        raise _unprocessable("action", "must be start, stop, wipe or delete")
-    if labs == "all" and action in ("start", "stop"):
-        return action, everything
-    if not isinstance(labs, list) or not labs or not all(isinstance(lab, str) for lab in labs):
-        raise _unprocessable("labs", "must be a list of the labs' ids, or all to start or stop them")
-    ids = list(dict.fromkeys(labs))
-    if len(ids) > BULK_MOST:
-        raise _unprocessable("labs", f"at most {BULK_MOST} at once, not {len(ids)}")
-    return action, ids
 
 
 def _bulk_result(lab_id: str, given: Order | Exception, request_id: str) -> dict[str, Any]:

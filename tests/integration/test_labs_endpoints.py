@@ -14,9 +14,9 @@ import pytest
 from structlog.testing import capture_logs
 
 from controllers.cml.simulator.labs import Lab
+from controllers.labs.bulk import BULK_MOST
 from controllers.labs.imports_kind import LabImport
 from controllers.labs.kind import LABS
-from controllers.labs.routes import BULK_MOST
 from controllers.workers.kind import LabWorker
 from equipment.api import Answer, Served, tokens_file
 from equipment.labs_api import labs_api, labs_path
