@@ -19,6 +19,7 @@ from controllers.aws.ec2 import Ec2
 from controllers.aws.settings import AwsSettings
 from controllers.cml.sessions import CmlSessions
 from controllers.containers.collector import Collector
+from controllers.containers.routes import add_log_routes
 from controllers.containers.runtime import ContainerRuntime
 from controllers.imports.controller import ImportsController
 from controllers.imports.kind import LAB_WORKER_IMPORT
@@ -306,5 +307,5 @@ plugin = Plugin(
     settings=ControllersSettings,
     admission=admission,
     dev_services=DEV_SERVICES,
-    routes=(add_instance_routes, add_labs_routes),
+    routes=(add_instance_routes, add_log_routes, add_labs_routes),
 )

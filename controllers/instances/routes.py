@@ -1,4 +1,4 @@
-"""`/api/lab-instances/`: lab instances with a flat body and a flat answer, as course tools post them; and their logs.
+"""`/api/lab-instances/`: lab instances with a flat body and a flat answer, as course tools post them.
 
 A thin face over LabInstanceRequests: the same rights, rules, admission, audit and errors. Fields are in snake_case,
 phases in capitals. What it cannot say (resources, tracks, pools), the resource can.
@@ -6,35 +6,23 @@ phases in capitals. What it cannot say (resources, tracks, pools), the resource 
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import AsyncIterator
-from contextlib import aclosing
-
-import structlog
 from aiohttp import web
 
-from controllers.containers.engine import keep_alive
-from controllers.containers.runtime import ContainerRuntime
 from controllers.instances.flat import PHASES, document_of, flat_of, flat_path
 from controllers.instances.kind import EXAMPLE_ADDRESS, LAB_INSTANCE_REQUEST, LabInstanceRequest, is_address
-from controllers.instances.runtime import NotNow, Refused
 from lrm.api.call import API, Api, call_of
 from lrm.api.codec import negotiate, read_object, respond
 from lrm.api.edits import Edit, check_admission, edit_of_target, parse, store_new
 from lrm.api.lists import read_list, read_one
-from lrm.api.requests import Target, boolean, check_namespace, list_query, write_options
+from lrm.api.requests import Target, check_namespace, list_query, write_options
 from lrm.api.status import RequestError, bad_request
 from lrm.errors import Cause, Invalid
 from lrm.fanout import Selector
 from lrm.resource import AnyResource
 
-log = structlog.get_logger(__name__)
-
 PATH = "/api/lab-instances"
 RESOURCES = f"/apis/{LAB_INSTANCE_REQUEST.api_version}/namespaces/{{namespace}}/{LAB_INSTANCE_REQUEST.plural}"
 
-_LEFT_AFTER = 2.0
-"""Seconds between two looks whether the reader of a log is still there."""
 _FILTERS = ("phase", "student_email")
 
 
@@ -45,8 +33,6 @@ def add_instance_routes(app: web.Application, _api: Api) -> None:
         app.router.add_get(root, _list)
     app.router.add_get(f"{PATH}/{{name}}", _read)
     app.router.add_delete(f"{PATH}/{{name}}", _delete)
-    app.router.add_get(f"{PATH}/{{name}}/log", _log)
-    app.router.add_get(f"{RESOURCES}/{{name}}/log", _log)
 
 
 async def _create(request: web.Request) -> web.Response:
@@ -109,60 +95,6 @@ async def _delete(request: web.Request) -> web.Response:
     left = await edit.client().delete(current)
     edit.note("deleting" if left else "deleted", current, current, left)
     return await respond(edit.accepted, flat_of(_own(left or current)), status=202 if left else 200)
-
-
-async def _log(request: web.Request) -> web.StreamResponse:
-    """GET: what a container has written, as text; `?tailLines=100` of it at most, `?follow=true` goes on with it."""
-    api, target = request.app[API], _target(request)
-    call_of(request).principal.require("read", target.namespace, f"read the log of {target.kind.plural}")
-    follow, tail = boolean(request, "follow"), request.query.get("tailLines", "1000")
-    if not tail.isdecimal() or len(tail) > 9:
-        raise bad_request(f"tailLines must be a whole number from 0, not {tail[:40]!r}")
-    item = await read_one(api, target, "")
-    if item.resource is None:
-        raise RequestError(500, "InternalError", item.error)
-    lab = _own(item.resource)
-    if lab.spec.runs_in != "Container":
-        raise RequestError(404, "NotFound", f'"{lab.name}" runs on CML: its nodes have consoles, and it has no log')
-    async with aclosing(api.offers.get(ContainerRuntime).logs(lab, tail=int(tail), follow=follow)) as pieces:
-        try:
-            await anext(pieces)
-        except NotNow as error:
-            raise RequestError(503, "ServiceUnavailable", str(error), retry_after=2) from error
-        except Refused as error:
-            raise RequestError(404, "NotFound", f'"{lab.name}": {error}') from error
-        reply = web.StreamResponse(headers={"Content-Type": "text/plain; charset=utf-8"})
-        await reply.prepare(request)
-        async with asyncio.TaskGroup() as tasks:
-            reading = tasks.create_task(_read_out(pieces, reply, request))
-            leaving = tasks.create_task(_until_left(request))
-            await asyncio.wait((reading, leaving), return_when=asyncio.FIRST_COMPLETED)
-            reading.cancel()
-            leaving.cancel()
-    return reply
-
-
-async def _read_out(pieces: AsyncIterator[bytes], reply: web.StreamResponse, request: web.Request) -> None:
-    """Write the pieces and the end; whoever does not take them is cut off. The answer has begun: nothing is raised."""
-    api = request.app[API]
-    keep_alive(request.transport)
-    try:
-        async for piece in pieces:
-            async with api.clock.timeout(api.settings.write_seconds):
-                await reply.write(piece)
-        async with api.clock.timeout(api.settings.write_seconds):
-            await reply.write_eof()
-    except NotNow as error:
-        log.warning("instances.log_broke_off", path=request.path, error=str(error))
-    except (TimeoutError, ConnectionError):
-        if request.transport is not None:
-            request.transport.abort()
-
-
-async def _until_left(request: web.Request) -> None:
-    """Return once its client has closed the connection: of a silent log nothing is written that could tell."""
-    while request.transport is not None and not request.transport.is_closing():
-        await request.app[API].clock.sleep(_LEFT_AFTER)
 
 
 def _filter(request: web.Request) -> Selector:

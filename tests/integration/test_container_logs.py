@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -13,9 +14,9 @@ import aiohttp
 import pytest
 
 from controllers.containers.engine import LOGS_AT_ONCE
+from controllers.containers.routes import READERS_MOST, add_log_routes
 from controllers.containers.runtime import ContainerRuntime
-from controllers.instances.kind import INSTANCES, LAB_INSTANCE_REQUEST, LabInstanceRequest
-from controllers.instances.routes import add_instance_routes
+from controllers.instances.kind import INSTANCES, LAB_INSTANCE_REQUEST, LabInstanceRequest, WorkerRef
 from controllers.instances.settings import InstanceSettings
 from equipment.api import Served, served, tokens_file
 from equipment.scripted_engine import INSTALLATION, ScriptedEngine, scripted_engine
@@ -64,7 +65,7 @@ async def scene_at(folder: Path, **settings: Any) -> AsyncIterator[Scene]:
         api = await stack.enter_async_context(
             served(
                 MemoryStorage(),
-                routes=(add_instance_routes,),
+                routes=(add_log_routes,),
                 kinds=(LAB_INSTANCE_REQUEST,),
                 offers=offers,
                 **settings,
@@ -88,7 +89,9 @@ async def test_a_log_is_text_as_long_as_asked_for(scene: Scene, path: str) -> No
         assert (reply.status, reply.content_type) == (200, "text/plain")
         assert await reply.read() == b"one\ntwo\nthree\n"
     assert await scene.read(f"{path}?tailLines=2") == (200, "two\nthree\n")
-    assert (await scene.read(f"{path}?tailLines=-1"))[0] == 400
+    assert await scene.read(f"{path}?tail=2") == (200, "two\nthree\n")
+    for nonsense in ("tailLines=-1", "tail=x", "tail=", "tailLines=²", "tail=1&tailLines=2", "lines=5", "follow=maybe"):
+        assert (await scene.read(f"{path}?{nonsense}"))[0] == 400, nonsense
     assert f"/containers/{scene.lab.outside_name}/logs" in scene.script.asked
 
 
@@ -116,14 +119,59 @@ async def test_a_log_is_read_by_whoever_may_read_its_lab(server_dir: Path, tmp_p
         assert (await scene.read(path, Authorization="Bearer one-token"))[0] == 200
 
 
-async def test_readers_of_a_silent_log_who_leave_give_their_places_back(scene: Scene) -> None:
-    url = f"{scene.api.url}/api/lab-instances/lab/log"
-    scene.script.log = b""
-    async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
-        readers = [await session.get(f"{url}?follow=true") for _ in range(LOGS_AT_ONCE)]
-        assert {reader.status for reader in readers} == {200}
-        assert (await scene.read("/api/lab-instances/lab/log"))[0] == 503
-        for reader in readers:
-            reader.close()
-    await until(lambda: not scene.script.followers, "the engine is not asked any more")
-    assert (await scene.read("/api/lab-instances/lab/log"))[0] == 200
+async def test_readers_of_a_silent_log_who_leave_give_their_places_back(server_dir: Path, tmp_path: Path) -> None:
+    """Their own, of which one principal has some, and the engine's."""
+    names = [f"viewer-{n}" for n in range(LOGS_AT_ONCE // READERS_MOST + 1)]
+    tokens = tokens_file(tmp_path, *(viewer(name, "default") for name in names))
+    async with scene_at(server_dir, tokens_file=tokens, audit_file=tmp_path / "audit.log") as scene:
+        path, scene.script.log = "/api/lab-instances/lab/log", b""
+        async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
+
+            async def follow(name: str) -> aiohttp.ClientResponse:
+                headers = {"Authorization": f"Bearer {name}-token"}
+                return await session.get(f"{scene.api.url}{path}?follow=true", headers=headers)
+
+            readers = [await follow(names[0]) for _ in range(READERS_MOST)]
+            assert {reader.status for reader in readers} == {200}
+            surplus = await follow(names[0])
+            assert (surplus.status, "Retry-After" in surplus.headers) == (429, True)
+            readers += [await follow(name) for name in names[1:-1] for _ in range(READERS_MOST)]
+            assert {reader.status for reader in readers} == {200}
+            assert (await follow(names[-1])).status == 503, "the engine has no place for another"
+            for reader in readers:
+                reader.close()
+        await until(lambda: not scene.script.followers, "the engine is not asked any more")
+        for name in (names[0], names[-1]):
+            assert (await scene.read(path, Authorization=f"Bearer {name}-token"))[0] == 200
+
+
+async def test_who_follows_a_log_does_not_hold_up_the_end_of_the_daemon(
+    server_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lrm.api.app._SHUTDOWN_SECONDS", 3600.0)
+    async with aiohttp.ClientSession() as session, asyncio.timeout(60):
+        async with scene_at(server_dir) as scene:
+            reader = await session.get(f"{scene.api.url}/api/lab-instances/lab/log?follow=true")
+            assert await reader.content.readline() == b"hello\n"
+        assert await reader.read() == b"", "it was ended, not cut off"
+
+
+@BOTH
+async def test_of_a_container_that_is_gone_the_last_lines_are_told(scene: Scene, path: str) -> None:
+    """Without asking an engine where its place was given back, which may be away by then."""
+    logs = f"/containers/{scene.lab.outside_name}/logs"
+    scene.script.answers[logs] = (404, b'{"message":"No such container"}', "application/json")
+    client = scene.api.client.bind(owner=INSTANCES, fence=None)
+
+    def end(r: LabInstanceRequest) -> None:
+        r.status.worker_ref = WorkerRef(kind="Engine", name="docker")
+        r.status.last_log = "one\ntwo\nthree\n"
+
+    lab = await client.update_status(scene.lab, end)
+    for asked in (1, 1):
+        async with scene.api.session.get(f"{scene.api.url}{path}?tailLines=2") as reply:
+            assert (reply.status, reply.content_type) == (200, "text/plain")
+            assert await reply.text() == "two\nthree\n"
+            assert "is gone" in reply.headers["Warning"]
+        assert scene.script.asked.count(logs) == asked
+        lab = await client.update_status(lab, lambda r: setattr(r.status, "worker_ref", None))
