@@ -6,7 +6,7 @@ Sources: Docker Engine API, "Inspect a container", "List containers", "Monitor e
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any, Self
 
@@ -143,11 +143,14 @@ class Container:
     health: str
     """starting, healthy, unhealthy; empty without a check, and of what does not run."""
     ports: tuple[Binding, ...]
+    check_output: str = field(default="", compare=False)
+    """What its health check said last when it was read, in a line; a change of it alone is no change."""
 
     @classmethod
     def of(cls, document: Document) -> Self:
         state = document["State"]
         status = str(state["Status"]).lower()
+        checks = (state.get("Health") or {}).get("Log") or []
         health = str((state.get("Health") or {}).get("Status", "")).lower() if status == "running" else ""
         return cls(
             id=str(document["Id"]),
@@ -159,6 +162,7 @@ class Container:
             error=one_line(str(state.get("Error") or "")),
             health="" if health == "none" else health,
             ports=tuple(_bindings((document.get("NetworkSettings") or {}).get("Ports") or {})),
+            check_output=one_line(str(checks[-1].get("Output") or "")) if checks else "",
         )
 
 

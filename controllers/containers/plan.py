@@ -31,6 +31,8 @@ _TMP_MOST = 64 * 1024**2
 _LOG = {"Type": "json-file", "Config": {"max-size": "10m", "max-file": "2"}}
 _HOST_BINDING = "com.docker.network.bridge.host_binding_ipv4"
 _ANYWHERE = ("", "0.0.0.0", "::")
+_SCHEMES = {22: "ssh", 443: "https", 8443: "https"} | dict.fromkeys((80, 3000, 5000, 8000, 8008, 8080, 8888), "http")
+"""By the port in the container: what is usually spoken there."""
 
 
 def need_of(request: LabInstanceRequest, settings: InstanceSettings) -> Need:
@@ -125,6 +127,11 @@ def ports_of(
         for port in request.spec.lab_template.ports
         if port in found
     ]
+
+
+def url_of(port: PublishedPort) -> str:
+    """How a program would be told to go there; of a port that has no usual scheme only that it is TCP."""
+    return f"{_SCHEMES.get(port.port, 'tcp')}://{port.address}"
 
 
 def _in_url(host: str) -> str:

@@ -30,7 +30,7 @@ from controllers.containers.errors import (
 )
 from controllers.containers.images import Images
 from controllers.containers.mirror import Mirror
-from controllers.containers.plan import beyond, container_of, need_of, network_of, ports_of
+from controllers.containers.plan import beyond, container_of, need_of, network_of, ports_of, url_of
 from controllers.containers.words import LAST_LINES, LAST_LOG_MOST, last_lines, one_line
 from controllers.instances.kind import LabInstanceRequest
 from controllers.instances.phases import Conditions, Reasons
@@ -135,7 +135,9 @@ class ContainerRuntime:
                 return made if isinstance(made, Sighting) else await self._start(request, made, ctx)
             if seen[0].status == "created":
                 return await self._start(request, seen[0].id, ctx)
-            return await self._sighting(request, seen[0], starting=True)
+            seen_now = await self._sighting(request, seen[0], starting=True)
+            _tell_unhealthy(request, seen[0], seen_now, ctx)
+            return seen_now
 
     async def look(self, request: LabInstanceRequest, ctx: Context) -> Sighting:
         """How it is, from the mirror. Raises `LabFailed` also when it is gone: somebody else has removed it."""
@@ -150,7 +152,9 @@ class ContainerRuntime:
                 _check_engine(request, await engine.info())
         if not mine:
             raise LabFailed(Reasons.CONTAINER_LOST, "somebody else has removed its container")
-        return _damped(request, await self._sighting(request, mine[0], starting=False), ctx)
+        seen = _damped(request, await self._sighting(request, mine[0], starting=False), ctx)
+        _tell_unhealthy(request, mine[0], seen, ctx)
+        return seen
 
     async def last_log(self, request: LabInstanceRequest) -> str | None:
         """What its container wrote last; None also while the engine does not answer, or answers late."""
@@ -345,6 +349,8 @@ class ContainerRuntime:
         state, message = State.STARTING, f"its container is {container.status}"
         if container.status == "running":
             state, message = _HEALTH[container.health]
+            if state is State.UNHEALTHY and container.check_output:
+                message = f"{message}: {container.check_output}"
             if starting and state is State.UNHEALTHY:
                 state = State.STARTING  # its deadline says for how long that may be
         ports = ports_of(request, container.ports, self._settings)
@@ -352,7 +358,7 @@ class ContainerRuntime:
             state,
             message,
             container_id=container.id,
-            access_url=f"http://{ports[0].address}" if ports else None,
+            access_url=url_of(ports[0]) if ports else None,
             ports=ports,
         )
 
@@ -427,9 +433,19 @@ def _damped(request: LabInstanceRequest, seen: Sighting, ctx: Context) -> Sighti
         return seen
     told = State.RUNNING if ready.status == "True" else State.UNHEALTHY
     age = (ctx.clock.now() - ready.last_transition_time).total_seconds()
+    if told is seen.state is State.UNHEALTHY:
+        return replace(seen, message=ready.message)  # what a check says may differ each time
     if told is seen.state or not 0 <= age < _HEALTH_KEPT:
         return seen
     return replace(seen, state=told, message=ready.message, again=_HEALTH_KEPT - age)
+
+
+def _tell_unhealthy(request: LabInstanceRequest, container: Container, seen: Sighting, ctx: Context) -> None:
+    """One event when its check begins to fail, not one for each check."""
+    ready = request.status.condition(Conditions.READY)
+    known = ready is not None and ready.message == seen.message
+    if container.health == "unhealthy" and seen.state is not State.RUNNING and not known:
+        ctx.events.record(request, "Warning", Reasons.UNHEALTHY, seen.message)
 
 
 def _making(again: float) -> Sighting:

@@ -75,7 +75,8 @@ class LabTemplate(Model):
     command: list[str] = Field(default_factory=list, max_length=256)
     """Instead of what the image runs."""
     ports: list[int] = Field(default_factory=list, max_length=32)
-    """TCP ports of the container to publish; the first is the access URL's."""
+    """TCP ports of the container to publish. The first is the access URL's, whose scheme is what is usual there: http
+    (80, 3000, 5000, 8000, 8008, 8080, 8888), https (443, 8443), ssh (22), else tcp."""
     pull_policy: Literal["IfNotPresent", "Always", "Never"] | None = None
     """Absent: what the settings say."""
     health_check: HealthCheck | None = None

@@ -10,8 +10,8 @@ from pydantic import ValidationError
 from controllers.containers.documents import ATTEMPT_LABEL, Binding, Container, EngineInfo, Image, Labels, Thing
 from controllers.containers.errors import EngineError, EngineFailed, EngineNotFound, EngineRefused
 from controllers.containers.images import refusal_of
-from controllers.containers.plan import container_of, labels_of, network_of, ports_of
-from controllers.instances.kind import LabInstanceRequest, Need
+from controllers.containers.plan import container_of, labels_of, network_of, ports_of, url_of
+from controllers.instances.kind import LabInstanceRequest, Need, PublishedPort
 from controllers.instances.phases import Reasons
 from controllers.instances.settings import InstanceSettings
 
@@ -85,6 +85,14 @@ def test_the_access_url_names_where_students_reach_it(publish: str, public: str,
     ports = ports_of(made, (Binding(22, publish, 5000), Binding(80, publish, 4000)), settings)
     assert [p.port for p in ports] == [80, 22], "in the template's order"
     assert ports[0].address == address
+    assert [url_of(port) for port in ports] == [f"http://{address}", f"ssh://{address.replace('4000', '5000')}"]
+
+
+@pytest.mark.parametrize(
+    ("port", "scheme"), [(80, "http"), (8080, "http"), (443, "https"), (8443, "https"), (22, "ssh"), (5900, "tcp")]
+)
+def test_the_access_url_has_the_scheme_that_is_usual_at_its_port(port: int, scheme: str) -> None:
+    assert url_of(PublishedPort(port=port, address="127.0.0.1:4000")) == f"{scheme}://127.0.0.1:4000"
 
 
 def test_labels_are_read_as_they_were_written() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -32,10 +32,16 @@ class Scene:
     script: ScriptedEngine
     runtime: ContainerRuntime
     clock: VirtualClock
+    events: list[tuple[str, str]] = field(default_factory=list)
+    """Reasons and messages."""
 
     @property
     def ctx(self) -> Any:
-        return SimpleNamespace(clock=self.clock, check_leading=lambda *_: None)
+        def record(_request: LabInstanceRequest, _type: str, reason: str, message: str) -> None:
+            self.events.append((reason, message))
+
+        events = SimpleNamespace(record=record)
+        return SimpleNamespace(clock=self.clock, check_leading=lambda *_: None, events=events)
 
     async def exchange(self, engine: str) -> None:
         """Another engine takes this one's address."""
@@ -123,13 +129,14 @@ async def test_a_health_that_comes_and_goes_is_told_once_in_a_while(scene: Scene
     lab, changes = running(), 0
     lab.status.set_condition(Conditions.READY, True, Reasons.RUNNING, "it runs", now=scene.clock.now())
     for n in range(300):  # half a minute of a check that flaps
-        scene.script.put("c", Health={"Status": ("healthy", "unhealthy")[n % 2]})
+        said = [{"Output": f"try {n}\n"}]  # is written where it begins to fail, not each time
+        scene.script.put("c", Health={"Status": ("healthy", "unhealthy")[n % 2], "Log": said})
         await scene.runtime.mirror.refresh("c")  # type: ignore[union-attr]
         seen = await scene.runtime.look(lab, scene.ctx)
         ready = lab.status.condition(Conditions.READY)
         assert ready is not None
         well = seen.state is State.RUNNING
-        if (ready.status == "True") != well:
+        if (ready.status == "True") != well or (not well and ready.message != seen.message):
             changes += 1
             reason = Reasons.RUNNING if well else Reasons.UNHEALTHY
             lab.status.set_condition(Conditions.READY, well, reason, seen.message, now=scene.clock.now())
@@ -140,6 +147,18 @@ async def test_a_health_that_comes_and_goes_is_told_once_in_a_while(scene: Scene
     await scene.runtime.mirror.refresh("c")  # type: ignore[union-attr]
     seen = await scene.runtime.look(lab, scene.ctx)
     assert (seen.state is State.RUNNING) == (ready.status == "False"), "and what lasts is told"
+
+
+async def test_a_check_that_fails_while_the_lab_is_made_is_one_event_with_what_it_said(scene: Scene) -> None:
+    lab, words = running(), "connection \x1b[1mrefused\x1b[0m\n"
+    lab.status.phase = "Provisioning"
+    for n in range(5):
+        scene.script.put("c", Health={"Status": "unhealthy", "Log": [{"Output": "first"}, {"Output": words}]})
+        await scene.runtime.mirror.refresh("c")  # type: ignore[union-attr]
+        seen = await scene.runtime.provision(lab, scene.ctx)
+        assert seen.state is State.STARTING, n
+        lab.status.set_condition(Conditions.READY, False, Reasons.PROVISIONING, seen.message, now=scene.clock.now())
+    assert scene.events == [(Reasons.UNHEALTHY, "it runs, and its health check fails: connection refused")]
 
 
 async def test_what_cannot_be_removed_keeps_nothing_else_from_being_collected(scene: Scene) -> None:
