@@ -40,6 +40,7 @@ from lrm.leaders import Leaders
 from lrm.lease import DaemonLease
 from lrm.led import Led
 from lrm.offers import Offers
+from lrm.outside import OutsideHealth
 from lrm.plugin import Plugin, PluginContext
 from lrm.reconcile import Controller, Runner
 from lrm.registry import Registry
@@ -97,6 +98,7 @@ class Daemon:
             is_led=lambda: self.leaders.holder(Compactor.lock_name) is not None,
             compacts=settings.compact,
         )
+        self.health = OutsideHealth(self.clock)
         self.status = DaemonStatus(
             settings,
             self.clock,
@@ -104,6 +106,7 @@ class Daemon:
             cache=self.cache,
             leaders=self.leaders,
             bookmarks=self.bookmarks,
+            outside=self.health,
         )
         self.events = Events(self.storage, self.clock, root=settings.etcd_root, instance=settings.instance_id)
         self.telemetry = Telemetry(instance=settings.instance_id)
@@ -196,6 +199,7 @@ class Daemon:
                     root=self.settings.etcd_root,
                     bookmarks=self.bookmarks,
                     telemetry=self.telemetry,
+                    health=self.health,
                     events=self.events,
                     offers=self.offers,
                 )

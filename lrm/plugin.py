@@ -23,6 +23,7 @@ from lrm.events import Events
 from lrm.kind import Kind
 from lrm.led import Led
 from lrm.offers import Offers
+from lrm.outside import OutsideHealth
 from lrm.reconcile import Controller
 from lrm.registry import Registry
 from lrm.secrets import Secrets
@@ -51,6 +52,8 @@ class PluginContext:
     """For event consumers; controllers have theirs without asking."""
     telemetry: Telemetry
     """For measurements of the plug-in's own."""
+    health: OutsideHealth
+    """For telling which parties outside answer."""
     events: Events
     """For what is led and is no controller: `events.recorder(name, term)`; a controller's context has its own."""
     offers: Offers = field(default_factory=Offers)

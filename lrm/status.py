@@ -13,6 +13,7 @@ from lrm.gc import GarbageCollector
 from lrm.leaders import Leaders
 from lrm.led import Led
 from lrm.model import rfc3339
+from lrm.outside import OutsideHealth
 from lrm.reconcile import Runner
 from lrm.settings import Settings
 from storage.base import Health, Storage
@@ -36,6 +37,7 @@ class DaemonStatus:
         cache: Cache,
         leaders: Leaders,
         bookmarks: Bookmarks,
+        outside: OutsideHealth,
     ) -> None:
         self.identity = f"{settings.instance_id}-{uuid.uuid4().hex[:8]}"
         """Unique to this process."""
@@ -49,6 +51,7 @@ class DaemonStatus:
         self._storage = storage
         self._cache = cache
         self._bookmarks = bookmarks
+        self._outside = outside
         self._clock = clock
         self._started = clock.now()
 
@@ -65,12 +68,13 @@ class DaemonStatus:
         return True, ""
 
     async def health(self) -> dict[str, Any]:
-        """etcd, Redis and the caches, each with what is wrong; `status` is ok, degraded or unhealthy."""
+        """etcd, Redis, the caches, plug-ins' parties outside, and what is wrong; ok, degraded or unhealthy."""
         store = await self._store_health()
         redis = await self._redis_error()
         problems = [] if store.ok else ["etcd does not answer"]
         problems += [f"cache: {self._cache.error}"] if self._cache.error else []
         notes = [*store.notes, *([f"redis: {redis}; bookmarks are not saved"] if redis else [])]
+        notes += self._outside.notes
         return {
             "status": "unhealthy" if problems else "degraded" if notes else "ok",
             "problems": problems,
@@ -94,6 +98,7 @@ class DaemonStatus:
                 ],
             },
             "redis": {"ok": not redis, "error": redis, "used": bool(self._settings.redis_url)},
+            "outside": self._outside.describe(),
             "cache": {"synced": self._cache.synced, "revision": self._cache.revision, "error": self._cache.error},
         }
 

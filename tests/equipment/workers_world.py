@@ -37,6 +37,7 @@ from lrm.election import StaticElection, StaticTerm
 from lrm.errors import ResourceNotFound
 from lrm.events import Events
 from lrm.led import Led
+from lrm.outside import OutsideHealth
 from lrm.plugin import PluginContext
 from lrm.reconcile import Controller, Runner
 from lrm.registry import Registry
@@ -360,6 +361,7 @@ async def workers_world(
                 # Nothing listens there: who asks for a bookmark learns that Redis is away.
                 bookmarks=Bookmarks(RedisBookmarks("redis://127.0.0.1:1/0", clock), store, clock, every=3600),
                 telemetry=(telemetry := Telemetry()),
+                health=OutsideHealth(clock),
                 events=events,
             )
             with _unwrapped():
