@@ -14,8 +14,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
 
-from controllers.instances import controller as instances_module
-from controllers.instances import deadlines as deadlines_module
+from controllers.instances import deadlines, ends, running, waiting
 from controllers.instances.controller import InstancesController
 from controllers.instances.deadlines import DeadlinesController
 from controllers.instances.kind import (
@@ -93,6 +92,9 @@ class Outside:
         self._trouble("look")
         await ctx.clock.sleep(self.slow.get("look", 0))
         return self._sighting(self.of(request.uid)[0])
+
+    async def last_log(self, request: LabInstanceRequest) -> str | None:
+        return f"last words of {request.name}\n" if self.of(request.uid) else None
 
     async def clean(self, request: LabInstanceRequest, ctx: Context) -> bool:
         place = self._place(request)
@@ -333,7 +335,7 @@ async def instances_scene(
 
 
 def dying_at(monkeypatch: Any, point: str) -> Counter[str]:
-    """Let the process die when it comes to a crash point; how often it did."""
+    """Let the process die when it first comes to a crash point; how often it did."""
     died: Counter[str] = Counter()
 
     def crash_point(name: str) -> None:
@@ -341,6 +343,6 @@ def dying_at(monkeypatch: Any, point: str) -> Counter[str]:
             died[name] += 1
             raise Died(name)
 
-    for module in (instances_module, deadlines_module):
+    for module in (deadlines, ends, running, waiting):
         monkeypatch.setattr(module, "crash_point", crash_point)
     return died

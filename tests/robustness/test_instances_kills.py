@@ -15,7 +15,7 @@ import pytest
 
 from controllers.cml.simulator import Simulator
 from controllers.instances.cml_runtime import MAKING_CRASH_POINTS, REMOVING_CRASH_POINTS
-from controllers.instances.controller import CRASH_POINTS
+from controllers.instances.steps import CRASH_POINTS
 from equipment.cml_instances_world import CmlInstancesWorld, cml_instances_world
 from equipment.daemons import DaemonProcess
 from equipment.labs_world import FAST, PASSWORD_ENV

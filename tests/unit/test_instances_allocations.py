@@ -13,15 +13,15 @@ from typing import Any
 
 import pytest
 
-from controllers.instances import controller as instances_module
 from controllers.instances.allocations import Allocations
 from controllers.instances.kind import INSTANCES, LabInstanceRequest, Need, WorkerRef
 from controllers.instances.placing import Placing
 from controllers.instances.scheduling import NoRoom, Waits
 from controllers.workers.kind import LabWorker
 from controllers.workers.status import Allocation
+from equipment.instances_scene import dying_at
 from equipment.placing_scene import MIB, PlacingScene, SizedOutside, placing_scene
-from equipment.pools_scene import Died, Forgetful
+from equipment.pools_scene import Forgetful
 from lrm.cache import Cache
 from lrm.errors import CacheBehind, LrmError
 from lrm.resource import PAUSE_ANNOTATION
@@ -465,14 +465,7 @@ async def test_one_who_gives_up_asking_leaves_no_promise_and_holds_up_nobody() -
 async def test_whatever_a_dying_leader_leaves_reserved_is_used_or_given_back(
     point: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    died: list[str] = []
-
-    def crash(name: str) -> None:
-        if name == point and not died:
-            died.append(name)
-            raise Died(name)
-
-    monkeypatch.setattr(instances_module, "crash_point", crash)
+    died = dying_at(monkeypatch, point)
     async with placing_scene() as scene:
         await scene.worker("w1", slots=1)
         await scene.ask("a")

@@ -10,9 +10,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from controllers.instances.controller import CRASH_POINTS
 from controllers.instances.kind import LabInstanceRequest, LabInstanceRequestSpec
 from controllers.instances.runtime import LabFailed, NotNow, Refused
+from controllers.instances.steps import CRASH_POINTS
 from equipment.instances_scene import (
     SPEC,
     InstancesScene,

@@ -1,0 +1,216 @@
+"""How a lab instance ends: in its time or before, by itself or by a failure; and nothing is left of it.
+
+Promises: an end is written before anything outside is touched; a place is given back when its runtime has proved that
+nothing is left there, and not before, whatever the phase; what was not cleaned up in time is Failed, and goes on being
+cleaned up. What failed begins again by itself where that is wanted and can help, else when a person has changed it.
+"""
+
+from __future__ import annotations
+
+from datetime import timedelta
+
+from controllers.instances.kind import Failure, LabInstanceRequest, placed
+from controllers.instances.notes import completing, ending, entering, note_exit, tell, time_over, timing_out
+from controllers.instances.phases import Conditions, Phase, Reasons
+from controllers.instances.runtime import InstanceError, LabFailed, NotNow, Refused, Sighting, WorkerLost
+from controllers.instances.scheduling import Placer
+from controllers.instances.steps import Next, Steps
+from lrm.controller import Context, Result
+from lrm.crashpoints import crash_point
+from lrm.resource import RETRY_ANNOTATION
+
+_RETRY_MOST = 300.0
+"""Seconds between two tries, at most."""
+
+
+def begins_again(request: LabInstanceRequest) -> bool:
+    """Whether a person has changed what failed, or asked for another try."""
+    failure = request.status.failure
+    if request.status.phase != Phase.FAILED or failure is None:
+        return False
+    retry = request.metadata.annotations.get(RETRY_ANNOTATION)
+    return request.metadata.generation != failure.generation or (retry is not None and retry != failure.retry)
+
+
+class Ends:
+    """See the module."""
+
+    def __init__(self, steps: Steps, placer: Placer) -> None:
+        self._steps = steps
+        self._placer = placer
+
+    # How its end begins
+
+    async def stop(self, request: LabInstanceRequest, ctx: Context) -> LabInstanceRequest:
+        """Somebody asks for its end, by its spec."""
+        return await self.end(request, ctx, Reasons.STOP_REQUESTED, "it is not wanted any more")
+
+    async def end(self, request: LabInstanceRequest, ctx: Context, reason: str, message: str) -> LabInstanceRequest:
+        """Its end begins before its time."""
+        ended = await self._steps.write(request, ctx, ending(Phase.STOPPING, ctx, (reason, message)))
+        ctx.events.record(ended, "Normal", reason, message)
+        crash_point("instances.ending")
+        return ended
+
+    async def time_out(self, request: LabInstanceRequest, ctx: Context, phase: Phase) -> LabInstanceRequest:
+        """Its time is over: Timeout is entered from Running, from all else Stopping."""
+        ended = await self._steps.write(request, ctx, timing_out(request, phase, ctx))
+        ctx.events.record(ended, "Normal", Reasons.DURATION_ELAPSED, time_over(ended))
+        crash_point("instances.ending")
+        return ended
+
+    async def exited(self, request: LabInstanceRequest, ctx: Context, seen: Sighting) -> LabInstanceRequest:
+        """It ended by itself, and well."""
+
+        def note(r: LabInstanceRequest) -> None:
+            r.status.exit_code, r.status.oom_killed = seen.exit_code, seen.oom_killed
+
+        request = await self._steps.write(request, ctx, note)
+        return await self.end(request, ctx, Reasons.EXITED, seen.message or "it ended by itself")
+
+    async def fail(self, request: LabInstanceRequest, ctx: Context, error: InstanceError) -> LabInstanceRequest:
+        """Failed, with what a person must change; what is outside is cleaned up from there."""
+        now, why = ctx.clock.now(), str(error)[:1000]
+
+        def fail(r: LabInstanceRequest) -> None:
+            note_exit(r, error)
+            status = r.status
+            status.failure = Failure(
+                reason=error.reason,
+                message=why,
+                at=now,
+                phase=status.phase,
+                generation=r.metadata.generation,
+                retry=r.metadata.annotations.get(RETRY_ANNOTATION),
+            )
+            entering(Phase.FAILED, error.reason, ctx)(r)
+            status.error_message, status.completed_at, status.retry_at = why, now, None
+            tell(r, ctx, Conditions.READY, False, (error.reason, why))
+            if not placed(r):
+                tell(r, ctx, Conditions.CLEANUP_COMPLETED, True, (Reasons.CLEANED_UP, "nothing of it is left outside"))
+                if status.condition(Conditions.WORKER_ASSIGNED) is not None:
+                    tell(r, ctx, Conditions.WORKER_ASSIGNED, False, (error.reason, why))
+
+        failed = await self._steps.write(request, ctx, fail)
+        ctx.events.record(failed, "Warning", error.reason, why)
+        return failed
+
+    async def again_or_fail(
+        self, request: LabInstanceRequest, ctx: Context, error: WorkerLost | LabFailed, *, abandon: bool = False
+    ) -> LabInstanceRequest:
+        """Begin again after a delay, where that is wanted and can help.
+
+        `abandon` gives its place up unseen: what may be left there is a stray, and collected when its worker is back.
+        """
+        spec, status, settings = request.spec, request.status, self._steps.settings
+        lost_early = isinstance(error, WorkerLost) and status.started_at is None
+        wanted = lost_early or spec.restart_policy == "OnFailure"
+        if not wanted or status.retry_count >= settings.instances_retries or spec.desired_phase == "Stopped":
+            return await self.fail(request, ctx, error)
+        delay = min(settings.instances_retry_delay * 2**status.retry_count, _RETRY_MOST)
+        now, why = ctx.clock.now(), str(error)[:1000]
+
+        def again(r: LabInstanceRequest) -> None:
+            note_exit(r, error)
+            entering(Phase.PENDING, error.reason, ctx)(r)
+            r.status.retry_count += 1
+            r.status.retry_at, r.status.error_message = now + timedelta(seconds=delay), why
+            r.status.ending_started_at = now
+            if abandon:
+                r.status.worker_ref = None
+                tell(r, ctx, Conditions.RESOURCES_ALLOCATED, False, (error.reason, why))
+            tell(r, ctx, Conditions.READY, False, (error.reason, why))
+
+        waiting = await self._steps.write(request, ctx, again)
+        if abandon:
+            await self._placer.release(waiting, ctx)
+        ctx.events.record(waiting, "Warning", error.reason, f"{why}; it begins again in {delay:.0f} s")
+        return waiting
+
+    # The phases of it
+
+    async def ending(self, request: LabInstanceRequest, ctx: Context) -> Next:
+        """Clean up; within the deadline it is Completed, after it Failed, and cleaning up goes on."""
+        if placed(request):
+            return await self.clean_in_time(request, ctx)
+        return await self._steps.write(request, ctx, completing(ctx))
+
+    async def failed(self, request: LabInstanceRequest, ctx: Context) -> Next:
+        """Clean up; then begin anew if a person has changed what failed."""
+        if placed(request):
+            return await self._clean(request, ctx)
+        await self._placer.release(request, ctx)
+        if not begins_again(request):
+            return Result.done()
+
+        def anew(r: LabInstanceRequest) -> None:
+            changed = r.status.failure is None or r.status.failure.generation != r.metadata.generation
+            entering(Phase.PENDING, Reasons.SPEC_CHANGED if changed else Reasons.RETRY, ctx)(r)
+            status = r.status
+            status.need = status.failure = status.error_message = status.template_digest = None
+            status.started_at = status.completed_at = status.ending_started_at = status.retry_at = None
+            status.retry_count = 0
+            status.conditions = [c for c in status.conditions if c.type != Conditions.TIMED_OUT]
+
+        return await self._steps.write(request, ctx, anew)
+
+    async def completed(self, request: LabInstanceRequest, ctx: Context) -> Next:
+        """Give back what a leader that died has left."""
+        if placed(request):
+            return await self._clean(request, ctx)
+        await self._placer.release(request, ctx)
+        return Result.done()
+
+    # Cleaning up
+
+    async def clean_in_time(self, request: LabInstanceRequest, ctx: Context) -> Next:
+        """Clean up until its deadline: then it is Failed, so that somebody looks."""
+        final = request.status.phase in (Phase.FAILED, Phase.COMPLETED)
+        if final or self._steps.left(request, ctx) > 0 or ctx.wall_jumped or ctx.observe_only:
+            return await self._clean(request, ctx)
+        cleanup = request.status.condition(Conditions.CLEANUP_COMPLETED)
+        message = f"not cleaned up within {self._steps.settings.instances_stopping_timeout:.0f} s: "
+        error = Refused(Reasons.STOPPING_TIMEOUT, message + (cleanup.message if cleanup else ""))
+        return await self.fail(request, ctx, error)
+
+    async def _clean(self, request: LabInstanceRequest, ctx: Context) -> Next:
+        """One step; once nothing is left the place is given back, and what was ending has ended."""
+        if ctx.observe_only:
+            return Result.after(self._steps.settings.instances_rest_interval)
+        try:
+            done = await self._steps.runtime(request).clean(request, ctx)
+        except WorkerLost:
+            done = True  # and all that was there with it
+        except NotNow as error:
+            return await self._not_clean(request, ctx, str(error), error.again)
+        except InstanceError as error:
+            return await self._not_clean(request, ctx, str(error), self._steps.settings.instances_rest_interval)
+        if not done:
+            return await self._not_clean(request, ctx, "", self._steps.settings.instances_step_interval)
+        crash_point("instances.cleaned")
+        ending = request.status.phase in (Phase.STOPPING, Phase.TIMEOUT)
+
+        def cleaned(r: LabInstanceRequest) -> None:
+            r.status.worker_ref = None
+            r.status.access_url = None
+            r.status.ports = []
+            tell(r, ctx, Conditions.CLEANUP_COMPLETED, True, (Reasons.CLEANED_UP, "nothing of it is left outside"))
+            tell(r, ctx, Conditions.WORKER_ASSIGNED, False, (Reasons.CLEANED_UP, "its place was given back"))
+            tell(r, ctx, Conditions.RESOURCES_ALLOCATED, False, (Reasons.CLEANED_UP, "its place was given back"))
+            if ending:
+                completing(ctx)(r)
+
+        after = await self._steps.write(request, ctx, cleaned)
+        if ending:
+            ctx.events.record(after, "Normal", "Completed", "nothing of it is left outside")
+        crash_point("instances.ended")
+        await self._placer.release(request, ctx)
+        return after
+
+    async def _not_clean(self, request: LabInstanceRequest, ctx: Context, why: str, again: float) -> Result:
+        def note(r: LabInstanceRequest) -> None:
+            reason = Reasons.CLEANUP_FAILED if why else Reasons.CLEANING_UP
+            tell(r, ctx, Conditions.CLEANUP_COMPLETED, False, (reason, why or "its lab is being removed"))
+
+        after = await self._steps.write(request, ctx, note)
+        return Result.after(min(again, max(self._steps.left(after, ctx), 1.0)))

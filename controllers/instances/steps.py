@@ -1,0 +1,98 @@
+"""What every step in the life of a lab instance is made with: its runtime, its deadlines, and the one way to write.
+
+Promises that a decision is written on exactly the state that it was made on, and that every deadline counts from a time
+in the status. Steps are in `waiting`, `running` and `ends`; `controller` says which is whose turn.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from datetime import datetime
+
+from controllers.instances.kind import LabInstanceRequest, placed
+from controllers.instances.notes import Mutate, tell
+from controllers.instances.phases import Conditions, Phase, Reasons
+from controllers.instances.runtime import NotNow, Runtime
+from controllers.instances.settings import InstanceSettings
+from lrm.controller import Context, Result
+
+CRASH_POINTS = (
+    "instances.prepared",
+    "instances.reserved",
+    "instances.placed",
+    "instances.provisioned",
+    "instances.running",
+    "instances.ending",
+    "instances.cleaned",
+    "instances.ended",
+)
+"""Where the life of an instance can be killed, in order; what runtimes do outside has points of its own."""
+
+LONGEST_WAIT = 600.0
+"""Seconds between two looks at what waits for its time: a wall clock may be set meanwhile."""
+
+Next = LabInstanceRequest | Result
+"""What a step comes to: the state to go on from, or when to look again."""
+
+
+class Steps:
+    """See the module."""
+
+    def __init__(self, runtimes: Mapping[str, Runtime], settings: InstanceSettings) -> None:
+        """`runtimes` by name of the runtime."""
+        self.settings = settings
+        self._runtimes = runtimes
+
+    async def write(self, request: LabInstanceRequest, ctx: Context, mutate: Mutate) -> LabInstanceRequest:
+        """Exactly on the state that was decided on: somebody may have extended or stopped it meanwhile."""
+        before = request.status.phase
+
+        def note(r: LabInstanceRequest) -> None:
+            mutate(r)
+            r.status.observed_generation = r.metadata.generation
+
+        stored = await ctx.client.update_status(request, note, retry=False)
+        if stored.status.phase != before:
+            ctx.log.info("instance.phase", source=before, to=stored.status.phase)
+        return stored
+
+    def runtime(self, request: LabInstanceRequest) -> Runtime:
+        """Where it is made, or was. Raises `NotNow` where there is none."""
+        ref = request.status.worker_ref
+        # Of what failed the template may be another by now; what is outside is where it was put.
+        name = request.spec.runs_in if ref is None else "Container" if ref.kind == "Engine" else "CML"
+        runtime = self._runtimes.get(name)
+        if runtime is None:
+            raise NotNow(Reasons.ENGINE_UNAVAILABLE, "no engine is configured: set LRM_DOCKER_HOST", again=60.0)
+        return runtime
+
+    def time_is_over(self, request: LabInstanceRequest, ctx: Context) -> bool:
+        """Whether it has run for as long as it may, by a clock that can be believed."""
+        ends = request.ends_at
+        return ends is not None and ctx.clock.now() >= ends and not ctx.wall_jumped and not ctx.observe_only
+
+    def left(self, request: LabInstanceRequest, ctx: Context) -> float:
+        """Seconds until the deadline of the phase that it is in, by a time in its status."""
+        now, status = ctx.clock.now(), request.status
+        if status.phase == Phase.RUNNING and request.ends_at is not None:
+            return (request.ends_at - now).total_seconds()
+        if status.phase == Phase.PROVISIONING:
+            return _left(now, status.provisioning_started_at, self.settings.instances_provisioning_timeout)
+        if placed(request):
+            return _left(now, status.ending_started_at, self.settings.instances_stopping_timeout)
+        return LONGEST_WAIT
+
+    async def held_up(self, request: LabInstanceRequest, ctx: Context, error: NotNow) -> Result:
+        """Say for what it waits; the phase and its deadline stay."""
+        kind = Conditions.READY if placed(request) else Conditions.WORKER_ASSIGNED
+
+        def note(r: LabInstanceRequest) -> None:
+            tell(r, ctx, kind, None if placed(r) else False, (error.reason, str(error)[:1000]))
+
+        after = await self.write(request, ctx, note)
+        return Result.after(min(error.again, max(self.left(after, ctx), 1.0)))
+
+
+def _left(now: datetime, since: datetime | None, seconds: float) -> float:
+    """Seconds until a deadline that counts from a time in the status."""
+    return seconds - (now - since).total_seconds() if since is not None else seconds
