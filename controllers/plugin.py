@@ -18,11 +18,13 @@ from controllers.aws.cloudwatch import CloudWatch
 from controllers.aws.ec2 import Ec2
 from controllers.aws.settings import AwsSettings
 from controllers.cml.sessions import CmlSessions
+from controllers.containers import openapi as containers_openapi
 from controllers.containers.collector import Collector
 from controllers.containers.routes import add_log_routes
 from controllers.containers.runtime import ContainerRuntime
 from controllers.imports.controller import ImportsController
 from controllers.imports.kind import LAB_WORKER_IMPORT
+from controllers.instances import openapi as instances_openapi
 from controllers.instances.admission import admission as instance_admission
 from controllers.instances.allocations import Allocations, AllocationsController
 from controllers.instances.cml_runtime import CmlRuntime
@@ -30,12 +32,13 @@ from controllers.instances.controller import InstancesController
 from controllers.instances.deadlines import DeadlinesController
 from controllers.instances.ended import ended
 from controllers.instances.kind import LAB_INSTANCE_REQUEST, LabInstanceRequest
-from controllers.instances.phases import WAITING
+from controllers.instances.phases import WAITING, Phase
 from controllers.instances.placing import Placing
 from controllers.instances.routes import add_instance_routes
 from controllers.instances.runtime import Runtime
 from controllers.instances.settings import InstanceSettings
 from controllers.instances.strays import StrayLabs
+from controllers.labs import openapi as labs_openapi
 from controllers.labs.controller import LabsController
 from controllers.labs.imports import LabImportsController
 from controllers.labs.imports_kind import LAB_IMPORT
@@ -171,14 +174,16 @@ async def _containers(context: PluginContext, hints: Hints) -> AsyncIterator[Con
     """The runtime for containers, which routes may read logs from."""
 
     def waiting() -> Iterable[Key]:
-        for phase in WAITING:
+        # One that is being made may have no container yet that a hint could tell of.
+        for phase in (*WAITING, Phase.PROVISIONING):
             for request in context.cache.by_index(LabInstanceRequest, "phase", phase.value):
                 if request.spec.runs_in == "Container":
                     yield request.namespace, request.name
 
     async with ContainerRuntime(
-        context.settings, context.installation, hints, context.clock, waiting=waiting
+        context.settings, context.installation, hints, context.clock, waiting=waiting, health=context.health
     ) as containers:
+        context.telemetry.observe(containers.observe)
         with context.offers.offering(containers):
             yield containers
 
@@ -308,4 +313,5 @@ plugin = Plugin(
     admission=admission,
     dev_services=DEV_SERVICES,
     routes=(add_instance_routes, add_log_routes, add_labs_routes),
+    operations=(*containers_openapi.OPERATIONS, *instances_openapi.OPERATIONS, *labs_openapi.OPERATIONS),
 )

@@ -11,7 +11,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, create_model
 
-from controllers.instances.kind import LabInstanceRequest, LabInstanceRequestSpec, LabTemplate, Need
+from controllers.instances.kind import LabInstanceRequest, LabInstanceRequestSpec, LabTemplate
 from controllers.instances.phases import Phase
 from lrm.errors import Cause, Invalid
 from lrm.model import Timestamp, rfc3339
@@ -67,7 +67,7 @@ class FlatInstance(BaseModel):
     completed_at: Timestamp | None
     error_message: str | None
     retry_count: int
-    resource_allocation: Need | None
+    resource_allocation: dict[str, float] | None = Field(description="cpu in cores, memory in bytes, nodes, slots.")
     conditions: list[Condition]
 
 

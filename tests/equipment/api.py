@@ -17,8 +17,10 @@ import aiohttp
 import orjson
 from pydantic import Field
 
+from equipment.described import Described
 from lrm.admission import Admission
 from lrm.api.app import Api, serve
+from lrm.api.operations import Operation
 from lrm.api.settings import ApiSettings
 from lrm.cache import Cache
 from lrm.client import Client
@@ -308,6 +310,7 @@ async def served(
     routes: Sequence[Callable[..., None]] = (),
     kinds: Sequence[Kind[Any]] = (TELESCOPE, SIGHTING),
     wait_synced: bool = True,
+    operations: Sequence[Operation] = (),
     admission: Admission | None = None,
     offers: Offers | None = None,
     **settings: Any,
@@ -319,6 +322,7 @@ async def served(
     fanout = Fanout(cache, clock, limits=limits or RingLimits(), bookmark_seconds=bookmark_seconds)
     client = Client(storage, registry, clock)
     status = FixedStatus()
+    described = Described()
     api = Api(
         storage=storage,
         registry=registry,
@@ -328,7 +332,8 @@ async def served(
         clock=clock,
         settings=ApiSettings(port=0, **settings),
         status=status,
-        routes=tuple(routes),
+        routes=(*routes, described),
+        operations=tuple(operations),
         admission=admission or {},
         offers=offers or Offers(),
     )
@@ -339,6 +344,7 @@ async def served(
                 await cache.wait_synced()
         async with serve(api) as site, aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
             yield Served(site.url, api, storage, registry, cache, client, fanout, session, status)
+        described.check()
     finally:
         caching.cancel()
         with suppress(asyncio.CancelledError):

@@ -12,6 +12,7 @@ import orjson
 import pytest
 
 from controllers.instances.kind import LAB_INSTANCE_REQUEST, LabInstanceRequest
+from controllers.instances.openapi import OPERATIONS
 from controllers.instances.routes import add_instance_routes
 from equipment.api import Served, served, tokens_file
 from storage.memory import MemoryStorage
@@ -34,7 +35,9 @@ def entry(name: str, role: str, *namespaces: str) -> dict[str, Any]:
 
 @pytest.fixture
 async def api() -> AsyncIterator[Served]:
-    async with served(MemoryStorage(), routes=(add_instance_routes,), kinds=(LAB_INSTANCE_REQUEST,)) as it:
+    async with served(
+        MemoryStorage(), routes=(add_instance_routes,), operations=OPERATIONS, kinds=(LAB_INSTANCE_REQUEST,)
+    ) as it:
         yield it
 
 
@@ -154,6 +157,7 @@ async def test_rights_hold_as_for_the_resource(tmp_path: Path) -> None:
     async with served(
         MemoryStorage(),
         routes=(add_instance_routes,),
+        operations=OPERATIONS,
         kinds=(LAB_INSTANCE_REQUEST,),
         tokens_file=tokens,
         audit_file=tmp_path / "audit.log",
