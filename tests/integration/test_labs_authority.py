@@ -177,6 +177,15 @@ async def test_a_lab_deleted_between_the_tiles_and_its_detail_gets_no_record(wor
     assert set(await world.records()) == {stays.id}
 
 
+async def test_a_mirrored_lab_deleted_between_the_list_and_its_detail_loses_its_record(world: LabsWorld) -> None:
+    """The list still had it: CML's own 404 a moment later is the newer word, and nothing of it is told as present."""
+    gone, stays = await synced_labs(world, 2)
+    world.fault("empty", path="/populate_lab_tiles")
+    world.fault("status", path=f"/labs/{gone.id}", status=404, description=f"Lab not found: {gone.id}")
+    await world.sync()
+    assert set(await world.records()) == {stays.id}
+
+
 async def test_without_tiles_the_labs_are_asked_for_one_by_one(world: LabsWorld) -> None:
     world.fault("status", path="/populate_lab_tiles", status=404, description="Not here")
     await synced_labs(world, 20)

@@ -119,6 +119,8 @@ async def test_deletions_are_logged_and_counted_by_how_they_ended(monkeypatch: p
     assert [step for step in steps if step not in told] == []
     assert told.count(["lab.delete_failed", lab_id, "w1"]) == 2
     assert told.count(["lab.deleted", lab_id, "w1", "doomed"]) == 1
+    gone = [line["name"] for line in logs if line["event"] == "reconcile.finalized"]
+    assert gone == [f"w1-{lab_id}"], "and its record with it"
 
 
 async def _deleted_after_two_failures(world: LabsWorld) -> None:

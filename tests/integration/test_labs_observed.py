@@ -16,6 +16,7 @@ from structlog.testing import capture_logs
 from controllers.cml.simulator.labs import Lab
 from controllers.instances.kind import INSTANCES, LabInstanceRequest, WorkerRef
 from controllers.labs.controller import SyncFailed
+from controllers.workers.kind import INSTANCE_FINALIZER
 from equipment.labs_world import INSTALLATION, LabsWorld, labs_world
 from equipment.waiting import until
 from lrm.client import Client
@@ -237,6 +238,33 @@ async def test_the_log_tells_of_orphans_and_of_their_removal(world: LabsWorld, l
     lines.clear()
     await world.sync()
     assert not said(lines, "labs.orphans_found")
+
+
+async def test_the_log_tells_what_each_sync_did_and_of_a_worker_that_was_let_go(
+    world: LabsWorld, lines: list[Any]
+) -> None:
+    new, _ = await mirrored(world, "clear \x1b[2J", "other")
+    assert {line["worker"] for line in said(lines, "labs.sync_started")} == {"w1"}
+    created = {line["lab"]: line["title"] for line in said(lines, "labs.record_created")}
+    assert (len(created), created[new.id]) == (2, r"'clear \x1b[2J'"), "a terminal obeys what it is sent"
+    (synced,) = [line for line in said(lines, "labs.synced") if line["created"]]
+    assert [synced[name] for name in ("worker", "synced", "created", "updated", "removed")] == ["w1", 2, 2, 0, 0]
+    world.machine().force(new, "STARTED")
+    lines.clear()
+    await world.sync()
+    (changed,) = said(lines, "labs.state_changed")
+    assert [changed[name] for name in ("lab", "before", "state")] == [new.id, "DEFINED_ON_CORE", "STARTED"]
+    world.fault("html", path="/labs", status=200)
+    lines.clear()
+    await world.failing_sync("HTML")
+    await until(lambda: said(lines, "reconcile.failed"), "the failure in the log")
+    (failed, *_) = said(lines, "reconcile.failed")
+    assert (failed["controller"], failed["name"], "HTML" in failed["error"]) == ("labs", "w1", True)
+    await world.client.delete(await world.get_worker())
+    await world.client.remove_finalizer(await world.get_worker(), INSTANCE_FINALIZER)
+    await until(lambda: said(lines, "labs.records_forgotten"), "the farewell in the log")
+    (forgotten,) = said(lines, "labs.records_forgotten")
+    assert (forgotten["worker"], forgotten["records"]) == ("w1", 2)
 
 
 class Stubborn(MemoryStorage):

@@ -7,7 +7,8 @@ from datetime import UTC, datetime, timedelta
 import pytest
 
 from controllers.labs.desired import REACHED, WAIT, Step, next_step
-from controllers.labs.kind import LAB_RECORD, LabRecord, LabRecordSpec
+from controllers.labs.flat import flat
+from controllers.labs.kind import LAB_RECORD, LabRecord, LabRecordSpec, LabRecordStatus
 from controllers.workers.kind import LabWorker
 from controllers.workers.spec import LabWorkerSpec
 from lrm import writes
@@ -131,3 +132,40 @@ def test_a_record_whose_lab_is_missing_says_so_where_its_state_stands() -> None:
     assert state.value(made) == "STARTED"
     made.status.phase = "Missing"
     assert state.value(made) == "Missing"
+
+
+def test_the_flat_form_has_each_value_under_the_key_that_clients_know() -> None:
+    made = LabRecord(metadata=ObjectMeta(name="w1-x"), spec=LabRecordSpec(worker_ref="w1", lab_id="x"))
+    made.status = LabRecordStatus(
+        phase="Present",
+        title="OSPF",
+        description="areas",
+        notes="day 1",
+        state="STARTED",
+        owner="u-1",
+        owner_username="ann",
+        owner_fullname="Ann Example",
+        node_count=3,
+        link_count=2,
+        groups=["g-1"],
+        cml_created_at=datetime(2026, 1, 1, tzinfo=UTC),
+        modified_at=datetime(2026, 1, 2, tzinfo=UTC),
+        first_seen_at=datetime(2026, 1, 3, tzinfo=UTC),
+    )
+    assert flat(made, datetime(2026, 1, 4, tzinfo=UTC)) == {
+        "id": "x",
+        "title": "OSPF",
+        "description": "areas",
+        "notes": "day 1",
+        "state": "STARTED",
+        "owner": "Ann Example",
+        "owner_username": "ann",
+        "node_count": 3,
+        "link_count": 2,
+        "created": "2026-01-01T00:00:00Z",
+        "modified": "2026-01-02T00:00:00Z",
+        "groups": ["g-1"],
+        "last_synced": "2026-01-04T00:00:00Z",
+    }
+    empty = LabRecord(metadata=ObjectMeta(name="w1-x"), spec=LabRecordSpec(worker_ref="w1", lab_id="x"))
+    assert [flat(empty, None)[key] for key in ("created", "modified", "last_synced", "node_count")] == [None] * 4
