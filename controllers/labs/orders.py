@@ -189,6 +189,8 @@ class Orders:
 
 def awaited(worker: LabWorker) -> Outcome | None:
     """What a refresh of this worker has to wait for; None where nothing is in its way."""
+    if worker.paused:
+        return Outcome(WAITING, f"the worker {worker.name} is paused: it is synced when it is not any more")
     away = f"the worker {worker.name} is {worker.status.phase}: it is synced when its CML can be asked"
     return None if can_be_asked(worker) else Outcome(WAITING, away)
 

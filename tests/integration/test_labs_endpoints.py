@@ -23,7 +23,7 @@ from equipment.labs_api import labs_api, labs_path
 from equipment.labs_world import LabsWorld, instance_of, labs_world
 from equipment.waiting import until
 from lrm.client import Client
-from lrm.resource import PROTECT_ANNOTATION, ObjectMeta
+from lrm.resource import PAUSE_ANNOTATION, PROTECT_ANNOTATION, ObjectMeta
 
 KEYS = {
     *("id", "title", "description", "notes", "state", "owner", "owner_username"),
@@ -205,6 +205,11 @@ async def test_a_refresh_of_a_worker_that_does_not_serve_is_not_waited_for(world
     answer = await post(api, "/refresh")
     assert (answer.status, answer.body["result"]) == (202, "Waiting")
     assert "Stopped" in answer.body["message"]
+    await enter(world, "Starting")
+    await world.client.update(await world.get_worker(), lambda w: w.metadata.annotations.update({PAUSE_ANNOTATION: ""}))
+    answer = await post(api, "/refresh")
+    assert (answer.status, answer.body["result"]) == (202, "Waiting")
+    assert "paused" in answer.body["message"]
 
 
 async def test_two_refreshes_at_once_both_end(world: LabsWorld, api: Served) -> None:
