@@ -29,6 +29,7 @@ from controllers.instances.cml_place import Away, Lost, place_of
 from controllers.instances.kind import LabInstanceRequest, Need, WorkerRef
 from controllers.instances.marks import Mark, notes_for, read_mark
 from controllers.instances.phases import Reasons
+from controllers.instances.quantity import told_bytes, told_cores
 from controllers.instances.runtime import LabFailed, NotNow, Prepared, Refused, Sighting, State, WorkerLost
 from controllers.instances.settings import InstanceSettings
 from controllers.instances.templates import load
@@ -222,7 +223,7 @@ class CmlRuntime:
             raise Refused(
                 Reasons.TEMPLATE_INVALID,
                 f"the topology has changed since a place was found for it, and needs more: {needs.nodes} nodes, "
-                f"{needs.cpu:g} processors and {needs.memory} bytes",
+                f"{told_cores(needs.cpu)} and {told_bytes(needs.memory)}",
             )
         return self._to_import(request, topology)
 

@@ -17,6 +17,7 @@ _SUFFIXES = {
     **{s: Decimal(1000) ** (i + 1) for i, s in enumerate(("k", "M", "G", "T"))},
     **{s: Decimal(1024) ** (i + 1) for i, s in enumerate(("Ki", "Mi", "Gi", "Ti"))},
 }
+_UNITS = (("bytes", 1), ("KiB", 1024), ("MiB", 1024**2), ("GiB", 1024**3), ("TiB", 1024**4))
 _QUANTITY = re.compile(r"(\d{1,15}(?:\.\d{1,9})?)([a-zA-Z]{0,2})")
 
 
@@ -53,3 +54,22 @@ SomeCores = Annotated[float, Field(gt=0, le=1024), BeforeValidator(_cores), _TOL
 """CPU that a lab may ask for."""
 SomeBytes = Annotated[int, Field(ge=6 * 1024**2, le=64 * 1024**4), BeforeValidator(_bytes), _TOLD]
 """Memory that a lab may ask for; an engine takes no less than 6 MiB."""
+
+
+def told_bytes(amount: int) -> str:
+    """Bytes as people write them: whole in the largest unit that is not larger, else with at most two decimals."""
+    unit, size = max(
+        ((unit, size) for unit, size in _UNITS if size <= amount), key=lambda one: one[1], default=_UNITS[0]
+    )
+    return f"{_short(Decimal(amount) / size)} {unit}"
+
+
+def told_cores(amount: float) -> str:
+    """Cores as people write them."""
+    return f"{_short(Decimal(str(amount)))} {'core' if amount == 1 else 'cores'}"
+
+
+def _short(amount: Decimal) -> str:
+    """Two decimals, and those only where they say something; what is too little for them in full."""
+    rounded = amount.quantize(Decimal("0.01")) if amount >= Decimal("0.01") else amount
+    return f"{rounded.normalize():f}"

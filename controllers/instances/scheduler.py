@@ -14,13 +14,13 @@ from typing import Literal, Protocol
 
 from controllers.instances.kind import Need, WorkerRef
 from controllers.instances.phases import Reasons
+from controllers.instances.quantity import told_bytes, told_cores
 from controllers.instances.scheduling import Waits
 
 Policy = Literal["BestFit", "LeastUsed", "RoundRobin"]
 
 _CPU_SLACK = 1e-6
 """Cores by which a sum of fractions may miss what it stands for."""
-_GIB = 1024**3
 
 
 class Measured(Protocol):
@@ -395,8 +395,8 @@ def _counted(words: Iterable[str]) -> str:
 
 def _told(need: Need) -> str:
     parts: list[tuple[bool, Callable[[], str]]] = [
-        (need.cpu > 0, lambda: f"{need.cpu:g} cores"),
-        (need.memory > 0, lambda: f"{need.memory / _GIB:.2g} GiB"),
-        (need.nodes > 0, lambda: f"{need.nodes} nodes"),
+        (need.cpu > 0, lambda: told_cores(need.cpu)),
+        (need.memory > 0, lambda: told_bytes(need.memory)),
+        (need.nodes > 0, lambda: f"{need.nodes} {'node' if need.nodes == 1 else 'nodes'}"),
     ]
     return ", ".join(tell() for is_asked, tell in parts if is_asked) or "another lab"

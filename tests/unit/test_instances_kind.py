@@ -10,6 +10,7 @@ import pytest
 from controllers.instances.kind import LAB_INSTANCE_REQUEST, LabInstanceRequest
 from controllers.instances.phases import FINAL, PLACED, TRANSITIONS, WAITING, Phase
 from controllers.instances.places import wanted_of
+from controllers.instances.quantity import told_bytes, told_cores
 from lrm.errors import Invalid
 from lrm.writes import Put, for_create, for_update
 
@@ -84,6 +85,39 @@ def test_what_cannot_be_is_refused_with_its_field(spec: dict[str, Any], field: s
 def test_resources_are_quantities_as_kubernetes_writes_them(said: dict[str, Any], cpu: float, memory: int) -> None:
     resources = request(resources=said).spec.resources
     assert (resources.cpu, resources.memory) == (cpu, memory)
+
+
+@pytest.mark.parametrize(
+    ("amount", "told"),
+    [
+        (512, "512 bytes"),
+        (1536, "1.5 KiB"),
+        (256 * 1024**2, "256 MiB"),
+        (1000 * 1024**2, "1000 MiB"),
+        (10**9, "953.67 MiB"),
+        (1024**3, "1 GiB"),
+        (100 * 1024**3, "100 GiB"),
+        (1536 * 1024**2, "1.5 GiB"),
+        (64 * 1024**4, "64 TiB"),
+    ],
+)
+def test_bytes_are_told_as_people_write_them(amount: int, told: str) -> None:
+    assert told_bytes(amount) == told
+
+
+@pytest.mark.parametrize(
+    ("amount", "told"),
+    [
+        (1, "1 core"),
+        (2.0, "2 cores"),
+        (0.5, "0.5 cores"),
+        (1000.0, "1000 cores"),
+        (1e-4, "0.0001 cores"),
+        (0.1 + 0.2, "0.3 cores"),
+    ],
+)
+def test_cores_are_told_as_people_write_them(amount: float, told: str) -> None:
+    assert told_cores(amount) == told
 
 
 def test_a_text_alone_is_an_image_and_says_where_it_runs() -> None:

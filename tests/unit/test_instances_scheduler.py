@@ -152,6 +152,12 @@ def test_a_place_is_where_everything_fits_and_else_the_reason_says_what_would_he
     assert told(decide([wanted("a", **lab)], places)["a"]) == outcome, why
 
 
+def test_a_reason_tells_amounts_as_people_write_them() -> None:
+    waits = decide([wanted("a", need=Need(cpu=1.5, memory=100 * GIB, nodes=1))], [place("w")])["a"]
+    assert isinstance(waits, Waits)
+    assert waits.message == "no worker that serves could take 1.5 cores, 100 GiB, 1 node even when empty"
+
+
 def test_the_scheduled_time_goes_before_creation_and_creation_before_the_uid() -> None:
     one_slot = [place("w", total=replace(BIG, slots=1))]
     early, late = NOON - timedelta(hours=1), NOON
