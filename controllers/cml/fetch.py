@@ -43,8 +43,12 @@ async def fetch_text(url: str, *, most: int, timeout: float, clock: Clock) -> st
         raise FetchUnavailable(f"no whole answer within {timeout:g} s") from None
     except (httpx.InvalidURL, httpx.UnsupportedProtocol) as error:
         raise FetchRefused(f"the address cannot be asked: {error}") from None
+    except httpx.TimeoutException:
+        raise FetchUnavailable("the server does not answer in time") from None
+    except httpx.ConnectError as error:
+        raise FetchUnavailable(f"no connection to the server: {error}"[:300]) from None
     except (httpx.HTTPError, httpx.StreamError, OSError) as error:
-        raise FetchUnavailable(f"{type(error).__name__}: {error}"[:300]) from None
+        raise FetchUnavailable(f"the answer broke off: {error}"[:300]) from None
     try:
         return body.decode("utf-8-sig")
     except UnicodeDecodeError:

@@ -10,17 +10,24 @@ from __future__ import annotations
 from datetime import timedelta
 
 from controllers.instances.kind import Failure, LabInstanceRequest, placed
-from controllers.instances.notes import completing, ending, entering, note_exit, tell, time_over, timing_out
+from controllers.instances.notes import (
+    NOTHING_LEFT,
+    completing,
+    ending,
+    entering,
+    note_exit,
+    tell,
+    tell_completed,
+    time_over,
+    timing_out,
+)
 from controllers.instances.phases import Conditions, Phase, Reasons
 from controllers.instances.runtime import InstanceError, LabFailed, NotNow, Refused, Sighting, WorkerLost
 from controllers.instances.scheduling import Placer
-from controllers.instances.steps import Next, Steps
+from controllers.instances.steps import RETRY_MOST, Next, Steps
 from lrm.controller import Context, Result
 from lrm.crashpoints import crash_point
 from lrm.resource import RETRY_ANNOTATION
-
-_RETRY_MOST = 300.0
-"""Seconds between two tries, at most."""
 
 
 def begins_again(request: LabInstanceRequest) -> bool:
@@ -87,7 +94,7 @@ class Ends:
             status.error_message, status.completed_at, status.retry_at = why, now, None
             tell(r, ctx, Conditions.READY, False, (error.reason, why))
             if not placed(r):
-                tell(r, ctx, Conditions.CLEANUP_COMPLETED, True, (Reasons.CLEANED_UP, "nothing of it is left outside"))
+                tell(r, ctx, Conditions.CLEANUP_COMPLETED, True, (Reasons.CLEANED_UP, NOTHING_LEFT))
                 if status.condition(Conditions.WORKER_ASSIGNED) is not None:
                     tell(r, ctx, Conditions.WORKER_ASSIGNED, False, (error.reason, why))
 
@@ -107,7 +114,7 @@ class Ends:
         wanted = lost_early or spec.restart_policy == "OnFailure"
         if not wanted or status.retry_count >= settings.instances_retries or spec.desired_phase == "Stopped":
             return await self.fail(request, ctx, error)
-        delay = min(settings.instances_retry_delay * 2**status.retry_count, _RETRY_MOST)
+        delay = min(settings.instances_retry_delay * 2**status.retry_count, RETRY_MOST)
         now, why = ctx.clock.now(), str(error)[:1000]
 
         def again(r: LabInstanceRequest) -> None:
@@ -133,7 +140,9 @@ class Ends:
         """Clean up; within the deadline it is Completed, after it Failed, and cleaning up goes on."""
         if placed(request):
             return await self.clean_in_time(request, ctx)
-        return await self._steps.write(request, ctx, completing(ctx))
+        after = await self._steps.write(request, ctx, completing(ctx))
+        tell_completed(after, ctx)
+        return after
 
     async def failed(self, request: LabInstanceRequest, ctx: Context) -> Next:
         """Clean up; then begin anew if a person has changed what failed."""
@@ -194,7 +203,7 @@ class Ends:
             r.status.worker_ref = None
             r.status.access_url = None
             r.status.ports = []
-            tell(r, ctx, Conditions.CLEANUP_COMPLETED, True, (Reasons.CLEANED_UP, "nothing of it is left outside"))
+            tell(r, ctx, Conditions.CLEANUP_COMPLETED, True, (Reasons.CLEANED_UP, NOTHING_LEFT))
             tell(r, ctx, Conditions.WORKER_ASSIGNED, False, (Reasons.CLEANED_UP, "its place was given back"))
             tell(r, ctx, Conditions.RESOURCES_ALLOCATED, False, (Reasons.CLEANED_UP, "its place was given back"))
             if ending:
@@ -202,7 +211,7 @@ class Ends:
 
         after = await self._steps.write(request, ctx, cleaned)
         if ending:
-            ctx.events.record(after, "Normal", "Completed", "nothing of it is left outside")
+            tell_completed(after, ctx)
         crash_point("instances.ended")
         await self._placer.release(request, ctx)
         return after

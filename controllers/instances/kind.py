@@ -260,6 +260,8 @@ class LabInstanceRequestStatus(Status):
     """Of the present attempt; its deadline counts from here."""
     started_at: Timestamp | None = None
     """When it was first Running: its duration counts from here, also over a restart."""
+    ends_at: Timestamp | None = None
+    """When its time is over, as it was last attended to: what lies later is an extension that is not told yet."""
     ending_started_at: Timestamp | None = None
     """When its end began; the deadline for cleaning up counts from here."""
     completed_at: Timestamp | None = None
@@ -376,10 +378,13 @@ def _fixed(spec: LabInstanceRequestSpec, old: LabInstanceRequest) -> Iterator[Ca
         yield Cause("spec.desiredPhase", "FieldValueForbidden", "it is being stopped: create another one")
 
 
+_ENDING = frozenset({Phase.STOPPING, Phase.TIMEOUT, Phase.COMPLETED})
+
+
 def _waiting_reason(request: LabInstanceRequest) -> str | None:
     if request.status.failure is not None:
         return request.status.failure.reason
-    kind = Conditions.READY if request.status.phase == Phase.COMPLETED else Conditions.WORKER_ASSIGNED
+    kind = Conditions.READY if request.status.phase in _ENDING else Conditions.WORKER_ASSIGNED
     told = request.status.condition(kind)
     return told.reason if told is not None and told.status == "False" else None
 

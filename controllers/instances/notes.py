@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from controllers.instances.kind import LabInstanceRequest
+from controllers.instances.kind import LabInstanceRequest, placed
 from controllers.instances.phases import Conditions, Phase, Reasons
 from controllers.instances.runtime import InstanceError, LabFailed, Sighting
 from lrm.controller import Context
 
 Mutate = Callable[[LabInstanceRequest], None]
+NOTHING_LEFT = "nothing of it is left outside"
 
 
 def entering(phase: Phase, reason: str, ctx: Context) -> Mutate:
@@ -30,9 +31,14 @@ def completing(ctx: Context) -> Mutate:
     def complete(r: LabInstanceRequest) -> None:
         entering(Phase.COMPLETED, Reasons.CLEANED_UP, ctx)(r)
         r.status.completed_at = now
-        tell(r, ctx, Conditions.CLEANUP_COMPLETED, True, (Reasons.CLEANED_UP, "nothing of it is left outside"))
+        tell(r, ctx, Conditions.CLEANUP_COMPLETED, True, (Reasons.CLEANED_UP, NOTHING_LEFT))
 
     return complete
+
+
+def tell_completed(request: LabInstanceRequest, ctx: Context) -> None:
+    """By an event, after the write."""
+    ctx.events.record(request, "Normal", Phase.COMPLETED, NOTHING_LEFT)
 
 
 def sighted(seen: Sighting, ctx: Context, *, ready: bool, reason: str) -> Mutate:
@@ -72,6 +78,8 @@ def ending(phase: Phase, ctx: Context, why: tuple[str, str]) -> Mutate:
         r.status.ending_started_at = now
         r.status.retry_at = None
         tell(r, ctx, Conditions.READY, False, why)
+        if not placed(r):
+            tell(r, ctx, Conditions.WORKER_ASSIGNED, False, why)
 
     return end
 

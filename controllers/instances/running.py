@@ -14,7 +14,6 @@ from controllers.instances.runtime import Refused, Sighting, State, WorkerLost
 from controllers.instances.steps import LONGEST_WAIT, Next, Steps
 from lrm.controller import Context, Result
 from lrm.crashpoints import crash_point
-from lrm.model import rfc3339
 
 
 class Running:
@@ -71,9 +70,7 @@ class Running:
         reason = (
             Reasons.RUNNING if well else Reasons.UNHEALTHY if seen.state is State.UNHEALTHY else Reasons.NOT_RUNNING
         )
-        after = await self._steps.write(request, ctx, sighted(seen, ctx, ready=well, reason=reason))
-        if request.status.observed_generation != request.metadata.generation and request.ends_at is not None:
-            ctx.events.record(after, "Normal", "Extended", f"it runs until {rfc3339(request.ends_at)}")
+        await self._steps.write(request, ctx, sighted(seen, ctx, ready=well, reason=reason))
         return Result.after(min(_again(seen), left, LONGEST_WAIT))
 
     async def _not_in_time(self, request: LabInstanceRequest, ctx: Context) -> LabInstanceRequest:

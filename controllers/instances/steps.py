@@ -15,6 +15,7 @@ from controllers.instances.phases import Conditions, Phase, Reasons
 from controllers.instances.runtime import NotNow, Runtime
 from controllers.instances.settings import InstanceSettings
 from lrm.controller import Context, Result
+from lrm.model import rfc3339
 
 CRASH_POINTS = (
     "instances.prepared",
@@ -31,6 +32,9 @@ CRASH_POINTS = (
 LONGEST_WAIT = 600.0
 """Seconds between two looks at what waits for its time: a wall clock may be set meanwhile."""
 
+RETRY_MOST = 300.0
+"""Seconds between two tries of what did not work, at most."""
+
 Next = LabInstanceRequest | Result
 """What a step comes to: the state to go on from, or when to look again."""
 
@@ -45,15 +49,19 @@ class Steps:
 
     async def write(self, request: LabInstanceRequest, ctx: Context, mutate: Mutate) -> LabInstanceRequest:
         """Exactly on the state that was decided on: somebody may have extended or stopped it meanwhile."""
-        before = request.status.phase
+        before, ended = request.status.phase, request.status.ends_at
 
         def note(r: LabInstanceRequest) -> None:
             mutate(r)
             r.status.observed_generation = r.metadata.generation
+            r.status.ends_at = r.ends_at
 
         stored = await ctx.client.update_status(request, note, retry=False)
         if stored.status.phase != before:
             ctx.log.info("instance.phase", source=before, to=stored.status.phase)
+        ends = stored.status.ends_at
+        if stored.status.phase == Phase.RUNNING and ended is not None and ends is not None and ends > ended:
+            ctx.events.record(stored, "Normal", "Extended", f"it runs until {rfc3339(ends)}")
         return stored
 
     def runtime(self, request: LabInstanceRequest) -> Runtime:
@@ -84,13 +92,22 @@ class Steps:
 
     async def held_up(self, request: LabInstanceRequest, ctx: Context, error: NotNow) -> Result:
         """Say for what it waits; the phase and its deadline stay."""
-        kind = Conditions.READY if placed(request) else Conditions.WORKER_ASSIGNED
+        has_place, why = placed(request), (error.reason, str(error)[:1000])
+        before = request.status.condition(Conditions.READY)
 
         def note(r: LabInstanceRequest) -> None:
-            tell(r, ctx, kind, None if placed(r) else False, (error.reason, str(error)[:1000]))
+            tell(r, ctx, Conditions.READY, None if has_place else False, why)
+            if not has_place:
+                tell(r, ctx, Conditions.WORKER_ASSIGNED, False, why)
 
         after = await self.write(request, ctx, note)
-        return Result.after(min(error.again, max(self.left(after, ctx), 1.0)))
+        if has_place:
+            return Result.after(min(error.again, max(self.left(after, ctx), 1.0)))
+        if before is None or (before.reason, before.message) != why:
+            ctx.events.record(after, "Warning", *why)
+        # What has no place has no deadline either: it is tried less and less often, by how long it has waited.
+        waited = (ctx.clock.now() - before.last_transition_time).total_seconds() if before is not None else 0.0
+        return Result.after(min(max(error.again, waited), RETRY_MOST))
 
 
 def _left(now: datetime, since: datetime | None, seconds: float) -> float:

@@ -91,7 +91,9 @@ def _read(name: str, globs: Iterable[str]) -> str:
     except (PermissionError, RuntimeError) as error:
         raise Refused(Reasons.TEMPLATE_NOT_FOUND, f"the file {name} cannot be read: {type(error).__name__}") from None
     except OSError as error:
-        raise NotNow(Reasons.PREPARING, f"the file {name} cannot be read now: {error.strerror}", again=_AGAIN) from None
+        raise NotNow(
+            Reasons.TOPOLOGY_UNAVAILABLE, f"the file {name} cannot be read now: {error.strerror}", again=_AGAIN
+        ) from None
     if len(raw) > LARGEST:
         raise Refused(Reasons.TEMPLATE_INVALID, f"the file {name} has more than {LARGEST} bytes")
     try:
@@ -124,7 +126,7 @@ async def _fetch(url: str, settings: InstanceSettings, clock: Clock) -> str:
     except FetchRefused as error:
         raise Refused(Reasons.TEMPLATE_INVALID, f"{url}: {error}") from None
     except FetchUnavailable as error:
-        raise NotNow(Reasons.PREPARING, f"{url}: {error}", again=_AGAIN) from None
+        raise NotNow(Reasons.TOPOLOGY_UNAVAILABLE, f"{url}: {error}", again=_AGAIN) from None
 
 
 def _listed(path: str, globs: Iterable[str]) -> bool:

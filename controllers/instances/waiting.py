@@ -14,6 +14,7 @@ from controllers.instances.scheduling import NoRoom, Placer, Waits
 from controllers.instances.steps import LONGEST_WAIT, Next, Steps
 from lrm.controller import Context, Result
 from lrm.crashpoints import crash_point
+from lrm.model import rfc3339
 
 
 class Waiting:
@@ -67,6 +68,10 @@ class Waiting:
             r.status.prepared_at = now
 
         prepared_request = await self._steps.write(request, ctx, note)
+        planned = request.spec.scheduled_start_time
+        if planned is not None and planned < now:
+            told = f"its start, {rfc3339(planned)}, is past: it begins as soon as there is a place"
+            ctx.events.record(prepared_request, "Warning", "StartIsPast", told)
         crash_point("instances.prepared")
         return prepared_request
 

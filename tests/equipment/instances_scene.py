@@ -14,6 +14,8 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
 
+import orjson
+
 from controllers.instances import deadlines, ends, running, waiting
 from controllers.instances.controller import InstancesController
 from controllers.instances.deadlines import DeadlinesController
@@ -37,6 +39,7 @@ from lrm.client import Client
 from lrm.controller import Context, Controller, Hints, Key
 from lrm.election import StaticElection
 from lrm.errors import ResourceNotFound
+from lrm.events import Events, events_prefix
 from lrm.reconcile import Runner
 from lrm.registry import Registry
 from lrm.resource import ObjectMeta
@@ -64,6 +67,8 @@ class Outside:
         """Raised by the step of that name (prepare, provision, look, clean) until it is taken out."""
         self.slow: dict[str, float] = {}
         """Seconds that the step of that name takes."""
+        self.asked: Counter[str] = Counter()
+        """How often each step was asked for."""
         self.lost: set[str] = set()
         """Places that are gone for good."""
 
@@ -122,6 +127,7 @@ class Outside:
         return ref.name
 
     def _trouble(self, step: str) -> None:
+        self.asked[step] += 1
         error = self.troubles.get(step)
         if error is not None:
             raise error
@@ -187,6 +193,10 @@ class InstancesScene:
     hints: Hints = field(default_factory=Hints)
     observe_only: bool = False
     running: asyncio.Task[None] | None = None
+    events: Events = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.events = Events(self.storage, self.clock, root="/lrm")
 
     async def lead(self) -> None:
         """A new process takes the lock."""
@@ -197,7 +207,10 @@ class InstancesScene:
             InstancesController(self.cache, self.places, runtimes, self.settings, hints=self.hints),
             DeadlinesController(),
         )
-        runners = [Runner(c, self.client, self.cache, self.clock, observe_only=self.observe_only) for c in controllers]
+        runners = [
+            Runner(c, self.client, self.cache, self.clock, observe_only=self.observe_only, events=self.events)
+            for c in controllers
+        ]
 
         async def work() -> None:
             async with asyncio.TaskGroup() as tasks:
@@ -251,6 +264,13 @@ class InstancesScene:
             await self.clock.advance(0.01)
         await asking
         await self.clock.settle()
+
+    async def told(self, name: str = "a") -> list[tuple[str, str, str]]:
+        """Type, reason and message of the events about it, in the order in which they were told first."""
+        await self.clock.settle()
+        page = await self.storage.list(events_prefix("/lrm", "default", name))
+        events = [orjson.loads(entry.value) for entry in page.entries]
+        return [(e["type"], e["reason"], e["message"]) for e in events]
 
     async def find(self, name: str = "a") -> LabInstanceRequest | None:
         try:
@@ -321,7 +341,7 @@ async def instances_scene(
         InstanceSettings(**settings),
         observe_only=observe_only,
     )
-    caching = asyncio.create_task(cache.run())
+    background = [asyncio.create_task(cache.run()), asyncio.create_task(scene.events.run())]
     await cache.wait_synced()
     try:
         if lead:
@@ -329,8 +349,9 @@ async def instances_scene(
         yield scene
     finally:
         await scene.stop()
-        caching.cancel()
-        await asyncio.wait([caching])
+        for task in background:
+            task.cancel()
+        await asyncio.wait(background)
         await storage.aclose()
 
 

@@ -100,7 +100,16 @@ async def test_an_answer_that_will_not_do_is_refused(server: str, path: str, rea
     assert refused.value.reason == reason
 
 
-@pytest.mark.parametrize("path", ["429", "500", "503", "cut_off"])
-async def test_a_server_in_trouble_is_asked_again(server: str, path: str) -> None:
-    with pytest.raises(NotNow):
+@pytest.mark.parametrize(
+    ("path", "told"),
+    [
+        ("429", "the server answers 429"),
+        ("500", "the server answers 500"),
+        ("503", "the server answers 503"),
+        ("cut_off", "the answer broke off"),
+    ],
+)
+async def test_a_server_in_trouble_is_asked_again_and_its_trouble_told(server: str, path: str, told: str) -> None:
+    with pytest.raises(NotNow, match=f"^{server}/labs/{path}: {told}") as trouble:
         await load(*template(server, path), SystemClock())
+    assert trouble.value.reason == "TopologyUnavailable"

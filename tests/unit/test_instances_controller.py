@@ -10,7 +10,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from controllers.instances.kind import LabInstanceRequest, LabInstanceRequestSpec
+from controllers.instances.kind import LAB_INSTANCE_REQUEST, LabInstanceRequest, LabInstanceRequestSpec
 from controllers.instances.runtime import LabFailed, NotNow, Refused
 from controllers.instances.steps import CRASH_POINTS
 from equipment.instances_scene import (
@@ -23,6 +23,7 @@ from equipment.instances_scene import (
     instances_scene,
 )
 from lrm.errors import Forbidden, Invalid
+from lrm.model import rfc3339
 from lrm.resource import RETRY_ANNOTATION, ObjectMeta
 
 FATES = ("Completed", "Failed")
@@ -140,6 +141,93 @@ async def test_an_extension_is_heard_until_the_last_second() -> None:
         assert await scene.phase() == "Running"
         await scene.clock.advance(3)
         assert await scene.phase() == "Timeout"
+
+
+async def test_an_extension_and_every_end_are_told_by_an_event() -> None:
+    async with instances_scene() as scene:
+        await scene.make(durationMinutes=1)
+        running = await scene.until_phase("Running")
+        await scene.change(restart_policy="OnFailure")
+        assert [reason for _, reason, _ in await scene.told()] == ["Running"], "that was no extension"
+        scene.outside.troubles["look"] = away()
+        await scene.change(duration_minutes=2)
+        assert running.status.ends_at is not None
+        ends = rfc3339(running.status.ends_at + timedelta(minutes=1))
+        assert (await scene.told())[-1] == ("Normal", "Extended", f"it runs until {ends}")
+        await scene.until_phase("Completed", seconds=200)
+        assert (await scene.told())[2:] == [
+            ("Normal", "DurationElapsed", "its 2 minutes are over"),
+            ("Normal", "Completed", "nothing of it is left outside"),
+        ]
+
+
+async def test_time_that_is_over_is_told_in_good_grammar() -> None:
+    async with instances_scene() as scene:
+        await scene.make(durationMinutes=1)
+        done = await scene.until_phase("Completed", seconds=100)
+        told = done.status.condition("TimedOut")
+        assert told is not None
+        assert told.message == "its minute is over"
+
+
+async def test_what_is_stopped_before_it_had_a_place_says_so_and_not_what_it_waited_for() -> None:
+    async with instances_scene(slots={}) as scene:
+        scene.places.full = "NoMatchingTrack"
+        await scene.make()
+        await scene.change(desired_phase="Stopped")
+        done = await scene.until_phase("Completed")
+        assert {c.type: c.reason for c in done.status.conditions if c.status == "False"} == {
+            "WorkerAssigned": "StopRequested",
+            "Ready": "StopRequested",
+        }
+        reason = next(column for column in LAB_INSTANCE_REQUEST.columns if column.name == "Reason")
+        assert reason.value(done) == "StopRequested"
+        assert {reason for _, reason, _ in await scene.told()} == {"NoMatchingTrack", "StopRequested", "Completed"}
+
+
+async def test_a_topology_that_cannot_be_read_now_is_told_tried_less_often_and_then_placed() -> None:
+    async with instances_scene(slots={"w1": 1}) as scene:
+        told = "https://git.example.edu/lab.yaml: the server answers 500"
+        scene.outside.troubles["prepare"] = NotNow("TopologyUnavailable", told, again=30.0)
+        await scene.make()
+        before = (await scene.get()).metadata.resource_version
+        await scene.clock.advance(1800)
+        waiting = await scene.get()
+        assert (waiting.status.phase, condition(waiting, "Ready")) == ("Pending", ("False", "TopologyUnavailable"))
+        assert condition(waiting, "WorkerAssigned") == ("False", "TopologyUnavailable")
+        assert waiting.metadata.resource_version == before, "the same again is no write"
+        assert await scene.told() == [("Warning", "TopologyUnavailable", told)]
+        assert 6 <= scene.outside.asked["prepare"] <= 12, "30 s, then doubled, five minutes at most"
+        scene.outside.troubles.clear()
+        running = await scene.until_phase("Running", seconds=320, step=5)
+        assert condition(running, "Ready") == ("True", "Running")
+        assert condition(running, "WorkerAssigned") == ("True", "Scheduled")
+
+
+async def test_a_start_in_the_past_begins_at_once_and_is_told() -> None:
+    async with instances_scene() as scene:
+        start = scene.now - timedelta(hours=1)
+        await scene.make(scheduledStartTime=start.isoformat())
+        running = await scene.until_phase("Running")
+        assert running.status.started_at is not None
+        assert running.ends_at == running.status.started_at + timedelta(minutes=60), "its whole time is ahead of it"
+        told = f"its start, {rfc3339(start)}, is past: it begins as soon as there is a place"
+        assert (await scene.told())[0] == ("Warning", "StartIsPast", told)
+
+
+async def test_the_deadline_for_running_counts_on_over_a_new_leader() -> None:
+    async with instances_scene(instances_provisioning_timeout=900) as scene:
+        scene.outside.troubles["provision"] = NotNow("Refused", "it has no room", again=5.0)
+        await scene.make()
+        await scene.clock.advance(600)
+        await scene.stop()
+        await scene.clock.advance(200)
+        await scene.lead()
+        await scene.clock.advance(95)
+        assert await scene.phase() == "Provisioning"
+        failed = await scene.until_phase("Failed", seconds=10)
+        assert failed.status.failure is not None
+        assert failed.status.failure.reason == "ProvisioningTimeout"
 
 
 async def test_deadlines_survive_whoever_leads() -> None:

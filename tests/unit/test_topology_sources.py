@@ -157,7 +157,8 @@ async def test_an_inline_topology_is_taken_as_it_is() -> None:
 async def test_a_server_that_is_away_is_asked_again() -> None:
     """Nobody listens on that port: nothing is concluded about the template."""
     url = "http://127.0.0.1:9/lab.yaml"
-    with pytest.raises(NotNow):
+    with pytest.raises(NotNow, match=r"lab\.yaml: no connection to the server: \S") as trouble:
         await load(
             LabTemplate(topology_url=url), InstanceSettings(topology_urls=("http://127.0.0.1:9/",)), VirtualClock()
         )
+    assert trouble.value.reason == "TopologyUnavailable"
