@@ -5,9 +5,10 @@ Sources: Docker Engine API, "Inspect a container", "List containers", "Monitor e
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import Any, Self
 
 from controllers.containers.words import one_line
@@ -20,6 +21,7 @@ ATTEMPT_LABEL = "lrm/attempt"
 CREATED_BY_LABEL = "lrm/created-by"
 
 Document = Mapping[str, Any]
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,6 +145,9 @@ class Container:
     health: str
     """starting, healthy, unhealthy; empty without a check, and of what does not run."""
     ports: tuple[Binding, ...]
+    started_at: float
+    """The engine's time, in seconds since 1970; of what has not happened long before that."""
+    finished_at: float
     check_output: str = field(default="", compare=False)
     """What its health check said last when it was read, in a line; a change of it alone is no change."""
 
@@ -162,6 +167,8 @@ class Container:
             error=one_line(str(state.get("Error") or "")),
             health="" if health == "none" else health,
             ports=tuple(_bindings((document.get("NetworkSettings") or {}).get("Ports") or {})),
+            started_at=_moment(state.get("StartedAt")),
+            finished_at=_moment(state.get("FinishedAt")),
             check_output=one_line(str(checks[-1].get("Output") or "")) if checks else "",
         )
 
@@ -176,6 +183,14 @@ class Image:
     def of(cls, document: Document) -> Self:
         config = document.get("Config") or {}
         return cls(tuple(sorted(config.get("Volumes") or ())))
+
+
+def _moment(text: str | None) -> float:
+    """What an engine says of a time, which is that of the year 1 for never."""
+    try:
+        return (datetime.fromisoformat(text or "0001-01-01T00:00:00Z") - _EPOCH).total_seconds()
+    except OverflowError:
+        return -math.inf  # the year 1 east of Greenwich
 
 
 def _bindings(ports: Mapping[str, Any]) -> list[Binding]:

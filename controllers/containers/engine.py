@@ -134,7 +134,7 @@ class Engine:
         """The end of what it has written: so many lines, and about so many bytes, at most."""
 
         async def ask(docker: Docker) -> bytes:
-            wanted = {"stdout": "1", "stderr": "1", "tail": str(lines)}
+            wanted = {"stdout": "1", "stderr": "1", "tail": str(lines), "follow": "0"}
             if docker.api_version == "auto":
                 await docker.version()  # by which the library finds out
             async with docker.session.get(

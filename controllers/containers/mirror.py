@@ -30,6 +30,8 @@ _COMPARE = 300.0
 _RETRY_FIRST, _RETRY_MOST = 0.2, 10.0
 _AWAY_TOLD = 15.0
 """Seconds after which instances are woken to say that their engine does not answer: a restart passes unnoticed."""
+_KILLED = frozenset({137, 143, 255})
+"""Exit codes of what was ended from outside: SIGKILL, SIGTERM, and nobody was there to see."""
 
 
 @dataclass
@@ -47,17 +49,26 @@ class Mirror:
     """See the module. `run` is its one task."""
 
     def __init__(
-        self, engine: Engine, clock: Clock, hints: Hints, waiting: Callable[[], Iterable[Key]] = tuple
+        self,
+        engine: Engine,
+        clock: Clock,
+        hints: Hints,
+        waiting: Callable[[], Iterable[Key]] = tuple,
+        answers: Callable[[str], None] = lambda _why: None,
     ) -> None:
-        """`waiting` are those to wake, beside those with a container, when the engine answers."""
+        """`waiting` are those to wake, beside those with a container, when the engine answers.
+
+        `answers` hears why the engine does not answer, each time that it was tried, and an empty text when it does.
+        """
         self.why = "it has not been asked yet"
-        """Why nothing is known now; empty while it is."""
+        """Why nothing is known now; empty while it is. Once instances are told it stays the same until the return."""
         self.info: EngineInfo | None = None
         """What the engine last told of its machine."""
         self._engine = engine
         self._clock = clock
         self._hints = hints
         self._waiting = waiting
+        self._answers = answers
         self._entries: dict[str, _Entry] = {}
         self._of: dict[str, set[str]] = {}
         """Ids by the uid of their instance."""
@@ -68,12 +79,33 @@ class Mirror:
         self._starting: set[str] = set()
         self._heard_at = 0.0
         self._compared_at = 0.0
-        self._current = asyncio.Event()
+        self._current, self._away = asyncio.Event(), asyncio.Event()
+        """One of the two is set."""
+        self._away.set()
+        self._away_since, self._told = clock.monotonic(), False
 
     @property
     def current(self) -> bool:
         """Whether what it says is so."""
         return self._current.is_set()
+
+    @property
+    def patience(self) -> float:
+        """Seconds for which an engine that is away may yet come back without anybody being told."""
+        return 0.0 if self._told else max(0.0, _AWAY_TOLD - (self._clock.monotonic() - self._away_since))
+
+    def ended_with_engine(self, container: Container) -> bool:
+        """Whether it was killed by a restart of its engine, as far as can be seen.
+
+        It ended before the present stream of events began, by no code of its own, and nothing of ours that ran then has
+        outlived it: where something has, only the stream was cut.
+        """
+        if container.exit_code not in _KILLED or container.oom_killed or self.info is None:
+            return False
+        ended = container.finished_at
+        others = (entry.seen for entry in self._entries.values() if entry.seen is not None)
+        outlived = any(o.started_at < ended and o.status in ("running", "paused") for o in others)
+        return ended <= self.info.now and not outlived
 
     async def wait_current(self) -> None:
         """Return once it knows everything."""
@@ -106,28 +138,47 @@ class Mirror:
 
     async def run(self) -> NoReturn:
         """Follow the engine for ever, through its absences."""
-        pause, away_since, told = _RETRY_FIRST, self._clock.monotonic(), False
-        while True:
-            began = self._clock.monotonic()
-            try:
-                await self._follow(tell_all=told)
-            except* EngineError as group:
-                self.why = f"the engine does not answer: {_first(group)}"
-            except* Exception as group:
-                # A defect costs this stream, not the daemon: the next one begins with a list.
-                log.exception("containers.mirror_defect")
-                self.why = f"what the engine said was not understood: {_first(group)!r}"
-            if self.current:
-                self._current.clear()
-                pause, away_since, told = _RETRY_FIRST, self._clock.monotonic(), False
-                log.warning("containers.engine_away", error=self.why)
-            elif not told and self._clock.monotonic() - away_since >= _AWAY_TOLD:
-                told = True
-                self._tell_all()
-            await self._clock.sleep(max(0.0, pause - (self._clock.monotonic() - began)))
-            pause = min(pause * 2, _RETRY_MOST)
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(self._tell_absences())
+            pause = _RETRY_FIRST
+            while True:
+                began = self._clock.monotonic()
+                why = ""
+                try:
+                    await self._follow()
+                except* EngineError as group:
+                    why = f"the engine does not answer: {_first(group)}"
+                except* Exception as group:
+                    # A defect costs this stream, not the daemon: the next one begins with a list.
+                    log.exception("containers.mirror_defect")
+                    why = f"what the engine said was not understood: {_first(group)!r}"
+                if self.current:
+                    self._lose()
+                    pause = _RETRY_FIRST
+                    log.warning("containers.engine_away", error=why)
+                if not self._told:
+                    self.why = why
+                self._answers(why)
+                await self._clock.sleep(max(0.0, pause - (self._clock.monotonic() - began)))
+                pause = min(pause * 2, _RETRY_MOST)
 
-    async def _follow(self, *, tell_all: bool) -> None:
+    def _lose(self) -> None:
+        self._current.clear()
+        self._away_since, self._told = self._clock.monotonic(), False
+        self._away.set()
+
+    async def _tell_absences(self) -> NoReturn:
+        """Wake those with a container once the engine is away for too long, whatever a question to it waits for."""
+        while True:
+            await self._away.wait()
+            if self.patience > 0:
+                await self._clock.sleep(self.patience)
+                continue
+            self._told = True
+            self._tell_all()
+            await self._current.wait()
+
+    async def _follow(self) -> None:
         """One stream, from its beginning to its end. Raises `EngineError`s, alone or in groups."""
         info = await self._engine.info()
         # From the engine's time before the list: what happens meanwhile is replayed.
@@ -136,11 +187,13 @@ class Mirror:
             tasks.create_task(self._hear(events, tasks))
             await self._compare()
             self.info, self.why = info, ""
+            self._away.clear()
             self._current.set()
+            self._answers("")
             log.info("containers.engine_followed", containers=len(self._entries))
             for key in self._waiting():
                 self._hints.tell(key)
-            if tell_all:
+            if self._told:
                 self._tell_all()
             await self._guard()
 

@@ -17,6 +17,7 @@ from types import TracebackType
 from typing import Self
 
 import structlog
+from opentelemetry.metrics import Meter
 
 from controllers.containers.chores import Chores
 from controllers.containers.documents import Container, EngineInfo, Image, Thing
@@ -34,11 +35,12 @@ from controllers.containers.plan import beyond, container_of, need_of, network_o
 from controllers.containers.words import LAST_LINES, LAST_LOG_MOST, last_lines, one_line
 from controllers.instances.kind import LabInstanceRequest
 from controllers.instances.phases import Conditions, Reasons
-from controllers.instances.runtime import LabFailed, NotNow, Prepared, Refused, Sighting, State
+from controllers.instances.runtime import LabFailed, NotNow, Prepared, Refused, Sighting, State, WorkerLost
 from controllers.instances.settings import InstanceSettings
 from lrm.controller import Context, Hints, Key
 from lrm.crashpoints import crash_point
 from lrm.errors import NotLeading
+from lrm.outside import OutsideHealth
 from storage.clock import Clock
 
 log = structlog.get_logger(__name__)
@@ -48,6 +50,8 @@ PROVISION_CRASH_POINTS = ("containers.network-created", "containers.created", "c
 CLEAN_CRASH_POINTS = ("containers.stopped", "containers.container-removed", "containers.network-removed")
 """Where its removal can be killed, in order."""
 
+PARTY = "container engine"
+"""Its name in the daemon's health."""
 LOG_TAIL_MOST = 10_000
 _LOG_MOST = 16 * 1024 * 1024
 """Bytes of a log that is not followed."""
@@ -57,6 +61,8 @@ _HEALTH_KEPT = 10.0
 """Seconds for which a lab is at least called healthy, or unhealthy: checks may come and go many times a second."""
 _STOP_AGAIN = 2.0
 """Seconds until a container is asked to end once more where the engine was not reached."""
+_STEP_AGAIN, _AWAY_AGAIN = 5.0, 60.0
+"""Seconds until the next look at an engine that is away, and once that was told: hints are to come before."""
 _SOON = 0.5
 """Seconds until the next step where nothing wakes us."""
 
@@ -72,13 +78,18 @@ class ContainerRuntime:
         clock: Clock,
         *,
         waiting: Callable[[], Iterable[Key]] = tuple,
+        health: OutsideHealth | None = None,
     ) -> None:
-        """`hints`: the instances' controller listens to them; `waiting`: who waits for an engine that answers."""
+        """`hints`: the instances' controller listens to them; `waiting`: who waits for an engine that answers.
+
+        `health` is told whether it does.
+        """
         self.mirror: Mirror | None = None
         self._settings = settings
         self._installation = installation
         self._hints = hints
         self._waiting = waiting
+        self._health = health
         self._clock = clock
         self._engine: Engine | None = None
         self._images: Images | None = None
@@ -95,7 +106,7 @@ class ContainerRuntime:
             self._images = Images(
                 engine, self._clock, self._chores, self._hints, timeout=self._settings.docker_pull_timeout
             )
-            self.mirror = Mirror(engine, self._clock, self._hints, self._waiting)
+            self.mirror = Mirror(engine, self._clock, self._hints, self._waiting, self._answers)
             self._chores.begin("mirror", self.mirror.run)
         return self
 
@@ -113,6 +124,12 @@ class ContainerRuntime:
         """What the engine tells of itself; None while nothing can be placed there."""
         return self.mirror.info if self.mirror is not None and self.mirror.current else None
 
+    def observe(self, meter: Meter) -> None:
+        """Whether the engine answers; nothing where there is none."""
+        if self.mirror is not None:
+            up = meter.create_gauge("lrm_engine_up", description="1 while the engine for containers answers.")
+            up.set(int(self.mirror.current))
+
     async def prepare(self, request: LabInstanceRequest, ctx: Context) -> Prepared:  # noqa: ARG002 - see `Runtime`
         """What it is limited to; the engine is not asked. Raises `Refused` for what is beyond the settings' limits."""
         for cause in beyond(request.spec, self._settings):
@@ -122,7 +139,7 @@ class ContainerRuntime:
     async def provision(self, request: LabInstanceRequest, ctx: Context) -> Sighting:
         """Make and start its container, or say how it is; a hint follows whatever is waited for."""
         with _said():
-            _, mirror, _ = self._opened()
+            mirror = self._current()
             seen = mirror.containers(request.uid)
             _check_engine(request, mirror.info)
             older = [c for c in seen if c.labels.attempt != request.status.attempt]
@@ -143,7 +160,11 @@ class ContainerRuntime:
         """How it is, from the mirror. Raises `LabFailed` also when it is gone: somebody else has removed it."""
         with _said():
             engine, mirror, _ = self._opened()
-            mine = _of_attempt(request, mirror.containers(request.uid))
+            known = _told_state(request)
+            if known is not None and not mirror.current and mirror.patience:
+                ready = request.status.condition(Conditions.READY)
+                return Sighting(known, ready.message if ready else "", again=mirror.patience)
+            mine = _of_attempt(request, self._current().containers(request.uid))
             _check_engine(request, mirror.info)
             if not mine:  # the mirror may be a moment behind; the engine itself is not
                 found = [await mirror.refresh(thing.id) for thing in await engine.containers(request.uid)]
@@ -343,9 +364,13 @@ class ContainerRuntime:
     # How it is
 
     async def _sighting(self, request: LabInstanceRequest, container: Container, *, starting: bool) -> Sighting:
-        """What its container's state means. Raises `LabFailed`."""
+        """What its container's state means. Raises `LabFailed`, and `WorkerLost` where it ended with its engine."""
         if container.status in ("exited", "dead"):
-            return _ended(container, await self._last_log(container.id))
+            last_log = await self._last_log(container.id)
+            if self._opened()[1].ended_with_engine(container):
+                message = f"its engine was restarted, and its container ended with it (exit code {container.exit_code})"
+                raise WorkerLost(Reasons.ENGINE_RESTARTED, message, last_log=last_log)
+            return _ended(container, last_log)
         state, message = State.STARTING, f"its container is {container.status}"
         if container.status == "running":
             state, message = _HEALTH[container.health]
@@ -372,6 +397,22 @@ class ContainerRuntime:
             log.info("containers.last_log_not_read", container=container, error=str(error) or "not in time")
             return None
         return last_lines(log_end)
+
+    def _current(self) -> Mirror:
+        """The mirror. Raises `NotNow` while it knows nothing; a hint tells of the engine's return."""
+        mirror = self._opened()[1]
+        if not mirror.current:
+            again = _STEP_AGAIN if mirror.patience else _AWAY_AGAIN
+            raise NotNow(Reasons.ENGINE_UNAVAILABLE, mirror.why, again=again)
+        return mirror
+
+    def _answers(self, why: str) -> None:
+        if self._health is None:
+            return
+        if why:
+            self._health.down(PARTY, why)
+        else:
+            self._health.up(PARTY)
 
     def _opened(self) -> tuple[Engine, Mirror, Images]:
         if self._engine is None or self.mirror is None or self._images is None:
@@ -424,14 +465,20 @@ def _of_attempt(request: LabInstanceRequest, containers: Iterable[Container | No
     return [c for c in containers if c is not None and c.labels.attempt == request.status.attempt]
 
 
+def _told_state(request: LabInstanceRequest) -> State | None:
+    """How it was last told to run; None where it was not."""
+    ready = request.status.condition(Conditions.READY)
+    if ready is not None and ready.status == "True":
+        return State.RUNNING
+    unhealthy = ready is not None and (ready.status, ready.reason) == ("False", Reasons.UNHEALTHY)
+    return State.UNHEALTHY if unhealthy else None
+
+
 def _damped(request: LabInstanceRequest, seen: Sighting, ctx: Context) -> Sighting:
     """The same, or the health that was told less than `_HEALTH_KEPT` ago: each change costs a write."""
-    ready = request.status.condition(Conditions.READY)
-    if ready is None or ready.status == "Unknown" or seen.state not in (State.RUNNING, State.UNHEALTHY):
+    ready, told = request.status.condition(Conditions.READY), _told_state(request)
+    if ready is None or told is None or seen.state not in (State.RUNNING, State.UNHEALTHY):
         return seen
-    if ready.status == "False" and ready.reason != Reasons.UNHEALTHY:
-        return seen
-    told = State.RUNNING if ready.status == "True" else State.UNHEALTHY
     age = (ctx.clock.now() - ready.last_transition_time).total_seconds()
     if told is seen.state is State.UNHEALTHY:
         return replace(seen, message=ready.message)  # what a check says may differ each time

@@ -36,7 +36,7 @@ class Refused(InstanceError):  # noqa: N818 - it says what happened
 
 
 class WorkerLost(InstanceError):  # noqa: N818 - it says what happened
-    """Its place is gone for good, and whatever was made there."""
+    """Its place is gone for good, and whatever was made there; or ended under it."""
 
 
 class LabFailed(InstanceError):  # noqa: N818 - it says what happened

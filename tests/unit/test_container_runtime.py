@@ -15,14 +15,16 @@ from controllers.containers.collector import Collector
 from controllers.containers.runtime import ContainerRuntime
 from controllers.instances.kind import INSTANCES, LabInstanceRequest, WorkerRef
 from controllers.instances.phases import Conditions, Reasons
-from controllers.instances.runtime import LabFailed, NotNow, Refused, State
+from controllers.instances.runtime import LabFailed, NotNow, Refused, State, WorkerLost
 from controllers.instances.settings import InstanceSettings
 from equipment.containers_world import registry_at
 from equipment.scripted_engine import INSTALLATION, ScriptedEngine, scripted_engine
 from equipment.waiting import until
 from lrm.cache import Cache
-from lrm.controller import Hints
+from lrm.controller import Hints, Key
 from lrm.election import StaticElection
+from lrm.outside import OutsideHealth
+from lrm.telemetry import Telemetry
 from lrm.testing import VirtualClock
 from storage.memory import MemoryStorage
 
@@ -32,6 +34,9 @@ class Scene:
     script: ScriptedEngine
     runtime: ContainerRuntime
     clock: VirtualClock
+    health: OutsideHealth
+    told: list[Key] = field(default_factory=list)
+    """Hints."""
     events: list[tuple[str, str]] = field(default_factory=list)
     """Reasons and messages."""
 
@@ -42,6 +47,31 @@ class Scene:
 
         events = SimpleNamespace(record=record)
         return SimpleNamespace(clock=self.clock, check_leading=lambda *_: None, events=events)
+
+    @property
+    def ups(self) -> tuple[float, bool]:
+        """What metrics and health say of the engine."""
+        telemetry = Telemetry()
+        telemetry.observe(self.runtime.observe)
+        lines = telemetry.exposition()[0].decode().splitlines()
+        (gauge,) = (line for line in lines if line.startswith("lrm_engine_up"))
+        (party,) = self.health.describe()
+        assert bool(party["error"]) != party["ok"]
+        return float(gauge.rpartition(" ")[2]), party["ok"]
+
+    async def lose_stream(self) -> None:
+        """The stream of events ends; nothing else is known of the engine."""
+        assert self.runtime.mirror is not None
+        mirror = self.runtime.mirror
+        self.script.end_streams()
+        await until(lambda: not mirror.current, "its loss is noticed")
+
+    async def lose(self) -> None:
+        """The engine does not answer any more."""
+        assert self.runtime.mirror is not None
+        mirror, self.script.answers["/info"] = self.runtime.mirror, (503, b"starting", "text/plain")
+        self.script.end_streams()
+        await until(lambda: not mirror.current and not self.health.describe()[0]["ok"], "its loss is noticed")
 
     async def exchange(self, engine: str) -> None:
         """Another engine takes this one's address."""
@@ -61,12 +91,14 @@ class Scene:
 
 @pytest.fixture
 async def scene(server_dir: Path) -> AsyncIterator[Scene]:
-    clock = VirtualClock()
+    clock, hints = VirtualClock(), Hints()
+    health = OutsideHealth(clock)
     async with (
         scripted_engine(server_dir) as (script, host),
-        ContainerRuntime(InstanceSettings(docker_host=host), INSTALLATION, Hints(), clock) as runtime,
+        ContainerRuntime(InstanceSettings(docker_host=host), INSTALLATION, hints, clock, health=health) as runtime,
     ):
-        scene = Scene(script, runtime, clock)
+        scene = Scene(script, runtime, clock, health)
+        hints.listen(scene.told.append)
         await scene.follow()
         yield scene
 
@@ -159,6 +191,99 @@ async def test_a_check_that_fails_while_the_lab_is_made_is_one_event_with_what_i
         assert seen.state is State.STARTING, n
         lab.status.set_condition(Conditions.READY, False, Reasons.PROVISIONING, seen.message, now=scene.clock.now())
     assert scene.events == [(Reasons.UNHEALTHY, "it runs, and its health check fails: connection refused")]
+
+
+async def test_an_engine_that_is_away_is_told_of_after_a_while_and_its_return_at_once(scene: Scene) -> None:
+    scene.script.put("c", StartedAt="2025-12-31T23:00:00Z")
+    await scene.runtime.mirror.refresh("c")  # type: ignore[union-attr]
+    lab = running()
+    lab.status.set_condition(Conditions.READY, True, Reasons.RUNNING, "it runs", now=scene.clock.now())
+    assert scene.ups == (1, True)
+    await scene.lose()
+    assert scene.ups == (0, False)
+    seen = await scene.runtime.look(lab, scene.ctx)
+    assert (seen.state, seen.message) == (State.RUNNING, "it runs"), "a restart of the engine passes unnoticed"
+    assert seen.again is not None
+    assert 0 < seen.again <= 15
+    await scene.clock.advance(14)
+    assert scene.told == []
+    await scene.clock.advance(1)
+    assert scene.told == [("default", "lab")], "it is woken, and need not ask"
+    reasons = set()
+    for _ in range(3):
+        with pytest.raises(NotNow) as raised:
+            await scene.runtime.look(lab, scene.ctx)
+        assert (raised.value.reason, raised.value.again) == (Reasons.ENGINE_UNAVAILABLE, 60.0)
+        reasons.add(str(raised.value))
+        await scene.clock.advance(10)
+        scene.script.answers["/info"] = (500, b'{"message":"another reason each time"}', "application/json")
+    assert len(reasons) == 1, "and costs one write"
+    del scene.script.answers["/info"]
+    await scene.follow()
+    assert scene.told == [("default", "lab")] * 2
+    assert (await scene.runtime.look(lab, scene.ctx)).state is State.RUNNING
+    assert scene.ups == (1, True)
+
+
+async def test_an_absence_is_told_of_also_while_a_question_hangs(scene: Scene) -> None:
+    scene.script.put("c")
+    await scene.runtime.mirror.refresh("c")  # type: ignore[union-attr]
+    held = scene.script.hold("/info")
+    await scene.lose_stream()
+    await scene.clock.advance(16)
+    assert scene.told == [("default", "lab")]
+    held.set()
+
+
+@pytest.mark.parametrize(
+    ("code", "finished", "other", "lost"),
+    [
+        pytest.param(255, "00:00:00.1", None, True, id="nobody was there to see its end"),
+        pytest.param(137, "00:00:00.1", None, True, id="the engine that came back has killed it"),
+        pytest.param(143, "00:00:00.1", None, True, id="the engine that went has ended it"),
+        pytest.param(137, "00:00:00.1", "2026-01-01T00:00:00.11Z", True, id="what runs began later"),
+        pytest.param(
+            137, "00:00:00.1", "2025-12-31T23:00:00Z", False, id="another one has outlived it: only the stream was cut"
+        ),
+        pytest.param(3, "00:00:00.1", None, False, id="its own code"),
+        pytest.param(137, "00:00:09.0", None, False, id="the engine was heard when it was killed"),
+    ],
+)
+async def test_a_container_that_ended_with_its_engine_has_not_failed(
+    scene: Scene, code: int, finished: str, other: str | None, lost: bool
+) -> None:
+    """It begins again where that is wanted, as after the loss of a worker."""
+    began = {"StartedAt": "2025-12-31T23:00:00Z"}
+    scene.script.put("c", **began)
+    await scene.runtime.mirror.refresh("c")  # type: ignore[union-attr]
+    await scene.lose()
+    del scene.script.answers["/info"]
+    scene.script.put("c", "exited", ExitCode=code, FinishedAt=f"2026-01-01T{finished}Z", **began)
+    if other is not None:
+        scene.script.put("other", StartedAt=other)
+        scene.script.containers["other"]["Config"]["Labels"]["lrm/uid"] = "other"
+    await scene.follow()
+    with pytest.raises(WorkerLost if lost else LabFailed) as raised:
+        await scene.runtime.look(running(), scene.ctx)
+    assert (raised.value.reason == Reasons.ENGINE_RESTARTED) == lost
+    assert str(code) in str(raised.value)
+    assert raised.value.last_log == "hello\n"
+
+
+async def test_a_log_that_cannot_be_read_holds_up_no_end(scene: Scene) -> None:
+    scene.script.put("c", "exited", ExitCode=3)
+    await scene.runtime.mirror.refresh("c")  # type: ignore[union-attr]
+    logs = "/containers/c/logs"
+    scene.script.answers[logs] = (500, b'{"message":"the log driver cannot read"}', "application/json")
+    with pytest.raises(LabFailed, match=r"exit code 3$") as raised:
+        await scene.runtime.look(running(), scene.ctx)
+    assert raised.value.last_log is None
+    scene.script.hold(logs)
+    looking = asyncio.create_task(scene.runtime.look(running(), scene.ctx))
+    await until(lambda: scene.script.asked.count(logs) == 2, "it is asked for")
+    await scene.clock.advance(2)
+    with pytest.raises(LabFailed):
+        await looking
 
 
 async def test_what_cannot_be_removed_keeps_nothing_else_from_being_collected(scene: Scene) -> None:
