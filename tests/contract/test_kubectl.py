@@ -7,10 +7,12 @@ import hashlib
 import json
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 
+from controllers.plugin import plugin
 from equipment import certificates
 from equipment.api import GROUP, Served, Telescope, path_of, served, telescope, tokens_file
 from equipment.gc_scene import collecting
@@ -286,3 +288,26 @@ async def test_tokens_decide_over_tls(kubectl_program: Path, tmp_path: Path) -> 
         nobody = Kubectl(kubectl_program, api.url, tmp_path / "n", *trusting, "--token", "nobody")
         assert (await nobody.run("get", "tel")).code != 0
         assert "deleted" in await manager("delete", "tel", "hubble")
+
+
+async def test_documents_of_endpoints_without_a_kind_do_not_disturb_it(kubectl_program: Path, tmp_path: Path) -> None:
+    """It reads the whole index, and parses the paths in it as groups and versions."""
+    routes, operations = plugin.routes, plugin.operations
+    async with served(MemoryStorage(), kinds=plugin.kinds, routes=routes, operations=operations) as api:
+        kubectl = Kubectl(kubectl_program, api.url, tmp_path)
+        assert {"api/lab-instances", "api/status", "api/v1"} < set((await api.get("/openapi/v3")).body["paths"])
+        assert "durationMinutes\t<integer> -required-" in await kubectl("explain", "lir.spec")
+        lab: dict[str, Any] = {
+            "apiVersion": "lab.neuroglia.io/v1",
+            "kind": "LabInstanceRequest",
+            "metadata": {"name": "a"},
+            "spec": {"labTemplate": {"image": "nginx"}, "studentEmail": "a@b.ch", "durationMinutes": 5},
+        }
+        assert "created" in await kubectl("apply", "-f", "-", given=lab)
+        lab["spec"]["durationMinutes"] = 6
+        assert "configured" in await kubectl("apply", "-f", "-", given=lab)
+        assert "a@b.ch" in await kubectl("get", "lir,lw")
+        assert '"a"' in await kubectl("get", "--raw", "/api/lab-instances/")
+        lab["spec"]["colour"] = "red"
+        refused = await kubectl.run("apply", "-f", "-", given=lab)
+        assert "unknown field" in refused.err

@@ -1,7 +1,7 @@
 """Whether every answer is one that the OpenAPI documents tell of: its code, its type, and the form of its body.
 
 A `Described` stands among the routes of a served application; `check()` says at the end what was told wrongly. What is
-served for kinds, whose documents name one code and else a Status, is not looked at.
+served for kinds, whose documents name one code and else a Status, is not looked at, nor are kubectl's tables.
 """
 
 from __future__ import annotations
@@ -16,6 +16,9 @@ from lrm.api import core_operations
 from lrm.api.call import Api
 from lrm.api.openapi import OpenApi
 from lrm.api.operations import Operation
+
+_MOST = 32 * 1024
+"""Bytes of a body that is looked at: it is done on the server's event loop, which tests measure."""
 
 
 class Described:
@@ -52,12 +55,14 @@ class Described:
             self._wrong.append(f"{place}: {response.status} is not described")
             return
         media = answer.get("content", {}).get(response.content_type)
+        body = response.body if isinstance(response, web.Response) else None
         if media is None:
             self._wrong.append(f"{place}: {response.status} is not described as {response.content_type}")
-        elif response.content_type == "application/json" and isinstance(response, web.Response):
+        elif response.content_type == "application/json" and isinstance(body, bytes) and len(body) < _MOST:
+            if "as=" in request.headers.get("Accept", ""):
+                return
             schema = {**media["schema"], "components": document["components"]}
-            body = orjson.loads(response.body or b"")  # type: ignore[arg-type]
-            errors = OAS30Validator(schema).iter_errors(body)
+            errors = OAS30Validator(schema).iter_errors(orjson.loads(body))
             self._wrong += [f"{place}: {response.status}: {e.json_path}: {e.message}" for e in errors]
 
 
