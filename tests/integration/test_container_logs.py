@@ -14,6 +14,7 @@ import aiohttp
 import pytest
 
 from controllers.containers.engine import LOGS_AT_ONCE
+from controllers.containers.openapi import OPERATIONS
 from controllers.containers.routes import READERS_MOST, add_log_routes
 from controllers.containers.runtime import ContainerRuntime
 from controllers.instances.kind import INSTANCES, LAB_INSTANCE_REQUEST, LabInstanceRequest, WorkerRef
@@ -66,6 +67,7 @@ async def scene_at(folder: Path, **settings: Any) -> AsyncIterator[Scene]:
             served(
                 MemoryStorage(),
                 routes=(add_log_routes,),
+                operations=OPERATIONS,
                 kinds=(LAB_INSTANCE_REQUEST,),
                 offers=offers,
                 **settings,
