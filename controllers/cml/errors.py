@@ -69,8 +69,10 @@ class CmlTimeout(CmlUnreachable):
 class CmlCircuitOpen(CmlUnreachable):
     """Nothing was tried; not an observation, so it must not count as a failed health check."""
 
+    why: ClassVar[str] = "CML was unreachable several times in a row"
+
     def __init__(self, retry_after: float) -> None:
-        super().__init__(f"CML was unreachable several times in a row; not asked again for {retry_after:.1f} s")
+        super().__init__(f"{self.why}; not asked again for {retry_after:.1f} s")
         self.retry_after = retry_after
 
 
@@ -94,8 +96,10 @@ class CmlAuthError(CmlError):
 class CmlLoginThrottled(CmlAuthError):  # noqa: N818 - errors here are named for what happened
     """These credentials were refused a moment ago; they are tried at most once a minute."""
 
+    why: ClassVar[str] = "CML refused these credentials"
+
     def __init__(self, retry_after: float) -> None:
-        super().__init__(f"CML refused these credentials; not tried again for {retry_after:.0f} s")
+        super().__init__(f"{self.why}; not tried again for {retry_after:.0f} s")
         self.retry_after = retry_after
 
 
