@@ -11,10 +11,15 @@ from typing import Any
 import orjson
 import pytest
 
+from controllers.instances.admission import admission
 from controllers.instances.kind import LAB_INSTANCE_REQUEST, LabInstanceRequest
 from controllers.instances.openapi import OPERATIONS
 from controllers.instances.routes import add_instance_routes
+from controllers.instances.settings import InstanceSettings
 from equipment.api import Served, served, tokens_file
+from lrm.cache import Cache
+from lrm.registry import Registry
+from storage.clock import SystemClock
 from storage.memory import MemoryStorage
 
 PATH = "/api/lab-instances/"
@@ -129,6 +134,18 @@ async def test_what_is_wrong_is_refused_with_its_flat_name(api: Served, change: 
     assert field in [cause["field"] for cause in told["details"]["causes"]], told
     assert "pattern" not in told["message"], "it tells what is wrong, not how that is found"
     assert await ask(api, "GET", PATH) == (200, []), "nothing that was refused has left a trace"
+
+
+async def test_a_start_in_the_past_is_accepted_with_a_warning() -> None:
+    storage, clock = MemoryStorage(), SystemClock()
+    cache = Cache(storage, Registry((LAB_INSTANCE_REQUEST,), root="/lrm"), clock)
+    rules = admission(InstanceSettings(instances_most_per_student=0), cache, clock)
+    async with served(storage, routes=(add_instance_routes,), kinds=(LAB_INSTANCE_REQUEST,), admission=rules) as api:
+        body = {**BODY, "scheduled_start_time": "2020-01-01T10:00:00Z"}
+        async with api.session.post(api.url + PATH, json=body) as reply:
+            assert reply.status == 201
+            (told,) = reply.headers.getall("Warning")
+            assert "2020-01-01T10:00:00Z is past: the lab starts as soon as there is a place" in told
 
 
 async def test_deleting_tells_whether_it_is_gone(api: Served) -> None:

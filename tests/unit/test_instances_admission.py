@@ -113,6 +113,18 @@ async def test_what_was_stored_under_other_settings_may_stay_as_it_is() -> None:
         assert ask(scene, longer, old) == (["spec.durationMinutes"], [])
 
 
+async def test_what_runs_can_be_extended_up_to_the_longest_that_is_allowed() -> None:
+    async with placing_scene() as scene:
+        await scene.ask("a", runtime="Container")
+        await scene.clock.advance(10)
+        running = await scene.get("a")
+        assert running.status.phase == "Running"
+        for minutes, refused in ((480, []), (481, ["spec.durationMinutes"]), (10**4, ["spec.durationMinutes"])):
+            longer = running.thaw()
+            longer.spec.duration_minutes = minutes
+            assert ask(scene, longer, running)[0] == refused
+
+
 async def test_one_more_than_a_student_may_have_is_forbidden_and_what_is_over_does_not_count() -> None:
     async with placing_scene(instances_most_per_student=2) as scene:
         await scene.ask("a", runtime="Container", studentEmail="ann@x.edu")

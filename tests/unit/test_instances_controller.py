@@ -10,6 +10,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from controllers.instances.controller import InstancesController
+from controllers.instances.deadlines import DeadlinesController
 from controllers.instances.kind import LAB_INSTANCE_REQUEST, LabInstanceRequest, LabInstanceRequestSpec
 from controllers.instances.runtime import LabFailed, NotNow, Refused
 from controllers.instances.steps import CRASH_POINTS
@@ -74,6 +76,27 @@ async def test_a_running_instance_costs_no_writes_and_is_looked_at_when_told() -
         done = await scene.until_phase("Completed")
         assert done.status.exit_code == 0
         assert condition(done, "TimedOut") == ("", "")
+        at_rest(scene)
+
+
+async def test_what_a_lab_wrote_last_is_kept_until_it_begins_anew() -> None:
+    async with instances_scene() as scene:
+        await scene.make()
+        await scene.until_phase("Running")
+        scene.outside.troubles["look"] = LabFailed("ContainerFailed", "exit code 3", exit_code=3, last_log="boom\n")
+        scene.hints.tell(("default", "a"))
+        failed = await scene.until_phase("Failed")
+        assert failed.status.last_log == "boom\n"
+        await scene.clock.advance(60)
+        assert (await scene.get()).status.last_log == "boom\n", "its clean-up asks no second time"
+        at_rest(scene)
+        scene.outside.troubles.clear()
+        await scene.annotate(RETRY_ANNOTATION, "1")
+        running = await scene.until_phase("Running")
+        assert running.status.last_log is None
+        await scene.change(desired_phase="Stopped")
+        done = await scene.until_phase("Completed")
+        assert done.status.last_log == "last words of a\n", "read before its lab was touched"
         at_rest(scene)
 
 
@@ -213,6 +236,60 @@ async def test_a_start_in_the_past_begins_at_once_and_is_told() -> None:
         assert running.ends_at == running.status.started_at + timedelta(minutes=60), "its whole time is ahead of it"
         told = f"its start, {rfc3339(start)}, is past: it begins as soon as there is a place"
         assert (await scene.told())[0] == ("Warning", "StartIsPast", told)
+
+
+async def test_an_end_is_exact_to_two_seconds_though_nothing_is_looked_at_for_an_hour(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for controller in (InstancesController, DeadlinesController):
+        monkeypatch.setattr(controller, "resync", 3600.0)
+    async with instances_scene() as scene:
+        start = scene.now + timedelta(minutes=17)
+        await scene.make("a", durationMinutes=50)
+        await scene.make("b", durationMinutes=7, scheduledStartTime=start.isoformat())
+        await scene.clock.advance(3 * 3600)
+        a, b = await scene.get("a"), await scene.get("b")
+        for lab in (a, b):
+            timeout = next(step for step in lab.status.phase_history if step.to == "Timeout")
+            assert lab.ends_at is not None
+            assert timedelta(0) <= timeout.at - lab.ends_at < timedelta(seconds=2)
+            assert lab.status.phase == "Completed"
+        placed = next(step for step in b.status.phase_history if step.to == "Provisioning")
+        assert timedelta(0) <= placed.at - (start - timedelta(minutes=5)) < timedelta(seconds=2)
+        at_rest(scene)
+
+
+async def test_the_deadline_for_cleaning_up_counts_on_over_a_new_leader() -> None:
+    async with instances_scene(instances_stopping_timeout=600) as scene:
+        await scene.make()
+        await scene.until_phase("Running")
+        scene.outside.troubles["clean"] = away()
+        await scene.change(desired_phase="Stopped")
+        await scene.clock.advance(400)
+        await scene.stop()
+        await scene.clock.advance(150)
+        await scene.lead()
+        await scene.clock.advance(45)
+        assert await scene.phase() == "Stopping"
+        failed = await scene.until_phase("Failed", seconds=10)
+        assert failed.status.failure is not None
+        assert failed.status.failure.reason == "StoppingTimeout"
+
+
+async def test_a_lab_whose_workers_are_lost_again_and_again_is_given_up_after_its_retries() -> None:
+    async with instances_scene(slots={"w0": 1}, instances_retries=2, instances_retry_delay=10) as scene:
+        scene.outside.slow["provision"] = 5.0
+        await scene.make()
+        for lost in range(3):
+            await scene.until_phase("Provisioning", seconds=60)
+            assert (await scene.get()).status.retry_count == lost
+            scene.places.slots = {f"w{lost + 1}": 1}
+            scene.outside.lose(f"w{lost}")
+            failed = await scene.until_phase("Failed" if lost == 2 else "Pending", seconds=20)
+        assert failed.status.failure is not None
+        assert (failed.status.failure.reason, failed.status.retry_count) == ("WorkerLost", 2)
+        await scene.clock.advance(10)
+        at_rest(scene)
 
 
 async def test_the_deadline_for_running_counts_on_over_a_new_leader() -> None:
