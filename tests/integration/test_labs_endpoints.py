@@ -234,6 +234,7 @@ async def test_all_workers_are_refreshed_at_once_with_a_result_for_each(world: L
         return [len(await world.records(name)) for name in ("w1", "w2", "w3")] == [1, 1, 0]
 
     await until(mirrored, "the labs of those that serve, within no interval")
+    await world.settled()
     await world.storage.set(world.registry.key_of(await world.get_worker("w2")), b'{"spec": 7}')
     async with world.counting() as writes:
         answer = await api.call("POST", "/api/v1/workers/region/us-east-1/labs/refresh")
