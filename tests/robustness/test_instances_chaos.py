@@ -13,7 +13,6 @@ from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -22,15 +21,13 @@ from controllers.instances.kind import LabInstanceRequest, over, placed
 from controllers.instances.phases import Phase
 from controllers.workers.kind import LabWorker
 from equipment.cml_instances_world import CmlInstancesWorld, cml_instances_world, serves, topology
-from equipment.daemons import DaemonProcess
 from equipment.labs_world import FAST, PASSWORD_ENV
-from equipment.trio import LEASE, RENEW, RETRY
+from equipment.pair import Pair, a_pair, free_locks
 from equipment.waiting import until
 from lrm.cache import CacheUpdate
 from lrm.devservers import EtcdServer
 from lrm.errors import LrmError
 from lrm.resource import RETRY_ANNOTATION
-from storage.errors import NotFound
 from storage.etcd import EtcdStorage
 
 WORKERS = ("w1", "w2", "w3")
@@ -40,10 +37,6 @@ MOST = 14
 STUDENTS = ("ann", "bob", "eve", "joe")
 FAULTS = ("drop-answer", "drop", "cut", "truncate", "html", "status")
 SPEED = {
-    "LRM_LEADER": "lease",
-    "LRM_LEASE_DURATION": str(LEASE),
-    "LRM_RENEW_DEADLINE": str(RENEW),
-    "LRM_RETRY_PERIOD": str(RETRY),
     "LRM_LABS_REFRESH_INTERVAL": "1",
     "LRM_LABS_IDLE_INTERVAL": "1",
     "LRM_LABS_STEP_INTERVAL": "0.1",
@@ -52,21 +45,22 @@ SPEED = {
     "LRM_INSTANCES_RETRY_DELAY": "0.1",
     "LRM_INSTANCES_RETRIES": "50",
     "LRM_INSTANCES_MOST_PER_STUDENT": "0",
+    "LRM_SECRETS_ALLOW": PASSWORD_ENV,
+    PASSWORD_ENV: FAST.password,
 }
 
 
 class Scene:
     """What happens, and what must never be seen meanwhile."""
 
-    def __init__(self, world: CmlInstancesWorld, daemons: list[DaemonProcess], chance: random.Random) -> None:
+    def __init__(self, world: CmlInstancesWorld, pair: Pair, chance: random.Random) -> None:
         self.world = world
-        self.daemons = daemons
+        self.pair = pair
         self.chance = chance
         self.told: list[str] = []
         """What was done, for whoever reads a failure."""
         self.overcommitted: list[str] = []
         self._made = 0
-        self._paused: set[int] = set()
         world.labs.cache.subscribe(self._hear)
 
     def _hear(self, update: CacheUpdate) -> None:
@@ -128,20 +122,7 @@ class Scene:
         self.told.append(f"{worker}: {kind} of {method}")
 
     async def hurt_daemon(self) -> None:
-        number = self.chance.randrange(len(self.daemons))
-        daemon = self.daemons[number]
-        if number in self._paused:
-            self._paused.remove(number)
-            daemon.process.resume()
-            self.told.append(f"daemon {number} goes on")
-        elif self.chance.random() < 0.5:
-            self._paused.add(number)
-            daemon.process.pause()
-            self.told.append(f"daemon {number} paused")
-        else:
-            daemon.process.kill()
-            daemon.start()
-            self.told.append(f"daemon {number} killed and started")
+        self.told.append(self.pair.hurt())
 
     async def hurt_worker(self) -> None:
         """Its instance is stopped, or comes back; what was in its CML is still there then."""
@@ -172,9 +153,7 @@ class Scene:
     async def peace(self) -> None:
         """Everything runs, and nothing is spoilt any more."""
         self.world.labs.simulator.faults.clear()
-        for number in self._paused:
-            self.daemons[number].process.resume()
-        self._paused.clear()
+        self.pair.heal()
         for name in WORKERS:
             if (await self.world.labs.get_worker(name)).status.phase == "Stopped":
                 await self.bring_back(name)
@@ -217,14 +196,14 @@ class Scene:
         try:
             await until(right, "", 120)
         except AssertionError:
-            logs = "\n".join(f"daemon {n}: {d.log()[-3000:]}" for n, d in enumerate(self.daemons))
-            raise AssertionError(f"{left}\nafter {self.told}\n{logs}") from None
+            raise AssertionError(f"{left}\nafter {self.told}\n{self.pair.last_words()}") from None
 
 
 @asynccontextmanager
 async def chaos(
     folder: Path, etcd: EtcdServer, root: str, monkeypatch: pytest.MonkeyPatch, seed: int
 ) -> AsyncIterator[Scene]:
+    chance = random.Random(seed)
     async with AsyncExitStack() as stack:
         simulator = await stack.enter_async_context(Simulator.run(FAST))
         storage = EtcdStorage([etcd.endpoint], root=root)
@@ -232,33 +211,17 @@ async def chaos(
         world = await stack.enter_async_context(
             cml_instances_world(monkeypatch, storage=storage, root=root, simulator=simulator)
         )
-        await nobody_leads(world, root)
+        # The world of this process only looks.
+        world.term.lost()
+        world.labs.term.lost()
+        await free_locks(storage, root)
         for name in WORKERS:
             await world.worker(name)
             worker = await world.labs.get_worker(name)
             await world.labs.client.update(worker, lambda w: setattr(w.spec, "max_concurrent_labs", SLOTS))
-        daemons = [daemon(folder, etcd, root) for _ in range(2)]
-        for each in daemons:
-            stack.push_async_callback(each.end)
-            each.start()
-        yield Scene(world, daemons, random.Random(seed))
-
-
-async def nobody_leads(world: CmlInstancesWorld, root: str) -> None:
-    """The world of this process only looks; its locks are free for the daemons."""
-    world.term.lost()
-    world.labs.term.lost()
-    storage = world.labs.storage
-    for entry in (await storage.list(f"{root}/leader/")).entries:
-        try:
-            await storage.delete(entry.key, expected_revision=entry.revision)
-        except NotFound:
-            continue
-
-
-def daemon(folder: Path, etcd: EtcdServer, root: str) -> DaemonProcess:
-    settings: dict[str, Any] = {**SPEED, "LRM_SECRETS_ALLOW": PASSWORD_ENV, PASSWORD_ENV: FAST.password}
-    return DaemonProcess(folder, endpoint=etcd.endpoint, root=root, plugins="equipment.instances_plugin", **settings)
+        plugins = "equipment.instances_plugin"
+        pair = await stack.enter_async_context(a_pair(folder, etcd, root, chance, plugins=plugins, **SPEED))
+        yield Scene(world, pair, chance)
 
 
 @pytest.mark.parametrize("seed", [3, *(pytest.param(s, marks=pytest.mark.soak) for s in range(20, 40))])
