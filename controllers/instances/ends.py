@@ -16,6 +16,7 @@ from controllers.instances.notes import (
     ending,
     entering,
     note_exit,
+    note_log,
     tell,
     tell_completed,
     time_over,
@@ -71,6 +72,7 @@ class Ends:
 
         def note(r: LabInstanceRequest) -> None:
             r.status.exit_code, r.status.oom_killed = seen.exit_code, seen.oom_killed
+            note_log(r, seen.last_log)
 
         request = await self._steps.write(request, ctx, note)
         return await self.end(request, ctx, Reasons.EXITED, seen.message or "it ended by itself")
@@ -156,7 +158,7 @@ class Ends:
             changed = r.status.failure is None or r.status.failure.generation != r.metadata.generation
             entering(Phase.PENDING, Reasons.SPEC_CHANGED if changed else Reasons.RETRY, ctx)(r)
             status = r.status
-            status.need = status.failure = status.error_message = status.template_digest = None
+            status.need = status.failure = status.error_message = status.template_digest = status.last_log = None
             status.started_at = status.completed_at = status.ending_started_at = status.retry_at = None
             status.retry_count = 0
             status.conditions = [c for c in status.conditions if c.type != Conditions.TIMED_OUT]
@@ -186,16 +188,19 @@ class Ends:
         """One step; once nothing is left the place is given back, and what was ending has ended."""
         if ctx.observe_only:
             return Result.after(self._steps.settings.instances_rest_interval)
+        last_log, why, again = None, "", self._steps.settings.instances_step_interval
         try:
-            done = await self._steps.runtime(request).clean(request, ctx)
+            runtime = self._steps.runtime(request)
+            last_log = await runtime.last_log(request) if _log_is_due(request) else None
+            done = await runtime.clean(request, ctx)
         except WorkerLost:
             done = True  # and all that was there with it
         except NotNow as error:
-            return await self._not_clean(request, ctx, str(error), error.again)
+            done, why, again = False, str(error), error.again
         except InstanceError as error:
-            return await self._not_clean(request, ctx, str(error), self._steps.settings.instances_rest_interval)
+            done, why, again = False, str(error), self._steps.settings.instances_rest_interval
         if not done:
-            return await self._not_clean(request, ctx, "", self._steps.settings.instances_step_interval)
+            return await self._not_clean(request, ctx, why, again, last_log)
         crash_point("instances.cleaned")
         ending = request.status.phase in (Phase.STOPPING, Phase.TIMEOUT)
 
@@ -203,6 +208,7 @@ class Ends:
             r.status.worker_ref = None
             r.status.access_url = None
             r.status.ports = []
+            note_log(r, last_log)
             tell(r, ctx, Conditions.CLEANUP_COMPLETED, True, (Reasons.CLEANED_UP, NOTHING_LEFT))
             tell(r, ctx, Conditions.WORKER_ASSIGNED, False, (Reasons.CLEANED_UP, "its place was given back"))
             tell(r, ctx, Conditions.RESOURCES_ALLOCATED, False, (Reasons.CLEANED_UP, "its place was given back"))
@@ -216,10 +222,21 @@ class Ends:
         await self._placer.release(request, ctx)
         return after
 
-    async def _not_clean(self, request: LabInstanceRequest, ctx: Context, why: str, again: float) -> Result:
+    async def _not_clean(
+        self, request: LabInstanceRequest, ctx: Context, why: str, again: float, last_log: str | None
+    ) -> Result:
         def note(r: LabInstanceRequest) -> None:
+            note_log(r, last_log)
             reason = Reasons.CLEANUP_FAILED if why else Reasons.CLEANING_UP
             tell(r, ctx, Conditions.CLEANUP_COMPLETED, False, (reason, why or "its lab is being removed"))
 
         after = await self._steps.write(request, ctx, note)
         return Result.after(min(again, max(self._steps.left(after, ctx), 1.0)))
+
+
+def _log_is_due(request: LabInstanceRequest) -> bool:
+    """Whether what it wrote is to be kept now: before its lab is touched, where it did not end by itself."""
+    cleanup = request.status.condition(Conditions.CLEANUP_COMPLETED)
+    begun = cleanup is not None and cleanup.reason == Reasons.CLEANING_UP
+    ended = request.status.phase in (Phase.STOPPING, Phase.TIMEOUT) and request.status.exit_code is None
+    return ended and not begun and not request.deleting
