@@ -17,7 +17,7 @@ _NAMESPACE = Parameter("namespace", "A namespace.")
 class _Told(BaseModel):
     """Holds at least this."""
 
-    model_config = ConfigDict(extra="allow")
+    model_config = ConfigDict(extra="allow", use_attribute_docstrings=True)
 
 
 class Readiness(_Told):
