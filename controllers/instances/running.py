@@ -25,7 +25,6 @@ class Running:
 
     async def provisioning(self, request: LabInstanceRequest, ctx: Context) -> Next:
         """One step further, within the deadline."""
-        now = ctx.clock.now()
         if request.spec.desired_phase == "Stopped":
             return await self._ends.stop(request, ctx)
         if ctx.observe_only:
@@ -40,6 +39,7 @@ class Running:
             return Result.after(min(_again(seen), max(left, 1.0)))
         if seen.state is State.ENDED:
             return await self._ends.exited(request, ctx, seen)
+        now = ctx.clock.now()
 
         def run(r: LabInstanceRequest) -> None:
             entering(Phase.RUNNING, Reasons.RUNNING, ctx)(r)

@@ -170,6 +170,7 @@ async def test_an_extension_and_every_end_are_told_by_an_event() -> None:
     async with instances_scene() as scene:
         await scene.make(durationMinutes=1)
         running = await scene.until_phase("Running")
+        await scene.clock.advance(1)  # events of one moment come in any order
         await scene.change(restart_policy="OnFailure")
         assert [reason for _, reason, _ in await scene.told()] == ["Running"], "that was no extension"
         scene.outside.troubles["look"] = away()
@@ -278,10 +279,9 @@ async def test_the_deadline_for_cleaning_up_counts_on_over_a_new_leader() -> Non
 
 async def test_a_lab_whose_workers_are_lost_again_and_again_is_given_up_after_its_retries() -> None:
     async with instances_scene(slots={"w0": 1}, instances_retries=2, instances_retry_delay=10) as scene:
-        scene.outside.slow["provision"] = 5.0
         await scene.make()
         for lost in range(3):
-            await scene.until_phase("Provisioning", seconds=60)
+            await scene.until_phase("Provisioning", seconds=60, step=0.5)
             assert (await scene.get()).status.retry_count == lost
             scene.places.slots = {f"w{lost + 1}": 1}
             scene.outside.lose(f"w{lost}")
@@ -290,6 +290,14 @@ async def test_a_lab_whose_workers_are_lost_again_and_again_is_given_up_after_it
         assert (failed.status.failure.reason, failed.status.retry_count) == ("WorkerLost", 2)
         await scene.clock.advance(10)
         at_rest(scene)
+
+
+async def test_a_labs_time_begins_when_it_runs_and_not_while_it_is_looked_at() -> None:
+    async with instances_scene() as scene:
+        scene.outside.slow["provision"] = 20.0
+        await scene.make()
+        running = await scene.until_phase("Running", seconds=100)
+        assert running.status.started_at == running.status.phase_history[-1].at
 
 
 async def test_the_deadline_for_running_counts_on_over_a_new_leader() -> None:
