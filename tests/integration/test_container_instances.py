@@ -53,7 +53,7 @@ async def test_whatever_goes_wrong_is_told_with_its_reason_and_leaves_nothing(
     unknown = {"image": "lrm-test/does-not-exist", "pullPolicy": "Never"}
     labs = {
         "ends": instance("ends", engine, command=["sh", "-c", "exit 0"]),
-        "fails": instance("fails", engine, command=["sh", "-c", "exit 7"]),
+        "fails": instance("fails", engine, command=["sh", "-c", "echo boom; exit 7"]),
         "nothing": instance("nothing", engine, **unknown),
         "lost": instance("lost", engine),
     }
@@ -67,5 +67,14 @@ async def test_whatever_goes_wrong_is_told_with_its_reason_and_leaves_nothing(
     reasons = {name: lab["status"].get("failure", {}).get("reason") for name, lab in ended.items()}
     assert reasons == {"ends": None, "fails": "ContainerFailed", "nothing": "ImageNotFound", "lost": "ContainerLost"}
     assert "does-not-exist" in ended["nothing"]["status"]["errorMessage"]
+    assert ended["fails"]["status"]["lastLog"] == "boom\n"
+    assert "boom" in ended["fails"]["status"]["errorMessage"]
+    async with aiohttp.ClientSession() as session:
+        async with session.get(f"{lrm.url}{INSTANCES}/fails/log") as reply:
+            assert (reply.status, await reply.text(), "Warning" in reply.headers) == (200, "boom\n", True)
+        async with session.get(f"{lrm.url}/metrics") as reply:
+            assert "\nlrm_engine_up 1" in await reply.text()
+        async with session.get(f"{lrm.url}/api/status/health") as reply:
+            assert [(p["name"], p["ok"]) for p in (await reply.json())["outside"]] == [("container engine", True)]
     for lab in ended.values():
         assert engine.leftovers(f"{UID_LABEL}={lab['metadata']['uid']}") == []
