@@ -67,6 +67,7 @@ async def test_a_workers_whole_life(kubectl: Kubectl, scene: Scene) -> None:
     await kubectl("apply", "-f", "-", given=manifest(DEMO_AMI))
     await kubectl("wait", "--for=condition=Ready", "lw/w1", "--timeout=30s")
     await becomes("Ready")
+    assert '"api/lab-instances"' in await kubectl("get", "--raw", "/openapi/v3"), "what plug-ins serve is told too"
 
     await wish("Draining")
     await becomes("Draining")
