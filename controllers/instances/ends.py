@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from datetime import timedelta
 
-from controllers.instances.kind import Failure, LabInstanceRequest, placed
+from controllers.failure import Failure
+from controllers.instances.kind import LabInstanceRequest, placed
 from controllers.instances.notes import (
     NOTHING_LEFT,
     completing,

@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
+from controllers.failure import Failure
 from controllers.instances.phases import FINAL, TRANSITIONS, Conditions, Phase
 from controllers.instances.quantity import SomeBytes, SomeCores
 from lrm.errors import Cause
@@ -222,18 +223,6 @@ class PublishedPort(Model):
 
     port: int
     address: str
-
-
-class Failure(Model):
-    """Why it is Failed, and what must differ for it to begin again."""
-
-    reason: str
-    message: str
-    at: Timestamp
-    phase: str
-    generation: int
-    retry: str | None = None
-    """The value of the retry annotation then."""
 
 
 class LabInstanceRequestStatus(Status):

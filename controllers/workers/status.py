@@ -9,6 +9,7 @@ from typing import Any
 
 from pydantic import Field
 
+from controllers.failure import Failure
 from lrm.model import Model, Timestamp
 from lrm.resource import Status
 
@@ -180,18 +181,6 @@ class Timestamps(Model):
     stopped_at: Timestamp | None = None
     terminating_started_at: Timestamp | None = None
     terminated_at: Timestamp | None = None
-
-
-class Failure(Model):
-    """Why the worker is Failed, and what must differ for it to try again."""
-
-    reason: str
-    message: str
-    at: Timestamp
-    phase: str
-    """Where it failed."""
-    generation: int
-    retry: str | None = None
 
 
 class IdleStatus(Model):

@@ -11,11 +11,12 @@ from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import Any
 
+from controllers.failure import Failure
 from controllers.workers.conditions import refresh, tell_of_clock
 from controllers.workers.decisions import may_hold_seat, over, problem, retry_of
 from controllers.workers.kind import LabWorker
 from controllers.workers.phases import Conditions, Phase, Reasons
-from controllers.workers.status import Failure, Timestamps
+from controllers.workers.status import Timestamps
 from lrm.crashpoints import crash_point
 from lrm.reconcile import Context, Result
 

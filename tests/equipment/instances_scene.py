@@ -33,6 +33,7 @@ from controllers.instances.scheduling import NoRoom, Waits
 from controllers.instances.settings import InstanceSettings
 from controllers.labs.kind import LAB_RECORD
 from controllers.workers.kind import LAB_WORKER
+from equipment.leader import end
 from equipment.pools_scene import Died, Forgetful
 from lrm.cache import Cache, Change
 from lrm.client import Client
@@ -223,11 +224,7 @@ class InstancesScene:
     async def stop(self) -> None:
         """The process ends, however far it is."""
         task, self.running = self.running, None
-        if task is not None:
-            task.cancel()
-            await asyncio.wait([task])
-            if not task.cancelled():
-                task.exception()
+        await end(task)
 
     @property
     def dead(self) -> bool:

@@ -31,6 +31,7 @@ from controllers.labs.kind import LAB_RECORD, LabRecord, LabRecordSpec, LabRecor
 from controllers.workers.kind import LAB_WORKER, LabWorker, LabWorkerSpec
 from controllers.workers.status import Capacity
 from equipment.instances_scene import Outside
+from equipment.leader import end
 from equipment.pools_scene import Forgetful
 from lrm.cache import Cache, CacheUpdate
 from lrm.client import Client
@@ -157,13 +158,7 @@ class PlacingScene:
     async def stop(self) -> None:
         """The process ends, however far it is."""
         tasks, self.running = self.running, []
-        for task in tasks:
-            task.cancel()
-        if tasks:
-            await asyncio.wait(tasks)
-        for task in tasks:
-            if not task.cancelled():
-                task.exception()
+        await end(*tasks)
 
     # What there is
 

@@ -23,6 +23,7 @@ from controllers.pools.kind import LAB_WORKER_POOL, LabWorkerPool, LabWorkerPool
 from controllers.pools.settings import PoolSettings
 from controllers.workers.kind import INSTANCE_FINALIZER, LAB_WORKER, LabWorker, serving
 from controllers.workers.status import IdleStatus, Utilization
+from equipment.leader import end
 from equipment.pools import TEMPLATE
 from lrm.cache import Cache, CacheUpdate, Change
 from lrm.client import Client
@@ -112,11 +113,7 @@ class PoolScene:
     async def stop(self) -> None:
         """The process ends, however far it is."""
         task, self.running = self.running, None
-        if task is not None:
-            task.cancel()
-            await asyncio.wait([task])
-            if not task.cancelled():
-                task.exception()
+        await end(task)
 
     @property
     def dead(self) -> bool:

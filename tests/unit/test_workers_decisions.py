@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from controllers.aws.ec2 import Ec2Instance
+from controllers.failure import Failure
 from controllers.workers.decisions import (
     KEEPABLE,
     Goal,
@@ -30,7 +31,7 @@ from controllers.workers.decisions import (
 from controllers.workers.departure import listed_since_drain
 from controllers.workers.kind import LabWorker
 from controllers.workers.phases import Conditions
-from controllers.workers.status import Ec2Status, Failure, Problem, Registration
+from controllers.workers.status import Ec2Status, Problem, Registration
 
 NOW = datetime(2026, 5, 1, 12, tzinfo=UTC)
 STATES = ("pending", "running", "stopping", "stopped", "shutting-down", "terminated")
