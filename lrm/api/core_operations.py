@@ -7,6 +7,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from lrm.api.operations import Answer, Content, Operation, Parameter
+from lrm.model import Timestamp
 
 _DOCUMENT = dict[str, Any]
 _FLAG = {"type": "boolean"}
@@ -61,12 +62,61 @@ class FinalizersState(_Told):
     controllers: list[dict[str, Any]]
 
 
+_EVENT: dict[str, Any] = {"group": "", "version": "v1", "kind": "Event"}
+_GVK = "x-kubernetes-group-version-kind"
+
+
+class InvolvedObject(_Told):
+    """What an event is about."""
+
+    api_version: str = Field("", alias="apiVersion")
+    kind: str = ""
+    namespace: str = ""
+    name: str = ""
+    uid: str = ""
+    resource_version: str = Field("", alias="resourceVersion")
+    """Of the object when it was last told."""
+
+
+class ToldEvent(_Told):
+    """What happened to an object, told to people; similar ones are counted."""
+
+    model_config = ConfigDict(json_schema_extra={_GVK: [_EVENT]})
+
+    api_version: str = Field(alias="apiVersion")
+    kind: str
+    metadata: dict[str, Any]
+    involved_object: InvolvedObject = Field(alias="involvedObject")
+    type: str = ""
+    """Normal, or Warning."""
+    reason: str = ""
+    """What happened, in one word."""
+    message: str = ""
+    """What happened, for people."""
+    count: int = 0
+    """How often it happened."""
+    first_timestamp: Timestamp | None = Field(None, alias="firstTimestamp")
+    last_timestamp: Timestamp | None = Field(None, alias="lastTimestamp")
+    source: dict[str, str] = {}
+    """Who told it, and on which host."""
+    reporting_component: str = Field("", alias="reportingComponent")
+    """The controller that told it."""
+
+
 class ObjectList(_Told):
     """A list as Kubernetes has it."""
 
     kind: str
     api_version: str = Field(alias="apiVersion")
     items: list[dict[str, Any]]
+
+
+class EventList(_Told):
+    """Events."""
+
+    kind: str
+    api_version: str = Field(alias="apiVersion")
+    items: list[ToldEvent]
 
 
 def _get(
@@ -79,7 +129,10 @@ def _get(
     refusals: tuple[int, ...] = (),
 ) -> Operation:
     answers = {code: Answer(told, Content(type)) for code, told in {200: "OK", **(also or {})}.items()}
-    return Operation(name, "get", path, description, answers, refusals=refusals, parameters=parameters)
+    extensions = {_GVK: _EVENT} if type in (EventList, ToldEvent) else {}
+    return Operation(
+        name, "get", path, description, answers, refusals=refusals, parameters=parameters, extensions=extensions
+    )
 
 
 _LISTING = (
@@ -114,12 +167,12 @@ OPERATIONS = (
     _get("getCoreResources", "/api/v1", "Discovery: what the core group has."),
     _get("listNamespaces", "/api/v1/namespaces", "The namespaces in use that the caller may read.", ObjectList),
     _get("readNamespace", "/api/v1/namespaces/{namespace}", "Any DNS label is a namespace.", _DOCUMENT, _NAMESPACE),
-    _get("listAllEvents", "/api/v1/events", "What happened.", ObjectList, *_LISTING, refusals=_HISTORY),
+    _get("listAllEvents", "/api/v1/events", "What happened.", EventList, *_LISTING, refusals=_HISTORY),
     _get(
         "listEvents",
         "/api/v1/namespaces/{namespace}/events",
         "What happened in a namespace.",
-        ObjectList,
+        EventList,
         _NAMESPACE,
         *_LISTING,
         refusals=_HISTORY,
@@ -128,7 +181,7 @@ OPERATIONS = (
         "readEvent",
         "/api/v1/namespaces/{namespace}/events/{name}",
         "One event.",
-        _DOCUMENT,
+        ToldEvent,
         _NAMESPACE,
         Parameter("name", "Of the event."),
     ),

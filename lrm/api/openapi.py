@@ -129,6 +129,7 @@ def _describe(operations: Sequence[Operation], document: dict[str, Any]) -> None
             "summary": operation.description,
             "parameters": [_told_parameter(p, operation.path) for p in operation.parameters],
             "responses": answers,
+            **operation.extensions,
         }
         if operation.body is not None:
             told["requestBody"] = {"required": True, "content": content_of(operation.body, "validation")}

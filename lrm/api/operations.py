@@ -60,6 +60,8 @@ class Operation:
     """Codes of the errors that are this one's; each is answered with a `Status`."""
     parameters: tuple[Parameter, ...] = ()
     body: Content | None = None
+    extensions: Mapping[str, Any] = field(default_factory=dict)
+    """OpenAPI's x-…, as kubectl looks for them."""
 
     @property
     def document(self) -> str:

@@ -297,6 +297,7 @@ async def test_documents_of_endpoints_without_a_kind_do_not_disturb_it(kubectl_p
         kubectl = Kubectl(kubectl_program, api.url, tmp_path)
         assert {"api/lab-instances", "api/status", "api/v1"} < set((await api.get("/openapi/v3")).body["paths"])
         assert "durationMinutes\t<integer> -required-" in await kubectl("explain", "lir.spec")
+        assert "reason\t<string>" in await kubectl("explain", "events")
         lab: dict[str, Any] = {
             "apiVersion": "lab.neuroglia.io/v1",
             "kind": "LabInstanceRequest",
