@@ -5,8 +5,7 @@
     POST labs/import       make a lab of the topology in the body; ?title= wins over its own
     POST labs/bulk         {action: start|stop|wipe|delete, labs: [id, …]}, 500 at most, or labs: all to start or stop
     POST labs/{lab}/start|stop|wipe, DELETE labs/{lab}, GET labs/{lab}/download (from CML itself)
-
-and of many workers, `POST /api/v1/workers/labs/refresh` and `POST /api/v1/workers/region/{region}/labs/refresh`.
+    POST /api/v1/workers/labs/refresh, POST /api/v1/workers/region/{region}/labs/refresh: of many workers
 
 The worker is a name or an EC2 instance id, in `?namespace=` (default; of many: all that the caller may write in). What
 changes something is an order that the leader carries out (`orders`), waited for `?wait=` seconds (20), of many workers
