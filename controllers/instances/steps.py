@@ -105,9 +105,12 @@ class Steps:
             return Result.after(min(error.again, max(self.left(after, ctx), 1.0)))
         if before is None or (before.reason, before.message) != why:
             ctx.events.record(after, "Warning", *why)
-        # What has no place has no deadline either: it is tried less and less often, by how long it has waited.
-        waited = (ctx.clock.now() - before.last_transition_time).total_seconds() if before is not None else 0.0
-        return Result.after(min(max(error.again, waited), RETRY_MOST))
+        # What has no place has no deadline but its end: it is tried less and less often, by how long it has waited.
+        now, again = ctx.clock.now(), error.again
+        if before is not None and before.reason == error.reason:
+            again = max(again, (now - before.last_transition_time).total_seconds())
+        left = RETRY_MOST if request.ends_at is None else (request.ends_at - now).total_seconds()
+        return Result.after(max(min(again, left, RETRY_MOST), 1.0))
 
 
 def _left(now: datetime, since: datetime | None, seconds: float) -> float:

@@ -228,6 +228,26 @@ async def test_a_topology_that_cannot_be_read_now_is_told_tried_less_often_and_t
         assert condition(running, "WorkerAssigned") == ("True", "Scheduled")
 
 
+async def test_what_waits_for_a_topology_to_begin_again_still_ends_in_its_time() -> None:
+    async with instances_scene(slots={"w1": 1}) as scene:
+        await scene.make(restartPolicy="OnFailure", durationMinutes=10)
+        await scene.until_phase("Running")
+        scene.places.slots.clear()
+        scene.outside.lose("w1")
+        scene.hints.tell(("default", "a"))
+        await scene.clock.advance(30)
+        scene.outside.troubles["prepare"] = NotNow("TopologyUnavailable", "the server answers 500", again=30.0)
+        await scene.change(duration_minutes=11)
+        waiting = await scene.get()
+        assert condition(waiting, "Ready") == ("False", "TopologyUnavailable")
+        assert waiting.ends_at is not None
+        await scene.clock.advance((waiting.ends_at - scene.now).total_seconds() - 2)
+        assert await scene.phase() == "Pending"
+        await scene.clock.advance(4)
+        assert await scene.phase() == "Completed"
+        at_rest(scene)
+
+
 async def test_a_start_in_the_past_begins_at_once_and_is_told() -> None:
     async with instances_scene() as scene:
         start = scene.now - timedelta(hours=1)
