@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from controllers.labs.bulk import BulkOrder
 from controllers.labs.imports_kind import TITLE_MOST
-from controllers.labs.routes import LONGEST_WAIT
+from controllers.orders import LONGEST_WAIT
 from lrm.api.operations import Answer, Content, Operation, Parameter
 from lrm.model import Timestamp
 

@@ -7,8 +7,6 @@ An outcome is told only from a cache that holds the order. Called by the labs' e
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, TypeVar
 
 from controllers.labs.due import asked_for
 from controllers.labs.homes import AWAY_REASONS, can_be_asked
@@ -27,36 +25,11 @@ from controllers.labs.kind import (
     forgets,
 )
 from controllers.labs.wishes import open_operation, outcome_of
+from controllers.orders import Order, Outcome, since
 from controllers.workers.kind import LabWorker
 from lrm.api.call import Api
 from lrm.errors import ResourceNotFound
-from lrm.resource import RECONCILE_ANNOTATION, AnyResource, ObjectMeta
-
-_GATHER = 0.02
-"""Seconds between two looks: many labs change at once."""
-
-T = TypeVar("T")
-
-
-@dataclass(frozen=True, slots=True)
-class Outcome:
-    """How an order ended, or what it waits for."""
-
-    result: str
-    """Succeeded, Failed, Superseded or Waiting."""
-    message: str
-
-
-@dataclass(frozen=True, slots=True)
-class Order:
-    """An intent that was written: `resource` tells what becomes of it."""
-
-    resource: AnyResource
-    before: AnyResource | None
-    look: Callable[[], Outcome | None]
-    """What the cache shows of it; None while nothing is to be told."""
-    so_far: Callable[[], str] = str
-    """What its resource tells while there is no outcome: why it takes so long; empty where it tells nothing."""
+from lrm.resource import RECONCILE_ANNOTATION, ObjectMeta
 
 
 class Orders:
@@ -168,23 +141,8 @@ class Orders:
 
         return Order(made, None, self._since(made.revision, look), so_far)
 
-    async def seen(self, plural: str, look: Callable[[], T | None], seconds: float) -> T | None:
-        """What `look` finds in the cache as soon as it finds something, None after so long."""
-        api = self._api
-        try:
-            async with api.clock.timeout(seconds):
-                while True:
-                    news = api.fanout.news(plural)
-                    found = look()
-                    if found is not None or api.fanout.stopped:
-                        return found
-                    await news.wait()
-                    await api.clock.sleep(_GATHER)
-        except TimeoutError:
-            return look()
-
     def _since(self, revision: int, look: Callable[[], Outcome | None]) -> Callable[[], Outcome | None]:
-        return lambda: look() if self._api.cache.revision >= revision else None
+        return since(self._api, revision, look)
 
 
 def awaited(worker: LabWorker) -> Outcome | None:
@@ -193,9 +151,3 @@ def awaited(worker: LabWorker) -> Outcome | None:
         return Outcome(WAITING, f"the worker {worker.name} is paused: it is synced when it is not any more")
     away = f"the worker {worker.name} is {worker.status.phase}: it is synced when its CML can be asked"
     return None if can_be_asked(worker) else Outcome(WAITING, away)
-
-
-def path_of(api: Api, resource: Any) -> str:
-    """Where the resource is served."""
-    kind = api.registry.of_object(resource)
-    return f"/apis/{kind.api_version}/namespaces/{resource.namespace}/{kind.plural}/{resource.name}"

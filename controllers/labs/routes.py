@@ -15,7 +15,6 @@ not at all; then 202 names the resource that tells.
 from __future__ import annotations
 
 import asyncio
-import re
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -41,7 +40,6 @@ from controllers.labs.kind import (
     FAILED,
     LAB_RECORD,
     SUCCEEDED,
-    WAITING,
     LabRecord,
     printable,
     record_name,
@@ -49,16 +47,16 @@ from controllers.labs.kind import (
     records_of_worker,
 )
 from controllers.labs.kind import Verb as LabVerb
-from controllers.labs.orders import Order, Orders, Outcome, awaited, path_of
+from controllers.labs.orders import Orders, awaited
+from controllers.orders import Order, answer, code_of, note, seen, told, wait_of
+from controllers.workers.addressed import WORKER, WORKERS, no_rehearsal, worker_of
 from controllers.workers.kind import LAB_WORKER, LabWorker
-from lrm.api.audit import Touched
-from lrm.api.auth import Verb
 from lrm.api.call import API, Api, call_of
 from lrm.api.codec import negotiate, read_body, read_object, respond
 from lrm.api.requests import check_namespace
-from lrm.api.status import About, RequestError, answer_of, bad_request
+from lrm.api.status import About, RequestError, answer_of
 from lrm.cache import Item
-from lrm.errors import CacheBehind, Cause, LrmError, ResourceNotFound, Undecodable
+from lrm.errors import Cause, LrmError, ResourceNotFound, Undecodable
 from lrm.model import rfc3339
 from storage.errors import StorageError
 
@@ -66,27 +64,21 @@ log = structlog.get_logger(__name__)
 
 T = TypeVar("T")
 
-LONGEST_WAIT = 20.0
-"""Seconds; proxies give up after thirty."""
 _AT_ONCE = 8
-_ACCEPTED = "Accepted"
 _VERBS: Mapping[str, LabVerb] = {"start": "Start", "stop": "Stop", "wipe": "Wipe"}
-_CODES = {SUCCEEDED: 200, WAITING: 202, _ACCEPTED: 202}
 _PROSE = ("description", "notes")
 _LINES = dict.fromkeys(map(ord, "\t\n\r"))
-_SECONDS = re.compile(r"[0-9]{1,2}(\.[0-9]{1,3})?")
 
 
 def add_labs_routes(app: web.Application, api: Api) -> None:
     """See the module."""
     del api
-    workers = "/api/v1/workers"
-    labs = f"{workers}/region/{{region}}/workers/{{worker}}/labs"
+    labs = f"{WORKER}/labs"
     app.add_routes(
         [
             web.get(labs, list_labs),
-            web.post(f"{workers}/labs/refresh", refresh_all),
-            web.post(f"{workers}/region/{{region}}/labs/refresh", refresh_all),
+            web.post(f"{WORKERS}/labs/refresh", refresh_all),
+            web.post(f"{WORKERS}/region/{{region}}/labs/refresh", refresh_all),
             web.post(f"{labs}/refresh", refresh),
             web.post(f"{labs}/import", import_lab),
             web.post(f"{labs}/bulk", bulk),
@@ -99,7 +91,7 @@ def add_labs_routes(app: web.Application, api: Api) -> None:
 
 async def list_labs(request: web.Request) -> web.Response:
     """GET of all labs, from the cache; `Age` is the seconds since CML was asked."""
-    worker = await _worker(request, "read", "list the labs of")
+    worker = await worker_of(request, "read", "list the labs of")
     accepted, api, call = negotiate(request), request.app[API], call_of(request)
     synced = worker.status.labs_synced_at
     records = records_of_worker(api.cache, worker.namespace, worker.name)
@@ -118,20 +110,20 @@ async def list_labs(request: web.Request) -> web.Response:
 
 async def refresh(request: web.Request) -> web.Response:
     """POST: sync the worker's labs now; the counts of the sync that came of it."""
-    worker = await _worker(request, "write", "refresh the labs of")
-    accepted, seconds, api = negotiate(request), _wait(request), request.app[API]
+    worker = await worker_of(request, "write", "refresh the labs of")
+    accepted, seconds, api = negotiate(request), wait_of(request), request.app[API]
     orders = Orders(api)
     order = await orders.refresh(worker, call_of(request).request_id)
-    _note(request, order, "refresh")
-    outcome = await orders.seen(LAB_WORKER.plural, order.look, seconds)
+    note(request, order, "refresh")
+    outcome = await seen(api, LAB_WORKER.plural, order.look, seconds)
     now = api.cache.get(LabWorker, worker.namespace, worker.name)
-    document: dict[str, Any] = {"worker": worker.name, **_told(order, outcome)}
+    document: dict[str, Any] = {"worker": worker.name, **told(order, outcome)}
     if outcome is not None and outcome.result == SUCCEEDED and now is not None:
         counts = now.status.labs_last_sync
         synced = now.status.labs_synced_at
         document |= counts.wire() if counts is not None else {}
         document["last_synced"] = rfc3339(synced) if synced is not None else None
-    return await _answer(request, accepted, order, outcome, document)
+    return await answer(request, accepted, order, outcome, document)
 
 
 async def refresh_all(request: web.Request) -> web.Response:
@@ -154,8 +146,8 @@ async def refresh_all(request: web.Request) -> web.Response:
             answer = answer_of(error, call.request_id, writing=True)
             result |= {"result": FAILED, "message": answer.message}
         else:
-            result |= _told(order, order.look() or awaited(item.resource))
-            _note(request, order, "refresh")
+            result |= told(order, order.look() or awaited(item.resource))
+            note(request, order, "refresh")
         results[item.namespace, item.name] = result
 
     await _each(items, give)
@@ -169,32 +161,32 @@ async def refresh_all(request: web.Request) -> web.Response:
 async def operate(request: web.Request) -> web.Response:
     """POST: start, stop or wipe a lab."""
     action = request.match_info["action"]
-    worker = await _worker(request, "write", f"{action} labs of")
-    accepted, seconds, orders = negotiate(request), _wait(request), Orders(request.app[API])
+    worker = await worker_of(request, "write", f"{action} labs of")
+    accepted, seconds, orders = negotiate(request), wait_of(request), Orders(request.app[API])
     record = _record(request, worker, request.match_info["lab"])
     order = await orders.operate(record, _VERBS[action], call_of(request).request_id)
-    _note(request, order, action)
-    outcome = await orders.seen(LAB_RECORD.plural, order.look, seconds)
-    document = {"lab_id": record.spec.lab_id, "action": action, **_told(order, outcome)}
-    return await _answer(request, accepted, order, outcome, document)
+    note(request, order, action)
+    outcome = await seen(request.app[API], LAB_RECORD.plural, order.look, seconds)
+    document = {"lab_id": record.spec.lab_id, "action": action, **told(order, outcome)}
+    return await answer(request, accepted, order, outcome, document)
 
 
 async def delete(request: web.Request) -> web.Response:
     """DELETE: stop, wipe and delete a lab; its record goes with it."""
-    worker = await _worker(request, "write", "delete labs of")
-    accepted, seconds, orders = negotiate(request), _wait(request), Orders(request.app[API])
+    worker = await worker_of(request, "write", "delete labs of")
+    accepted, seconds, orders = negotiate(request), wait_of(request), Orders(request.app[API])
     record = _record(request, worker, request.match_info["lab"])
     order = await orders.delete(record)
-    _note(request, order, "delete")
-    outcome = await orders.seen(LAB_RECORD.plural, order.look, seconds)
-    document = {"lab_id": record.spec.lab_id, "action": "delete", **_told(order, outcome)}
-    return await _answer(request, accepted, order, outcome, document)
+    note(request, order, "delete")
+    outcome = await seen(request.app[API], LAB_RECORD.plural, order.look, seconds)
+    document = {"lab_id": record.spec.lab_id, "action": "delete", **told(order, outcome)}
+    return await answer(request, accepted, order, outcome, document)
 
 
 async def bulk(request: web.Request) -> web.Response:
     """POST: one action on many labs, with a result for each: 200 all done, 202 some under way, 207 some failed."""
-    worker = await _worker(request, "write", "change labs of")
-    accepted, seconds, api = negotiate(request), _wait(request), request.app[API]
+    worker = await worker_of(request, "write", "change labs of")
+    accepted, seconds, api = negotiate(request), wait_of(request), request.app[API]
     order = bulk_order(await read_object(request, api.settings, api.clock))
     records = records_of_worker(api.cache, worker.namespace, worker.name)
     action, ids = order.action, [r.spec.lab_id for r in records] if order.labs == "all" else order.labs
@@ -212,11 +204,11 @@ async def bulk(request: web.Request) -> web.Response:
             given[lab_id] = error
         else:
             given[lab_id] = order
-            _note(request, order, action)
+            note(request, order, action)
 
     await _each(ids, give)
     waiting = [order for order in given.values() if isinstance(order, Order)]
-    await orders.seen(LAB_RECORD.plural, lambda: all(o.look() is not None for o in waiting) or None, seconds)
+    await seen(api, LAB_RECORD.plural, lambda: all(o.look() is not None for o in waiting) or None, seconds)
     results = [_bulk_result(lab_id, given[lab_id], order_id) for lab_id in ids]
     codes = {result.pop("code") for result in results}
     status = 207 if codes - {200, 202} else max(codes, default=200)
@@ -228,8 +220,8 @@ async def import_lab(request: web.Request) -> web.Response:
 
     Who gives a name may ask again after a lost answer: 409 says that the order was taken.
     """
-    worker = await _worker(request, "write", "import labs to")
-    accepted, seconds, api = negotiate(request), _wait(request), request.app[API]
+    worker = await worker_of(request, "write", "import labs to")
+    accepted, seconds, api = negotiate(request), wait_of(request), request.app[API]
     limit = min(TOPOLOGY_BYTES, api.settings.max_body_bytes)
     body = await read_body(request, api.settings.model_copy(update={"max_body_bytes": limit}), api.clock)
     try:
@@ -245,22 +237,22 @@ async def import_lab(request: web.Request) -> web.Response:
         raise _unprocessable("title", f"a lab needs a title of 1 to {TITLE_MOST} characters: ?title= or lab.title")
     orders = Orders(api)
     order = await orders.import_lab(worker, title, text, name=request.query.get("name", ""))
-    _note(request, order, "import")
-    outcome = await orders.seen("labimports", order.look, seconds)
+    note(request, order, "import")
+    outcome = await seen(api, "labimports", order.look, seconds)
     made = api.cache.get(LabImport, order.resource.namespace, order.resource.name)
     document = {
         "lab_id": made.status.lab_id if made is not None else None,
         "title": title,
         "warnings": made.status.warnings if made is not None else [],
         "import": order.resource.name,
-        **_told(order, outcome),
+        **told(order, outcome),
     }
-    return await _answer(request, accepted, order, outcome, document, done=201)
+    return await answer(request, accepted, order, outcome, document, done=201)
 
 
 async def download(request: web.Request) -> web.Response:
     """GET of a lab's topology, read from CML here and now."""
-    worker = await _worker(request, "read", "download labs of")
+    worker = await worker_of(request, "read", "download labs of")
     record = _record(request, worker, request.match_info["lab"])
     home = home_of(record, request.app[API].cache)
     if isinstance(home, Gone):
@@ -281,7 +273,7 @@ async def _workers(request: web.Request, region: str | None) -> list[Item]:
     Of one that cannot be decoded nobody knows the region: it is among them. Raises 400, 403, `CacheBehind`.
     """
     if "dryRun" in request.query:
-        raise _no_rehearsal()
+        raise no_rehearsal()
     api, call, asked = request.app[API], call_of(request), request.query.get("namespace", "")
     call.about = About(LAB_WORKER.group, LAB_WORKER.plural, "", asked)
     if asked:
@@ -293,34 +285,6 @@ async def _workers(request: web.Request, region: str | None) -> list[Item]:
     return [
         i for i in found if region is None or not isinstance(i.resource, LabWorker) or i.resource.spec.region == region
     ]
-
-
-async def _worker(request: web.Request, verb: Verb, what: str) -> LabWorker:
-    """The worker of the path, once its caller may do that and the cache holds all that was written before.
-
-    With resourceVersion=0 it is taken as it is. Raises 400, 403, `ResourceNotFound`, `Undecodable`, `CacheBehind`.
-    """
-    if "dryRun" in request.query:
-        raise _no_rehearsal()
-    api, call, info = request.app[API], call_of(request), request.match_info
-    namespace, name = request.query.get("namespace") or "default", info["worker"]
-    check_namespace(namespace)
-    call.about = About(LAB_WORKER.group, LAB_WORKER.plural, name[:80], namespace)
-    call.principal.require(verb, namespace, f"{what} labworkers")
-    if verb != "read" or request.query.get("resourceVersion") != "0":
-        await api.cache.barrier(api.settings.barrier_seconds)
-    elif not api.cache.synced:
-        raise CacheBehind(f"the cache is not filled yet: {api.cache.error}")
-    item = api.cache.item(LAB_WORKER, namespace, name)
-    if item is not None and item.resource is None:
-        raise Undecodable(item.entry.key, item.error)
-    worker = api.cache.get(LabWorker, namespace, name)
-    if worker is None:
-        found = (w for w in api.cache.all(LabWorker, namespace) if w.status.ec2.instance_id == name)
-        worker = next(found, None)
-    if worker is None or worker.spec.region != info["region"]:
-        raise ResourceNotFound(LAB_WORKER.plural, name[:80])
-    return worker
 
 
 def _record(request: web.Request, worker: LabWorker, lab_id: str) -> LabRecord:
@@ -339,10 +303,6 @@ def _record(request: web.Request, worker: LabWorker, lab_id: str) -> LabRecord:
     return record
 
 
-def _no_rehearsal() -> RequestError:
-    return bad_request("dryRun is not for these endpoints: change the resources themselves to rehearse")
-
-
 def _is_of(item: Item, worker: LabWorker) -> bool:
     """Whether an item is a record of a lab of this worker, by its name alone."""
     lab_id = item.name.removeprefix(f"{worker.name}-")
@@ -355,20 +315,10 @@ def _prose(topology: Topology, name: str) -> str:
     return said.translate(_LINES) if isinstance(said, str) else ""
 
 
-def _wait(request: web.Request) -> float:
-    """Seconds to wait for an outcome. Raises 400."""
-    text = request.query.get("wait", "")
-    if not text:
-        return LONGEST_WAIT
-    if not _SECONDS.fullmatch(text) or float(text) > LONGEST_WAIT:
-        raise bad_request(f"wait must be seconds from 0 to {LONGEST_WAIT:g}, not {text[:40]!r}")
-    return float(text)
-
-
 def _bulk_result(lab_id: str, given: Order | Exception, request_id: str) -> dict[str, Any]:
     if isinstance(given, Order):
         outcome = given.look()
-        return {"lab_id": lab_id, **_told(given, outcome), "code": _code(outcome)}
+        return {"lab_id": lab_id, **told(given, outcome), "code": code_of(outcome)}
     answer = answer_of(given, request_id, writing=True)
     return {"lab_id": lab_id, "result": FAILED, "message": answer.message, "code": answer.code}
 
@@ -383,45 +333,6 @@ async def _each(items: Sequence[T], do: Callable[[T], Awaitable[None]]) -> None:
     async with asyncio.TaskGroup() as tasks:
         for _ in range(min(_AT_ONCE, len(items))):
             tasks.create_task(some())
-
-
-def _told(order: Order, outcome: Outcome | None) -> dict[str, str]:
-    if outcome is None:
-        so_far = order.so_far()
-        return {"result": _ACCEPTED, "message": f"it is under way: {so_far}" if so_far else "it is under way"}
-    return {"result": outcome.result, "message": outcome.message}
-
-
-def _code(outcome: Outcome | None) -> int:
-    return _CODES.get(outcome.result, 409) if outcome is not None else 202
-
-
-async def _answer(
-    request: web.Request,
-    accepted: Any,
-    order: Order,
-    outcome: Outcome | None,
-    document: dict[str, Any],
-    *,
-    done: int = 200,
-) -> web.Response:
-    """The outcome; what failed is a Status, what is under way names the resource that tells."""
-    code = _code(outcome)
-    if code == 409 and outcome is not None:
-        raise RequestError(409, "Conflict", outcome.message)
-    if code == 200:
-        return await respond(accepted, document, status=done)
-    place = path_of(request.app[API], order.resource)
-    return await respond(accepted, {**document, "resource": place}, status=code, headers={"Location": place})
-
-
-def _note(request: web.Request, order: Order, note: str) -> None:
-    """For the record."""
-    resource, before = order.resource, order.before
-    plural = request.app[API].registry.of_object(resource).plural
-    result = "created" if before is None else "deleting" if note == "delete" else "configured"
-    versions = (before.metadata.resource_version if before is not None else "", resource.metadata.resource_version)
-    call_of(request).touched.append(Touched(plural, resource.namespace, resource.name, result, *versions, note))
 
 
 def _unprocessable(field: str, message: str) -> RequestError:
