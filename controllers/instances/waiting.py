@@ -135,4 +135,6 @@ class Waiting:
             tell(r, ctx, Conditions.READY, False, (Reasons.PROVISIONING, "it is being made"))
             status.conditions = [c for c in status.conditions if c.type != Conditions.CLEANUP_COMPLETED]
 
-        return await self._steps.write(request, ctx, take)
+        taken = await self._steps.write(request, ctx, take)
+        ctx.events.record(taken, "Normal", Reasons.SCHEDULED, f"it has its place {told}")
+        return taken
