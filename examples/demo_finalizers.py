@@ -20,12 +20,12 @@ import orjson
 from pydantic import Field
 
 from demo_stage import Daemon, NotShown, Stage, Story, arguments, play
+from lrm.controller import Context, Controller, Result
 from lrm.errors import RetryLater
 from lrm.kind import Column, Kind
 from lrm.model import Model
 from lrm.plugin import Plugin, PluginContext
 from lrm.queue import BACKOFF_FIRST, BACKOFF_SPREAD
-from lrm.reconcile import Context, Controller, Result
 from lrm.resource import Resource, Status
 from lrm.settings import LrmSettings
 

@@ -14,10 +14,10 @@ from typing import Any
 import orjson
 from pydantic import Field
 
+from lrm.controller import Context, Controller, Result
 from lrm.kind import Kind
 from lrm.model import Model
 from lrm.plugin import Plugin, PluginContext
-from lrm.reconcile import Context, Controller, Result
 from lrm.resource import Resource, Status
 from lrm.settings import LrmSettings
 

@@ -31,6 +31,7 @@ from lrm.bookmarks import Bookmarks
 from lrm.cache import Cache
 from lrm.client import Client
 from lrm.compactor import Compactor
+from lrm.controller import Controller
 from lrm.election import Election, LeaderElection, LeaseElection, StaticElection, Term
 from lrm.errors import only_cause
 from lrm.events import Events
@@ -42,7 +43,7 @@ from lrm.led import Led
 from lrm.offers import Offers
 from lrm.outside import OutsideHealth
 from lrm.plugin import Plugin, PluginContext
-from lrm.reconcile import Controller, Runner
+from lrm.reconcile import Runner
 from lrm.registry import Registry
 from lrm.secrets import Secrets
 from lrm.settings import Settings

@@ -18,13 +18,13 @@ from lrm.admission import Admission
 from lrm.api.operations import Operation
 from lrm.bookmarks import Bookmarks
 from lrm.cache import Cache
+from lrm.controller import Controller
 from lrm.errors import LrmError
 from lrm.events import Events
 from lrm.kind import Kind
 from lrm.led import Led
 from lrm.offers import Offers
 from lrm.outside import OutsideHealth
-from lrm.reconcile import Controller
 from lrm.registry import Registry
 from lrm.secrets import Secrets
 from lrm.settings import LrmSettings

@@ -30,9 +30,9 @@ from controllers.workers.kind import LabWorker
 from controllers.workers.phases import Reasons as WorkerReasons
 from controllers.workers.provisioning import UNDECODABLE_WORKER, reason_of
 from lrm.cache import Change
+from lrm.controller import Context, Controller, Result
 from lrm.crashpoints import crash_point
 from lrm.errors import Invalid, ResourceExists, RetryLater, Undecodable
-from lrm.reconcile import Context, Controller, Result
 from lrm.resource import RECONCILE_ANNOTATION
 
 CRASH_POINTS = ("imports.planned", "imports.created", "imports.made")

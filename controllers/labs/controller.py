@@ -33,10 +33,10 @@ from controllers.workers.kind import INSTANCE_FINALIZER, RECORDS_FINALIZER, LabW
 from controllers.workers.phases import Phase
 from controllers.workers.status import LabsSync
 from lrm.cache import Cache, Change
+from lrm.controller import Context, Controller, Key, Result, Trigger
 from lrm.crashpoints import crash_point
 from lrm.errors import NotLeading, RetryLater
 from lrm.model import rfc3339
-from lrm.reconcile import Context, Controller, Key, Result, Trigger
 from lrm.resource import AnyResource
 from storage.base import Guard
 from storage.clock import Clock

@@ -50,9 +50,9 @@ from controllers.labs.shares import FULL_AGAIN, Shares
 from controllers.workers.kind import LabWorker, serving
 from controllers.workers.phases import Phase
 from lrm.cache import Cache, Change
+from lrm.controller import Context, Controller, Key, Result, Trigger
 from lrm.crashpoints import crash_point
 from lrm.errors import ResourceNotFound, RetryLater
-from lrm.reconcile import Context, Controller, Key, Result, Trigger
 from lrm.resource import PROTECT_ANNOTATION, RECONCILE_ANNOTATION
 
 IMPORT_CRASH_POINTS = (

@@ -26,9 +26,9 @@ from controllers.labs.imports_kind import (
 )
 from controllers.labs.kind import TOPOLOGY_KEPT, LabRecord
 from controllers.labs.settings import LabsSettings
+from lrm.controller import Context
 from lrm.crashpoints import crash_point
 from lrm.errors import ResourceExists
-from lrm.reconcile import Context
 from lrm.resource import ObjectMeta
 from storage.errors import TooLarge
 

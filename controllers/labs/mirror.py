@@ -20,9 +20,9 @@ from controllers.labs.telling import Telling
 from controllers.labs.writing import Failures, write_each
 from controllers.workers.kind import LabWorker
 from controllers.workers.phases import Phase
+from lrm.controller import Context
 from lrm.crashpoints import crash_point
 from lrm.errors import ResourceExists, ResourceNotFound
-from lrm.reconcile import Context
 from lrm.resource import ObjectMeta
 from storage.base import Guard
 

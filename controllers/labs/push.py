@@ -23,9 +23,9 @@ from controllers.labs.kind import LABS, records_of_worker
 from controllers.labs.measures import LabMeasures
 from controllers.workers.kind import LabWorker
 from lrm.cache import Cache, CacheUpdate
+from lrm.controller import Key
 from lrm.election import Term
 from lrm.errors import NotLeading
-from lrm.reconcile import Key
 from lrm.resource import AnyResource
 from storage.clock import Clock
 

@@ -51,9 +51,9 @@ from controllers.labs.shares import FULL_AGAIN, Shares
 from controllers.labs.wishes import Wish, open_wish, tell_operation, unsettled, withdraw
 from controllers.workers.kind import LabWorker
 from lrm.cache import Cache, Change
+from lrm.controller import Context, Controller, Key, Result, Trigger
 from lrm.crashpoints import crash_point
 from lrm.errors import RetryLater
-from lrm.reconcile import Context, Controller, Key, Result, Trigger
 
 DELETION_CRASH_POINTS = (
     "labs.topology-kept",

@@ -27,10 +27,10 @@ from controllers.workers.kind import METRICS, LabWorker
 from controllers.workers.phases import CML_RUNNING
 from lrm.cache import Cache, CacheUpdate
 from lrm.client import Client
+from lrm.controller import Key
 from lrm.election import Term
 from lrm.errors import NotLeading
 from lrm.model import rfc3339
-from lrm.reconcile import Key
 from lrm.resource import RECONCILE_ANNOTATION
 from storage.clock import Clock
 

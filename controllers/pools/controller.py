@@ -50,10 +50,10 @@ from controllers.pools.launches import stuck_by
 from controllers.pools.settings import PoolSettings
 from controllers.workers.kind import DRAIN_ANNOTATION, LAB_WORKER, WAKE_ANNOTATION, LabWorker
 from lrm.cache import Cache, Change
+from lrm.controller import Context, Controller, Key, Result, Trigger
 from lrm.crashpoints import crash_point
 from lrm.errors import Forbidden, Invalid, ResourceExists, ResourceNotFound
 from lrm.model import rfc3339
-from lrm.reconcile import Context, Controller, Key, Result, Trigger
 from lrm.writes import ORPHAN_FINALIZER
 
 CRASH_POINTS = (

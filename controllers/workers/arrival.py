@@ -26,8 +26,8 @@ from controllers.workers.provisioning import (
     reason_of,
 )
 from controllers.workers.work import Work, forget_instance, fresh_registration, licensed_now
+from lrm.controller import Result
 from lrm.crashpoints import crash_point
-from lrm.reconcile import Result
 
 CRASH_POINTS = ("workers.adopt.claimed", "workers.adopt.recorded")
 

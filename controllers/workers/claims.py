@@ -14,8 +14,8 @@ from collections.abc import Iterable, Mapping
 import orjson
 
 from controllers.workers.kind import LabWorker
+from lrm.controller import Context
 from lrm.errors import ResourceNotFound, RetryLater, Undecodable
-from lrm.reconcile import Context
 from storage.base import Entry, Storage
 from storage.errors import AlreadyExists, Conflict, GuardFailed, NotFound
 

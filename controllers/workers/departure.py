@@ -30,8 +30,8 @@ from controllers.workers.pace import Pace
 from controllers.workers.phases import SERVING, Phase, Reasons
 from controllers.workers.provisioning import Provisioner, Sighting, fail_if_ended, is_off, note_ended, reason_of
 from controllers.workers.work import Work, unlicensed
+from lrm.controller import Result
 from lrm.crashpoints import crash_point
-from lrm.reconcile import Result
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable

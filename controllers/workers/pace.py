@@ -9,7 +9,7 @@ from datetime import datetime
 
 from controllers.workers.settings import WorkerSettings
 from controllers.workers.work import Work
-from lrm.reconcile import Result
+from lrm.controller import Result
 
 _BACKOFF_MOST = 60.0
 

@@ -52,9 +52,9 @@ from controllers.workers.phases import Conditions, Phase, Reasons
 from controllers.workers.settings import WorkerSettings
 from controllers.workers.turns import Turns
 from controllers.workers.work import Change, Work, forget_instance
+from lrm.controller import Result
 from lrm.crashpoints import crash_point
 from lrm.errors import RetryLater
-from lrm.reconcile import Result
 from storage.clock import Clock
 
 CRASH_POINTS = (

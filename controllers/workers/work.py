@@ -17,8 +17,8 @@ from controllers.workers.decisions import may_hold_seat, over, problem, retry_of
 from controllers.workers.kind import LabWorker
 from controllers.workers.phases import Conditions, Phase, Reasons
 from controllers.workers.status import Timestamps
+from lrm.controller import Context, Result
 from lrm.crashpoints import crash_point
-from lrm.reconcile import Context, Result
 
 Change = Callable[[LabWorker], None]
 

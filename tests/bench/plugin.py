@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from equipment.widget import NOTES, WIDGETS, Phase, Widget
+from lrm.controller import Context, Controller, Result
 from lrm.plugin import Plugin, PluginContext
-from lrm.reconcile import Context, Controller, Result
 from lrm.settings import LrmSettings
 from storage.clock import Clock
 

@@ -7,8 +7,8 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 from equipment.gc_scene import KINDS
+from lrm.controller import Controller
 from lrm.plugin import Plugin, PluginContext
-from lrm.reconcile import Controller
 
 
 @asynccontextmanager

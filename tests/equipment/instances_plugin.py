@@ -22,9 +22,9 @@ from controllers.labs.records import LabRecordsController
 from controllers.plugin import ControllersSettings
 from controllers.workers.kind import LAB_WORKER
 from lrm.client import Client
+from lrm.controller import Controller
 from lrm.led import Led
 from lrm.plugin import Plugin, PluginContext
-from lrm.reconcile import Controller
 
 
 @asynccontextmanager

@@ -16,8 +16,8 @@ from controllers.labs.records import LabRecordsController
 from controllers.labs.routes import add_labs_routes
 from controllers.plugin import ControllersSettings
 from controllers.workers.kind import LAB_WORKER
+from lrm.controller import Controller
 from lrm.plugin import Plugin, PluginContext
-from lrm.reconcile import Controller
 
 
 @asynccontextmanager

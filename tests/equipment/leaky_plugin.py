@@ -16,8 +16,8 @@ from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import ConsoleSpanExporter, SimpleSpanProcessor
 
 from controllers.workers.kind import LabWorker
+from lrm.controller import Context, Controller, Result
 from lrm.plugin import Plugin, PluginContext
-from lrm.reconcile import Context, Controller, Result
 from lrm.secrets import Secrets
 
 LEAK_ANNOTATION = "test.neuroglia.io/leak"

@@ -36,9 +36,10 @@ from equipment.counting import counting
 from lrm.cache import Cache
 from lrm.client import Client
 from lrm.clock import WallJumps
+from lrm.controller import Context, Key
 from lrm.election import StaticElection, StaticTerm
 from lrm.events import Recorder
-from lrm.reconcile import Context, Key, Runner
+from lrm.reconcile import Runner
 from lrm.registry import Registry
 from lrm.resource import ObjectMeta
 from lrm.secrets import Secrets

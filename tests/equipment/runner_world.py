@@ -11,8 +11,9 @@ from equipment.widget import Note, Widget, registry
 from lrm.bookmarks import Bookmark
 from lrm.cache import Cache, Change
 from lrm.client import Client
+from lrm.controller import Context, Controller, Result, Trigger
 from lrm.election import StaticElection, StaticTerm
-from lrm.reconcile import Context, Controller, Result, Runner, Trigger
+from lrm.reconcile import Runner
 from storage.clock import SystemClock
 from storage.memory import MemoryStorage
 

@@ -21,11 +21,11 @@ from pathlib import Path
 from typing import Any
 
 from lrm.consumer import Delivery, EventConsumer, Handler
+from lrm.controller import Context, Controller, Result
 from lrm.kind import Kind
 from lrm.led import Led
 from lrm.model import Model
 from lrm.plugin import Plugin, PluginContext
-from lrm.reconcile import Context, Controller, Result
 from lrm.resource import Resource, Status
 from storage.clock import SystemClock
 

@@ -7,8 +7,8 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 from equipment.widget import NOTES, WIDGETS, Phase, Widget
+from lrm.controller import Context, Controller, Result
 from lrm.plugin import Plugin, PluginContext
-from lrm.reconcile import Context, Controller, Result
 
 
 class Follow(Controller[Widget]):

@@ -33,13 +33,14 @@ from lrm.bookmarks import Bookmarks
 from lrm.cache import Cache
 from lrm.client import Client
 from lrm.clock import HOLD_SECONDS, WallJumps
+from lrm.controller import Controller
 from lrm.election import StaticElection, StaticTerm
 from lrm.errors import ResourceNotFound
 from lrm.events import Events
 from lrm.led import Led
 from lrm.outside import OutsideHealth
 from lrm.plugin import PluginContext
-from lrm.reconcile import Controller, Runner
+from lrm.reconcile import Runner
 from lrm.registry import Registry
 from lrm.resource import ObjectMeta
 from lrm.secrets import Secrets

@@ -6,8 +6,8 @@ from equipment.runner_world import WidgetController, world
 from equipment.widget import Widget, registry, widget
 from lrm.bookmarks import Bookmarks
 from lrm.client import Client
+from lrm.controller import Context, Result
 from lrm.devservers import RedisServer
-from lrm.reconcile import Context, Result
 from storage.clock import SystemClock
 from storage.memory import MemoryStorage
 from storage.redis_bookmarks import RedisBookmarks

@@ -13,10 +13,10 @@ from equipment.widget import Note, Phase, Widget, registry, widget
 from lrm.cache import Cache
 from lrm.client import Client
 from lrm.clock import WallJumps
-from lrm.controller import Hints
+from lrm.controller import Context, Hints, Result
 from lrm.election import StaticElection
 from lrm.errors import ResourceNotFound, TerminalError
-from lrm.reconcile import Context, Result, Runner
+from lrm.reconcile import Runner
 from lrm.testing import VirtualClock
 from storage.base import Batch, Entry, Guard, Watch
 from storage.clock import SystemClock

@@ -12,9 +12,10 @@ from equipment.runner_world import WidgetController, World, world
 from equipment.widget import Note, Widget, registry, widget
 from lrm.cache import Cache, Change
 from lrm.client import Client
+from lrm.controller import Context, Result, Trigger
 from lrm.election import StaticElection
 from lrm.errors import CacheBehind, NotLeading, ResourceConflict, RetryLater
-from lrm.reconcile import Context, Result, Runner, Trigger
+from lrm.reconcile import Runner
 from lrm.resource import PAUSE_ANNOTATION, RECONCILE_ANNOTATION
 from storage.base import Batch, Watch
 from storage.clock import SystemClock

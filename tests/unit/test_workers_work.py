@@ -16,9 +16,9 @@ from equipment.workers_world import SetClock
 from lrm.cache import Cache
 from lrm.client import Client
 from lrm.clock import WallJumps
+from lrm.controller import Context
 from lrm.election import StaticElection
 from lrm.events import Recorder
-from lrm.reconcile import Context
 from lrm.registry import Registry
 from lrm.resource import RETRY_ANNOTATION, ObjectMeta
 from storage.memory import MemoryStorage
