@@ -121,7 +121,12 @@ def note(request: web.Request, order: Order, what: str) -> None:
     resource, before = order.resource, order.before
     plural = request.app[API].registry.of_object(resource).plural
     versions = (before.metadata.resource_version if before is not None else "", resource.metadata.resource_version)
-    result = "created" if before is None else "deleting" if what == "delete" else "configured"
+    if before is None:
+        result = "created"
+    elif what == "delete":
+        result = "deleting"
+    else:
+        result = "configured" if versions[0] != versions[1] else "unchanged"
     call_of(request).touched.append(Touched(plural, resource.namespace, resource.name, result, *versions, what))
 
 

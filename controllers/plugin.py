@@ -57,11 +57,13 @@ from controllers.pools.kind import LAB_WORKER_POOL
 from controllers.pools.settings import PoolSettings
 from controllers.sweep.settings import SweepSettings
 from controllers.sweep.sweep import Sweep
+from controllers.workers import openapi as workers_openapi
 from controllers.workers.claims import Claims
 from controllers.workers.cml_side import CmlSide
 from controllers.workers.controller import WorkersController
 from controllers.workers.kind import LAB_WORKER
 from controllers.workers.provisioning import Provisioner
+from controllers.workers.routes import add_workers_routes
 from controllers.workers.settings import WorkerSettings
 from lrm.admission import Admission
 from lrm.cache import Cache
@@ -312,6 +314,11 @@ plugin = Plugin(
     settings=ControllersSettings,
     admission=admission,
     dev_services=DEV_SERVICES,
-    routes=(add_instance_routes, add_log_routes, add_labs_routes),
-    operations=(*containers_openapi.OPERATIONS, *instances_openapi.OPERATIONS, *labs_openapi.OPERATIONS),
+    routes=(add_instance_routes, add_log_routes, add_labs_routes, add_workers_routes),
+    operations=(
+        *containers_openapi.OPERATIONS,
+        *instances_openapi.OPERATIONS,
+        *labs_openapi.OPERATIONS,
+        *workers_openapi.OPERATIONS,
+    ),
 )

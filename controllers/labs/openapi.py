@@ -2,30 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, Field
 
 from controllers.labs.bulk import BulkOrder
 from controllers.labs.imports_kind import TITLE_MOST
-from controllers.orders import LONGEST_WAIT
+from controllers.workers.addressed import WORKER, WORKERS
+from controllers.workers.openapi import OF_WORKER, REGION, STALE, WAIT, Ordered, outcomes
 from lrm.api.operations import Answer, Content, Operation, Parameter
 from lrm.model import Timestamp
 
-_WORKERS = "/api/v1/workers"
-_LABS = f"{_WORKERS}/region/{{region}}/workers/{{worker}}/labs"
+_LABS = f"{WORKER}/labs"
 
-_REGION = Parameter("region", "Of AWS; a worker of another region is not found.")
-_NAMESPACE = Parameter("namespace", "Of the worker.", {"type": "string", "default": "default"})
-_WORKER = (_REGION, Parameter("worker", "Its name, or the id of its EC2 instance."), _NAMESPACE)
-_WAIT = Parameter(
-    "wait",
-    "Seconds to wait for the outcome; then the answer is 202. To the thousandth.",
-    {"type": "number", "minimum": 0, "maximum": LONGEST_WAIT, "default": LONGEST_WAIT},
-)
 _LAB = Parameter("lab", "The lab's id in CML.", {"type": "string", "format": "uuid"})
-_STALE = Parameter("resourceVersion", "0: as the cache has it, without asking the store.")
 
 
 class FlatLab(BaseModel):
@@ -44,16 +34,6 @@ class FlatLab(BaseModel):
     created: Timestamp | None
     modified: Timestamp | None
     last_synced: Timestamp | None
-
-
-class Ordered(BaseModel):
-    """What became of an order so far."""
-
-    model_config = ConfigDict(extra="allow")
-
-    result: Literal["Succeeded", "Failed", "Superseded", "Waiting", "Accepted"]
-    message: str
-    resource: str = Field("", description="Where it is told what becomes of it; also in the header Location.")
 
 
 class Refreshed(Ordered):
@@ -111,11 +91,6 @@ class RefreshResults(BaseModel):
     results: list[WorkerResult]
 
 
-def _outcomes(model: Any, done: str, code: int = 200) -> Mapping[int, Answer]:
-    content = Content(model)
-    return {code: Answer(done, content), 202: Answer("It is under way: `resource` tells what becomes of it.", content)}
-
-
 _MANY = {
     202: Answer("Each was taken.", Content(RefreshResults)),
     207: Answer("Some were not taken: see their results.", Content(RefreshResults)),
@@ -129,25 +104,25 @@ OPERATIONS = (
         "The labs as they were at the last sync; the header Age has the seconds since.",
         {200: Answer("OK", Content(list[FlatLab]))},
         refusals=(504,),
-        parameters=(*_WORKER, _STALE),
+        parameters=(*OF_WORKER, STALE),
     ),
     Operation(
         "refreshLabs",
         "post",
         f"{_LABS}/refresh",
         "Sync the worker's labs now.",
-        _outcomes(Refreshed, "They were synced."),
-        parameters=(*_WORKER, _WAIT),
+        outcomes(Refreshed, "They were synced."),
+        parameters=(*OF_WORKER, WAIT),
     ),
     Operation(
         "importLab",
         "post",
         f"{_LABS}/import",
         "Make a lab of a topology, at most 512 KiB. Who gives a name may ask again: 409 says that it was taken.",
-        _outcomes(ImportedLab, "It was made.", 201),
+        outcomes(ImportedLab, "It was made.", 201),
         parameters=(
-            *_WORKER,
-            _WAIT,
+            *OF_WORKER,
+            WAIT,
             Parameter("title", "Instead of the topology's.", {"type": "string", "maxLength": TITLE_MOST}),
             Parameter("name", "Of the LabImport."),
         ),
@@ -163,7 +138,7 @@ OPERATIONS = (
             202: Answer("Some are under way.", Content(BulkResults)),
             207: Answer("Some failed: see their results.", Content(BulkResults)),
         },
-        parameters=(*_WORKER, _WAIT),
+        parameters=(*OF_WORKER, WAIT),
         body=Content(BulkOrder),
     ),
     Operation(
@@ -171,12 +146,12 @@ OPERATIONS = (
         "post",
         f"{_LABS}/{{lab}}/{{action}}",
         "Start, stop or wipe a lab.",
-        _outcomes(Operated, "It was done."),
+        outcomes(Operated, "It was done."),
         parameters=(
-            *_WORKER,
+            *OF_WORKER,
             _LAB,
             Parameter("action", "What is done.", {"type": "string", "enum": ["start", "stop", "wipe"]}),
-            _WAIT,
+            WAIT,
         ),
     ),
     Operation(
@@ -184,8 +159,8 @@ OPERATIONS = (
         "delete",
         f"{_LABS}/{{lab}}",
         "Stop, wipe and delete a lab.",
-        _outcomes(Operated, "It is gone."),
-        parameters=(*_WORKER, _LAB, _WAIT),
+        outcomes(Operated, "It is gone."),
+        parameters=(*OF_WORKER, _LAB, WAIT),
     ),
     Operation(
         "downloadLab",
@@ -194,12 +169,12 @@ OPERATIONS = (
         "A lab's topology, read from CML here and now.",
         {200: Answer("OK", Content(str, ("application/yaml",)))},
         refusals=(502, 504),
-        parameters=(*_WORKER, _LAB, _STALE),
+        parameters=(*OF_WORKER, _LAB, STALE),
     ),
     Operation(
         "refreshAllLabs",
         "post",
-        f"{_WORKERS}/labs/refresh",
+        f"{WORKERS}/labs/refresh",
         "Sync the labs of all workers.",
         _MANY,
         parameters=(Parameter("namespace", "Of the workers; without one each that the caller may write in."),),
@@ -207,9 +182,9 @@ OPERATIONS = (
     Operation(
         "refreshLabsOfRegion",
         "post",
-        f"{_WORKERS}/region/{{region}}/labs/refresh",
+        f"{WORKERS}/region/{{region}}/labs/refresh",
         "Sync the labs of a region's workers.",
         _MANY,
-        parameters=(_REGION, Parameter("namespace", "Of the workers; without one each that the caller may write in.")),
+        parameters=(REGION, Parameter("namespace", "Of the workers; without one each that the caller may write in.")),
     ),
 )

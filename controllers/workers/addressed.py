@@ -10,9 +10,10 @@ from aiohttp import web
 from controllers.workers.kind import LAB_WORKER, LabWorker
 from lrm.api.auth import Verb
 from lrm.api.call import API, call_of
+from lrm.api.lists import catch_up
 from lrm.api.requests import check_namespace
 from lrm.api.status import About, RequestError, bad_request
-from lrm.errors import CacheBehind, ResourceNotFound, Undecodable
+from lrm.errors import ResourceNotFound, Undecodable
 
 WORKERS = "/api/v1/workers"
 OF_REGION = f"{WORKERS}/region/{{region}}/workers"
@@ -22,7 +23,7 @@ WORKER = f"{OF_REGION}/{{worker}}"
 async def worker_of(request: web.Request, verb: Verb, what: str) -> LabWorker:
     """The worker of the path, once its caller may do that and the cache holds all that was written before.
 
-    With resourceVersion=0 it is taken as it is. Raises 400, 403, `ResourceNotFound`, `Undecodable`, `CacheBehind`.
+    A read with resourceVersion=0 takes it as it is. Raises 400, 403, `ResourceNotFound`, `Undecodable`, `CacheBehind`.
     """
     if "dryRun" in request.query:
         raise no_rehearsal()
@@ -31,10 +32,10 @@ async def worker_of(request: web.Request, verb: Verb, what: str) -> LabWorker:
     check_namespace(namespace)
     call.about = About(LAB_WORKER.group, LAB_WORKER.plural, name[:80], namespace)
     call.principal.require(verb, namespace, f"{what} labworkers")
-    if verb != "read" or request.query.get("resourceVersion") != "0":
+    if verb == "read":
+        await catch_up(api, 0 if request.query.get("resourceVersion") == "0" else None)
+    else:
         await api.cache.barrier(api.settings.barrier_seconds)
-    elif not api.cache.synced:
-        raise CacheBehind(f"the cache is not filled yet: {api.cache.error}")
     item = api.cache.item(LAB_WORKER, namespace, name)
     if item is not None and item.resource is None:
         raise Undecodable(item.entry.key, item.error)

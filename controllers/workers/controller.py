@@ -13,7 +13,7 @@ from typing import Any
 
 from controllers.aws.errors import AwsError
 from controllers.cml.errors import CmlError
-from controllers.labs.kind import LabRecord, records_of_worker
+from controllers.labs.kind import LabRecord
 from controllers.workers.arrival import Arrival
 from controllers.workers.claims import Claims
 from controllers.workers.cml_side import CmlSide
@@ -25,6 +25,7 @@ from controllers.workers.kind import INSTANCE_FINALIZER, LAB_WORKER, LABS, METRI
 from controllers.workers.pace import Pace
 from controllers.workers.phases import Phase, Reasons
 from controllers.workers.provisioning import Provisioner, Sighting, fail_if_ended, is_off, reason_of, tell_of_seat
+from controllers.workers.queries import is_started, started_labs
 from controllers.workers.settings import WorkerSettings
 from controllers.workers.turns import Crowded
 from controllers.workers.work import Work, forget_ended, fresh_registration
@@ -213,21 +214,13 @@ class WorkersController(Controller[LabWorker]):
 
 def is_busy(work: Work) -> bool:
     """Whether a lab instance is placed on the worker, or a lab runs on it."""
-    worker = work.worker
-    if worker.status.allocations:
-        return True
-    records = records_of_worker(work.ctx.cache, worker.namespace, worker.name)
-    return any(_is_started(r) for r in records)
-
-
-def _is_started(record: LabRecord) -> bool:
-    return record.status.state == "STARTED" and record.status.missing_since is None
+    return bool(work.worker.status.allocations or started_labs(work.ctx.cache, work.worker))
 
 
 def _worker_of_started(change: Change) -> Iterable[Key]:
     old, new = (i.resource if i is not None else None for i in (change.old, change.new))
-    before = isinstance(old, LabRecord) and _is_started(old)
-    after = isinstance(new, LabRecord) and _is_started(new)
+    before = isinstance(old, LabRecord) and is_started(old)
+    after = isinstance(new, LabRecord) and is_started(new)
     record = new or old
     if before != after and isinstance(record, LabRecord):
         yield record.namespace, record.spec.worker_ref

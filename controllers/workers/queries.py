@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 
+from controllers.labs.kind import LabRecord, records_of_worker
 from controllers.workers.kind import LabWorker
 from controllers.workers.phases import SERVING, Phase
 from lrm.cache import Cache
@@ -39,6 +40,16 @@ def ready(cache: Cache, namespace: str = "") -> list[LabWorker]:
 def draining(cache: Cache, namespace: str = "") -> list[LabWorker]:
     """Workers on their way out of service that still let labs end."""
     return by_phase(cache, Phase.DRAINING, namespace)
+
+
+def started_labs(cache: Cache, worker: LabWorker) -> list[LabRecord]:
+    """The labs that run on a worker, as far as it is known."""
+    return [r for r in records_of_worker(cache, worker.namespace, worker.name) if is_started(r)]
+
+
+def is_started(record: LabRecord) -> bool:
+    """Whether a lab runs, and was in the last complete list."""
+    return record.status.state == "STARTED" and record.status.missing_since is None
 
 
 def count_by_phase(cache: Cache, namespace: str = "") -> Counter[str]:
