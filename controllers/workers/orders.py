@@ -82,13 +82,11 @@ class WorkerOrders:
             w.metadata.annotations[RECONCILE_ANNOTATION] = order_id
 
         def outcome(now: LabWorker) -> Outcome | None:
-            metrics = now.status.metrics
-            if metrics is not None and metrics.asked in (order_id, now.metadata.annotations.get(RECONCILE_ANNOTATION)):
+            metrics, wish = now.status.metrics, now.metadata.annotations.get(RECONCILE_ANNOTATION)
+            if metrics is not None and metrics.asked is not None and metrics.asked in (order_id, wish):
                 sources = {"EC2": metrics.ec2, "CloudWatch": metrics.cloud_watch, "CML": metrics.cml}
-                silent = [
-                    f"{name} did not tell: {s.error.message}" for name, s in sources.items() if s.error is not None
-                ]
-                return Outcome(SUCCEEDED, "; ".join(silent))
+                silent = [f"{name} did not tell: {s.error.message}" for name, s in sources.items() if s.error]
+                return Outcome(SUCCEEDED, "; ".join(silent) or f"{now.name} was measured")
             if now.status.ec2.instance_id is None:
                 return Outcome(WAITING, f"{now.name} has no instance yet")
             return None
@@ -158,8 +156,8 @@ def _refuse_what_ends(worker: LabWorker) -> None:
 
 def _ask_for_licence(worker: LabWorker, order_id: str) -> None:
     _refuse_what_ends(worker)
-    name, cml = worker.name, worker.status.cml
-    if cml.licensed:
+    name = worker.name
+    if worker.status.cml.licensed:
         return
     if worker.spec.cml.license_token_from is None:
         raise _conflict(f"{name} has no licence token: let spec.cml.licenseTokenFrom name one")
@@ -170,8 +168,7 @@ def _ask_for_licence(worker: LabWorker, order_id: str) -> None:
     if worker.status.phase == Phase.READY:
         raise _conflict(f"the CML of {name} has lost its licence while it served: stop it and start it again")
     worker.spec.auto_license = True
-    sent = cml.registration is not None and cml.registration.failed is None
-    if worker.status.phase != Phase.LICENSING and not sent:
+    if worker.status.phase != Phase.LICENSING:
         worker.metadata.annotations[RETRY_ANNOTATION] = order_id
 
 

@@ -328,8 +328,9 @@ async def _gather(scene: Scene) -> dict[str, bytes]:
 
 
 async def _paths(scene: Scene) -> list[str]:
-    """Every list of every kind, the documents, and the states that the daemon tells."""
+    """Every list of every kind, the flat ones, the documents, and the states that the daemon tells."""
     paths = ["/metrics", "/version", "/livez", "/readyz", "/api", "/apis", "/openapi/v3", "/api/v1/events"]
+    paths += ["/api/lab-instances/", f"/api/v1/workers/region/{REGION}/workers"]
     words = ("health", "ready", "status", "metrics", "leader", "bookmarks", "finalizers")
     paths += [f"/api/status/{word}" for word in words]
     for group in json.loads(await scene.ask("GET", "/apis"))["groups"]:
