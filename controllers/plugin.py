@@ -68,10 +68,9 @@ from controllers.workers.settings import WorkerSettings
 from lrm.admission import Admission
 from lrm.cache import Cache
 from lrm.client import Client
-from lrm.controller import Hints, Key
+from lrm.controller import Controller, Hints, Key
 from lrm.led import Led
 from lrm.plugin import DevPlan, DevService, Plugin, PluginContext
-from lrm.reconcile import Controller
 from storage.clock import Clock
 
 

@@ -30,7 +30,7 @@ from controllers.workers.settings import WorkerSettings
 from controllers.workers.turns import Crowded
 from controllers.workers.work import Work, forget_ended, fresh_registration
 from lrm.cache import Change
-from lrm.reconcile import Context, Controller, Key, Result, Trigger
+from lrm.controller import Context, Controller, Key, Result, Trigger
 from lrm.resource import RECONCILE_ANNOTATION
 
 
