@@ -27,6 +27,8 @@ Wished = Literal["Ready", "Stopped", "Draining"]
 
 _ENDING = frozenset({Phase.TERMINATING_EC2, Phase.TERMINATED})
 """Whence no wish leads back."""
+_TERMINATED = "Terminated"
+"""The wish for an end, which no order takes back: whoever ordered a stop did not mean to keep the machine."""
 
 
 class WorkerOrders:
@@ -39,7 +41,7 @@ class WorkerOrders:
     async def wish(self, worker: LabWorker, phase: Wished, order_id: str) -> Order:
         """Have a worker serve, stopped, or emptied. One that failed at this very wish tries again; an idle one wakes.
 
-        Raises 409 for one whose instance ends, `Forbidden` for one that is being deleted, and `Invalid`.
+        Raises 409 for one whose instance ends or is to end, `Forbidden` for one that is being deleted, and `Invalid`.
         """
 
         def give(w: LabWorker) -> None:
@@ -152,6 +154,8 @@ def _refuse_what_ends(worker: LabWorker) -> None:
         raise Forbidden("the spec of an object that is being deleted is frozen")
     if worker.status.phase in _ENDING:
         raise _conflict(f"{worker.name} is {worker.status.phase}: delete it and make another worker")
+    if worker.spec.desired_phase == _TERMINATED:
+        raise _conflict(f"{worker.name} is to be Terminated: to keep it, change spec.desiredPhase itself")
 
 
 def _ask_for_licence(worker: LabWorker, order_id: str) -> None:
@@ -177,8 +181,9 @@ def _licensing(now: LabWorker) -> Outcome | None:
     failed = registration.failed if registration is not None else None
     if now.status.cml.licensed:
         return Outcome(SUCCEEDED, f"{now.name} is licensed")
-    if not now.spec.wants_license:
-        return Outcome(SUPERSEDED, f"another wish came after this: {now.name} is to have no licence")
+    if now.spec.desired_phase == _TERMINATED or not now.spec.wants_license:
+        wished = "be Terminated" if now.spec.desired_phase == _TERMINATED else "have no licence"
+        return Outcome(SUPERSEDED, f"another wish came after this: {now.name} is to {wished}")
     if failed is not None and not may_license(now):
         return Outcome(FAILED, f"{failed.reason}: {failed.message}; mend that and license {now.name} again")
     if now.status.phase == Phase.ACTIVE:

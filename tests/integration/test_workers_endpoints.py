@@ -14,6 +14,7 @@ import pytest
 
 from controllers.aws.simulator import DEMO_AMI
 from controllers.failure import Failure
+from controllers.orders import Order
 from controllers.plugin import plugin
 from controllers.workers.flat import FlatWorker
 from controllers.workers.kind import LAB_WORKER, WAKE_ANNOTATION, LabWorker
@@ -25,6 +26,7 @@ from controllers.workers.status import Allocation, IdleStatus, LabWorkerStatus, 
 from equipment.api import Answer, Served, served, tokens_file
 from equipment.waiting import until
 from equipment.workers_world import BAD_TOKEN_ENV, PASSWORD_ENV, TOKEN_ENV, WorkersWorld, history, workers_world
+from lrm.api.status import RequestError
 from lrm.devservers import EtcdServer
 from lrm.resource import PAUSE_ANNOTATION, ObjectMeta
 from storage.clock import SystemClock
@@ -359,6 +361,7 @@ MACHINE = {"ec2.instance_id": "i-1"}
 REFUSED = Registration.model_validate({"failed": {"reason": "Bad", "message": "no", "at": NOW()}, "generation": 1})
 IDLE = {"status": {"idle": IdleStatus(paused_at=NOW())}, "idleDetection": {"enabled": True}}
 UNSEEN = {"status": {"observed_generation": 0}}
+ENDING = {"desiredPhase": "Terminated"}
 OBSERVED = {"observeOnly": True, "aws": {"instanceId": "i-0123456789abcdef0"}}
 
 
@@ -369,6 +372,10 @@ OBSERVED = {"observeOnly": True, "aws": {"instanceId": "i-0123456789abcdef0"}}
         ("stop", "TerminatingEC2", {}, 409, "make another worker", "nor from its end"),
         ("license", "Terminated", {}, 409, "make another worker", "nor for this"),
         ("refresh", "Terminated", {}, 409, "nothing left to ask", "nobody would answer"),
+        ("stop", "Draining", ENDING, 409, "change spec.desiredPhase", "an end that was wished for is not taken back"),
+        ("start", "Ready", ENDING, 409, "change spec.desiredPhase", "nor by this"),
+        ("drain", "Unlicensing", ENDING, 409, "change spec.desiredPhase", "nor by this"),
+        ("license", "ReadyUnlicensed", {**ENDING, "cml": TOKEN}, 409, "change spec.desiredPhase", "it has no future"),
         ("start", "Ready", {"deleting": True}, 403, "being deleted", "as the resource does"),
         ("drain", "Ready", {"deleting": True}, 403, "being deleted", "as the resource does"),
         ("refresh", "Ready", {"deleting": True, "status": MACHINE}, 202, "under way", "it may still be asked about"),
@@ -442,6 +449,25 @@ async def test_a_refresh_that_somebody_took_back_is_not_told_as_done(still: Serv
     await still.client.update(worker, lambda w: w.metadata.annotations.clear())
     await still.cache.barrier(30)
     assert order.look() is None
+
+
+@pytest.mark.parametrize("order", ["wish", "license"])
+async def test_an_end_that_is_wished_for_meanwhile_is_not_taken_back_and_supersedes(still: Served, order: str) -> None:
+    orders = WorkerOrders(still.api)
+
+    async def give(worker: LabWorker) -> Order:
+        return await (orders.wish(worker, "Draining", "mine") if order == "wish" else orders.license(worker, "mine"))
+
+    worker = await put(still, phase="ReadyUnlicensed", cml=TOKEN)
+    given = await give(worker)
+    await still.client.update(worker, lambda w: setattr(w.spec, "desired_phase", "Terminated"))
+    with pytest.raises(RequestError, match="to be Terminated"):
+        await give(worker)
+    await still.cache.barrier(30)
+    outcome = given.look()
+    assert outcome is not None
+    assert (outcome.result, "is to be Terminated" in outcome.message) == ("Superseded", True)
+    assert still.cache.all(LabWorker)[0].spec.desired_phase == "Terminated"
 
 
 async def test_an_order_whose_worker_goes_or_is_replaced_meanwhile_says_so(still: Served) -> None:
