@@ -12,11 +12,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from aiohttp import web
-
 from controllers.labs.kind import SUCCEEDED, WAITING
 from lrm.api.audit import Touched
-from lrm.api.call import API, Api, call_of
+from lrm.api.call import API, Api, Request, Response, call_of
 from lrm.api.codec import respond
 from lrm.api.status import RequestError, bad_request
 from lrm.resource import AnyResource
@@ -74,7 +72,7 @@ async def seen(api: Api, plural: str, look: Callable[[], T | None], seconds: flo
         return look()
 
 
-def wait_of(request: web.Request) -> float:
+def wait_of(request: Request) -> float:
     """Seconds to wait for an outcome. Raises 400."""
     text = request.query.get("wait", "")
     if not text:
@@ -98,14 +96,14 @@ def code_of(outcome: Outcome | None) -> int:
 
 
 async def answer(
-    request: web.Request,
+    request: Request,
     accepted: Any,
     order: Order,
     outcome: Outcome | None,
     document: dict[str, Any],
     *,
     done: int = 200,
-) -> web.Response:
+) -> Response:
     """The outcome; what failed is a Status, what is under way names the resource that tells."""
     code = code_of(outcome)
     if code == 409 and outcome is not None:
@@ -116,7 +114,7 @@ async def answer(
     return await respond(accepted, {**document, "resource": place}, status=code, headers={"Location": place})
 
 
-def note(request: web.Request, order: Order, what: str) -> None:
+def note(request: Request, order: Order, what: str) -> None:
     """For the record."""
     resource, before = order.resource, order.before
     plural = request.app[API].registry.of_object(resource).plural

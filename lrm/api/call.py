@@ -82,6 +82,10 @@ class Api:
     """What plug-ins' routes read the outside with."""
 
 
+Request = web.Request
+Response = web.Response
+"""For what helps endpoints and serves nothing by itself."""
+
 API: web.AppKey[Api] = web.AppKey("api")
 
 
