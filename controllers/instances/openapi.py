@@ -10,6 +10,11 @@ _NAMESPACE = Parameter("namespace", "Of the lab instance.", {"type": "string", "
 _NAME = Parameter("name", "Of the lab instance.")
 _ONE = Content(FlatInstance)
 _DRY_RUN = Parameter("dryRun", "Only say what would come of it.", {"type": "string", "enum": ["All"]})
+_PROPAGATION = Parameter(
+    "propagationPolicy",
+    "What becomes of its dependants.",
+    {"type": "string", "enum": ["Background", "Foreground", "Orphan"]},
+)
 
 OPERATIONS = (
     Operation(
@@ -18,7 +23,11 @@ OPERATIONS = (
         f"{PATH}/",
         "A new lab instance.",
         {201: Answer("It was taken.", _ONE)},
-        parameters=(_DRY_RUN,),
+        parameters=(
+            Parameter("namespace", "For a body that names none; one that names another is refused."),
+            _DRY_RUN,
+            Parameter("fieldManager", "Who writes it.", {"type": "string", "maxLength": 128}),
+        ),
         body=Content(NewInstance),
     ),
     Operation(
@@ -50,8 +59,9 @@ OPERATIONS = (
         "deleteLabInstance",
         "delete",
         f"{PATH}/{{name}}",
-        "End it, clean up after it and forget it.",
+        "End it, clean up after it and forget it. A body is DeleteOptions, as for the resource: preconditions, dryRun.",
         {200: Answer("It is gone: its last state.", _ONE), 202: Answer("It is being cleaned up.", _ONE)},
-        parameters=(_NAME, _NAMESPACE),
+        refusals=(408, 413, 415, 422),
+        parameters=(_NAME, _NAMESPACE, _DRY_RUN, _PROPAGATION),
     ),
 )

@@ -1,7 +1,8 @@
 """`/api/lab-instances/`: lab instances with a flat body and a flat answer, as course tools post them.
 
-A thin face over LabInstanceRequests: the same rights, rules, admission, audit and errors. Fields are in snake_case,
-phases in capitals. What it cannot say (resources, tracks, pools), the resource can.
+A thin face over LabInstanceRequests: the same rights, rules, admission, audit and errors, the same dry runs and
+preconditions. Fields are in snake_case, phases in capitals; a parameter that would be ignored is refused. What it
+cannot say (resources, tracks, pools), the resource can.
 """
 
 from __future__ import annotations
@@ -12,9 +13,9 @@ from controllers.instances.flat import PHASES, document_of, flat_of, flat_path
 from controllers.instances.kind import EXAMPLE_ADDRESS, LAB_INSTANCE_REQUEST, LabInstanceRequest, is_address
 from lrm.api.call import API, Api, call_of
 from lrm.api.codec import negotiate, read_object, respond
-from lrm.api.edits import Edit, check_admission, edit_of_target, parse, store_new
+from lrm.api.edits import Edit, check_admission, delete_target, edit_of_target, parse, store_new
 from lrm.api.lists import read_list, read_one
-from lrm.api.requests import Target, check_namespace, list_query, write_options
+from lrm.api.requests import Target, check_namespace, list_query, only_parameters, write_options
 from lrm.api.status import RequestError, bad_request
 from lrm.errors import Cause, Invalid
 from lrm.fanout import Selector
@@ -38,11 +39,15 @@ def add_instance_routes(app: web.Application, _api: Api) -> None:
 async def _create(request: web.Request) -> web.Response:
     """POST: a new lab instance. 201 with it; 422 with every wrong field under its flat name."""
     api, call = request.app[API], call_of(request)
+    only_parameters(request, "namespace", "dryRun", "fieldManager")
     accepted, options = negotiate(request), write_options(request)
     body = await read_object(request, api.settings, api.clock)
-    namespace = body.get("namespace", "default")
+    asked = request.query.get("namespace")
+    namespace = body.get("namespace", asked if asked is not None else "default")
     if not isinstance(namespace, str):
         raise Invalid("lab instance", [Cause("namespace", "FieldValueInvalid", "must be a text")])
+    if asked not in (None, namespace):
+        raise bad_request(f"namespace in the body ({namespace[:80]}) does not match the query ({asked[:80]})")
     check_namespace(namespace)
     kind = LAB_INSTANCE_REQUEST
     call.principal.require("write", namespace, f"create {kind.plural}")
@@ -79,6 +84,7 @@ async def _list(request: web.Request) -> web.Response:
 async def _read(request: web.Request) -> web.Response:
     """GET of one."""
     target = _target(request)
+    only_parameters(request, "namespace")
     call_of(request).principal.require("read", target.namespace, f"read {target.kind.plural}")
     accepted = negotiate(request)
     item = await read_one(request.app[API], target, "")
@@ -88,20 +94,20 @@ async def _read(request: web.Request) -> web.Response:
 
 
 async def _delete(request: web.Request) -> web.Response:
-    """DELETE: 202 while it is being cleaned up, 200 when it is gone at once; the answer is its last state."""
+    """DELETE: 202 while it is being cleaned up, 200 when it is gone at once; the answer is its last state.
+
+    A body is DeleteOptions, as for the resource.
+    """
     target = _target(request)
+    only_parameters(request, "namespace", "dryRun", "propagationPolicy")
     edit = edit_of_target(request, target, "write", "delete")
-    current = await edit.current()
-    left = await edit.client().delete(current)
-    edit.note("deleting" if left else "deleted", current, current, left)
+    current, left = await delete_target(edit)
     return await respond(edit.accepted, flat_of(_own(left or current)), status=202 if left else 200)
 
 
 def _filter(request: web.Request) -> Selector:
     """Raises 400 for what can match nothing, so that nobody takes a slip for an empty list."""
-    unknown = sorted(set(request.query) - {*_FILTERS, "namespace", "labelSelector", "fieldSelector", "resourceVersion"})
-    if unknown:
-        raise bad_request(f"{unknown[0][:40]!r} is no filter; there are namespace, {', '.join(_FILTERS)}")
+    only_parameters(request, "namespace", *_FILTERS, "labelSelector", "fieldSelector", "resourceVersion")
     phase = request.query.get("phase", "").lower()
     student = request.query.get("student_email", "").lower()
     if phase and phase.upper() not in PHASES:

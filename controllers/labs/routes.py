@@ -49,7 +49,7 @@ from controllers.labs.kind import (
 from controllers.labs.kind import Verb as LabVerb
 from controllers.labs.orders import Orders, awaited
 from controllers.orders import Order, answer, code_of, note, seen, told, wait_of
-from controllers.workers.addressed import WORKER, WORKERS, no_rehearsal, worker_of
+from controllers.workers.addressed import WORKER, WORKERS, only_taken, worker_of
 from controllers.workers.kind import LAB_WORKER, LabWorker
 from lrm.api.call import API, Api, call_of
 from lrm.api.codec import negotiate, read_body, read_object, respond
@@ -58,7 +58,7 @@ from lrm.api.status import About, RequestError, answer_of
 from lrm.cache import Item
 from lrm.errors import Cause, LrmError, ResourceNotFound, Undecodable
 from lrm.model import rfc3339
-from storage.errors import StorageError
+from storage.errors import OutcomeUnknown, StorageError, Unavailable
 
 log = structlog.get_logger(__name__)
 
@@ -130,6 +130,7 @@ async def refresh_all(request: web.Request) -> web.Response:
     """POST: sync the labs of all workers, or of a region's; not waited for, with a result for each.
 
     202, or 207 when one was not taken. So many are asked for at once as the controller has hands: the others queue.
+    Repeated at once it writes nothing; on record is what was written.
     """
     region = request.match_info.get("region")
     items = await _workers(request, region)
@@ -137,20 +138,20 @@ async def refresh_all(request: web.Request) -> web.Response:
     results: dict[tuple[str, str], dict[str, Any]] = {}
 
     async def give(item: Item) -> None:
-        result: dict[str, Any] = {"worker": item.name, "namespace": item.namespace}
-        try:
-            if not isinstance(item.resource, LabWorker):
-                raise Undecodable(item.entry.key, item.error)
-            order = await orders.refresh(item.resource, call.request_id)
-        except (LrmError, StorageError) as error:
-            answer = answer_of(error, call.request_id, writing=True)
-            result |= {"result": FAILED, "message": answer.message}
-        else:
-            result |= told(order, order.look() or awaited(item.resource))
+        if not isinstance(item.resource, LabWorker):
+            raise Undecodable(item.entry.key, item.error)
+        order = await orders.refresh(item.resource, call.request_id, among_many=True)
+        if order.resource.revision != item.resource.revision:
             note(request, order, "refresh")
-        results[item.namespace, item.name] = result
+        tell(item, told(order, order.look() or awaited(item.resource)))
 
-    await _each(items, give)
+    def fail(item: Item, error: Exception) -> None:
+        tell(item, {"result": FAILED, "message": answer_of(error, call.request_id, writing=True).message})
+
+    def tell(item: Item, result: Mapping[str, str]) -> None:
+        results[item.namespace, item.name] = {"worker": item.name, "namespace": item.namespace, **result}
+
+    await _each(items, give, fail)
     if not items:
         call.warn(f"there is no worker {f'in the region {region[:80]!r}' if region else 'to refresh'}")
     failed = any(result["result"] == FAILED for result in results.values())
@@ -194,19 +195,15 @@ async def bulk(request: web.Request) -> web.Response:
     given: dict[str, Order | Exception] = {}
 
     async def give(lab_id: str) -> None:
-        try:
-            record = _record(request, worker, lab_id)
-            if action == "delete":
-                order = await orders.delete(record)
-            else:
-                order = await orders.operate(record, _VERBS[action], order_id)
-        except (LrmError, StorageError) as error:
-            given[lab_id] = error
+        record = _record(request, worker, lab_id)
+        if action == "delete":
+            order = await orders.delete(record)
         else:
-            given[lab_id] = order
-            note(request, order, action)
+            order = await orders.operate(record, _VERBS[action], order_id)
+        given[lab_id] = order
+        note(request, order, action)
 
-    await _each(ids, give)
+    await _each(ids, give, given.__setitem__)
     waiting = [order for order in given.values() if isinstance(order, Order)]
     await seen(api, LAB_RECORD.plural, lambda: all(o.look() is not None for o in waiting) or None, seconds)
     results = [_bulk_result(lab_id, given[lab_id], order_id) for lab_id in ids]
@@ -220,7 +217,7 @@ async def import_lab(request: web.Request) -> web.Response:
 
     Who gives a name may ask again after a lost answer: 409 says that the order was taken.
     """
-    worker = await worker_of(request, "write", "import labs to")
+    worker = await worker_of(request, "write", "import labs to", "title", "name")
     accepted, seconds, api = negotiate(request), wait_of(request), request.app[API]
     limit = min(TOPOLOGY_BYTES, api.settings.max_body_bytes)
     body = await read_body(request, api.settings.model_copy(update={"max_body_bytes": limit}), api.clock)
@@ -272,10 +269,9 @@ async def _workers(request: web.Request, region: str | None) -> list[Item]:
 
     Of one that cannot be decoded nobody knows the region: it is among them. Raises 400, 403, `CacheBehind`.
     """
-    if "dryRun" in request.query:
-        raise no_rehearsal()
     api, call, asked = request.app[API], call_of(request), request.query.get("namespace", "")
     call.about = About(LAB_WORKER.group, LAB_WORKER.plural, "", asked)
+    only_taken(request, "namespace")
     if asked:
         check_namespace(asked)
     if asked or not call.principal.may_somewhere("write"):
@@ -323,12 +319,23 @@ def _bulk_result(lab_id: str, given: Order | Exception, request_id: str) -> dict
     return {"lab_id": lab_id, "result": FAILED, "message": answer.message, "code": answer.code}
 
 
-async def _each(items: Sequence[T], do: Callable[[T], Awaitable[None]]) -> None:
+async def _each(items: Sequence[T], do: Callable[[T], Awaitable[None]], fail: Callable[[T, Exception], None]) -> None:
+    """Do it to each, some at a time. Once the store is away the rest fail unasked: each would wait for a deadline."""
     left = iter(items)
+    away: StorageError | None = None
 
     async def some() -> None:
+        nonlocal away
         for item in left:
-            await do(item)
+            if away is not None:
+                fail(item, Unavailable(f"not asked, since the store was away: {away}"))
+                continue
+            try:
+                await do(item)
+            except (LrmError, StorageError) as error:
+                fail(item, error)
+                if isinstance(error, Unavailable | OutcomeUnknown):
+                    away = error
 
     async with asyncio.TaskGroup() as tasks:
         for _ in range(min(_AT_ONCE, len(items))):

@@ -1,12 +1,10 @@
 """The endpoints about workers, below /api/v1/workers/region/{region}/workers:
 
-    GET .                       the region's, of all namespaces or of `?namespace=`; `?phase=Ready` narrows it
-    GET {worker}                one, in the same flat form
-    POST {worker}/start         have it serve; of one that failed or was stopped for idleness: try again, wake it
-    POST {worker}/stop          drain it of its labs, then stop its instance
-    POST {worker}/drain         drain it, and let its instance run
-    POST {worker}/license       have its CML licensed
-    POST {worker}/refresh       ask EC2, CloudWatch and CML about it now
+    GET .                            the region's; `?phase=Ready` narrows it
+    GET {worker}                     one, in the same flat form
+    POST {worker}/start|stop|drain   have it serve; drain it of its labs, and have its instance stop, or run on
+    POST {worker}/license            have its CML licensed
+    POST {worker}/refresh            ask EC2, CloudWatch and CML about it now
 
 The worker is a name or an EC2 instance id, in `?namespace=` (default). These are faces of the LabWorker, with its rules
 and rights: an action is an order that the leader carries out (`orders`), waited for `?wait=` seconds (20); then 202
@@ -26,10 +24,9 @@ from controllers.workers.phases import Phase
 from lrm.api.call import API, Api, call_of
 from lrm.api.codec import negotiate, respond
 from lrm.api.lists import read_list
-from lrm.api.requests import Target, check_namespace, list_query
+from lrm.api.requests import Target, check_namespace, list_query, only_parameters
 from lrm.api.status import bad_request
 
-_OPTIONS = frozenset({"namespace", "phase", "labelSelector", "fieldSelector", "resourceVersion"})
 _WISHES: dict[str, Wished] = {"start": "Ready", "stop": "Stopped", "drain": "Draining"}
 
 
@@ -93,9 +90,7 @@ async def _give(orders: WorkerOrders, action: str, worker: LabWorker, order_id: 
 
 def _phase(request: web.Request) -> str:
     """The phase that is asked for, in small letters. Raises 400 for what can match nothing."""
-    unknown = sorted(set(request.query) - _OPTIONS)
-    if unknown:
-        raise bad_request(f"{unknown[0][:40]!r} is no filter; there are {', '.join(sorted(_OPTIONS))}")
+    only_parameters(request, "namespace", "phase", "labelSelector", "fieldSelector", "resourceVersion")
     phase = request.query.get("phase", "").lower()
     if phase and phase not in {known.lower() for known in Phase}:
         raise bad_request(f"{request.query['phase'][:40]!r} is no phase; there are {', '.join(Phase)}")

@@ -151,8 +151,17 @@ async def patch_status(request: web.Request) -> web.Response:
 async def delete(request: web.Request) -> web.Response:
     """DELETE of one object: gone at once, or marked while finalizers or a policy for its dependants hold it."""
     edit = edit_of(request, "write", "delete")
+    current, left = await delete_target(edit)
+    if left is not None:
+        return await answer_resource(request, edit.accepted, edit.target.kind, left)
+    told = Accepted("yaml" if edit.accepted.form == "yaml" else "json")
+    return await respond(told, success_document(edit.target.about, current.uid))
+
+
+async def delete_target(edit: Edit) -> tuple[AnyResource, AnyResource | None]:
+    """Delete as query and body say: the object as it was, and what is left of it for now."""
     kind, target = edit.target.kind, edit.target
-    options = delete_options(request, await _delete_body(request, edit.api))
+    options = delete_options(edit.request, await _delete_body(edit.request, edit.api))
     current = await edit.current()
     for field, wanted, found in (
         ("uid", options.uid, current.uid),
@@ -168,10 +177,7 @@ async def delete(request: web.Request) -> web.Response:
         left = await edit.client().delete(current, propagation=options.propagation, retry=retry)
     note = "dry run" if options.dry_run else options.propagation
     edit.note("deleting" if left else "deleted", current, current, left, note)
-    if left is not None:
-        return await answer_resource(request, edit.accepted, kind, left)
-    told = Accepted("yaml" if edit.accepted.form == "yaml" else "json")
-    return await respond(told, success_document(target.about, current.uid))
+    return current, left
 
 
 def located(target: Target, document: dict[str, Any]) -> dict[str, Any]:

@@ -188,6 +188,13 @@ def list_query(request: web.Request, kind: Kind[Any] | None) -> ListQuery:
     )
 
 
+def only_parameters(request: web.Request, *names: str) -> None:
+    """Raise 400 for a parameter of the query that would be ignored: who sends it means something by it."""
+    unknown = sorted(set(request.query) - set(names))
+    if unknown:
+        raise bad_request(f"{unknown[0][:40]!r} is no parameter here; there are {', '.join(names)}")
+
+
 def boolean(request: web.Request, name: str) -> bool:
     """A flag of the query; given without a value it is on. Raises 400."""
     if name not in request.query:

@@ -6,6 +6,7 @@ That each answer has the described code and form is looked at by every test that
 from __future__ import annotations
 
 import asyncio
+import re
 from datetime import datetime
 from typing import Any
 
@@ -95,6 +96,14 @@ async def test_parameters_have_their_words_and_bounds(api: Served) -> None:
         inside = documents[operation.document]["paths"][operation.path][operation.method]
         placed = {p["name"] for p in inside["parameters"] if p["in"] == "path"}
         assert {f"{{{name}}}" for name in placed} == {part for part in operation.path.split("/") if part[:1] == "{"}
+
+
+async def test_a_parameter_that_is_not_described_is_refused_and_not_ignored(api: Served) -> None:
+    """Who writes `dryrun`, or a precondition that is none here, is not to find that it was done all the same."""
+    for operation in plugin.operations:
+        path = re.sub(r"{(\w+)}", lambda part: "start" if part[1] == "action" else "x", operation.path)
+        answer = await api.call(operation.method.upper(), f"{path}?undescribed=1")
+        assert (answer.status, "'undescribed'" in answer.body["message"]) == (400, True), (operation.name, answer.raw)
 
 
 def body_schema(api: Served, path: str) -> dict[str, Any]:

@@ -160,6 +160,57 @@ async def test_deleting_tells_whether_it_is_gone(api: Served) -> None:
     assert (await ask(api, "DELETE", f"{PATH}my-python-lab"))[0] == 200
 
 
+async def test_deleting_goes_by_dry_runs_and_preconditions_and_the_record_says_so(tmp_path: Path) -> None:
+    audit = tmp_path / "audit.log"
+    async with served(
+        MemoryStorage(),
+        routes=(add_instance_routes,),
+        operations=OPERATIONS,
+        kinds=(LAB_INSTANCE_REQUEST,),
+        audit_file=audit,
+    ) as api:
+        created, one = (await ask(api, "POST", PATH, BODY))[1], f"{PATH}my-python-lab"
+        other = {"kind": "DeleteOptions", "preconditions": {"uid": "another"}}
+        for query, body, code in (
+            ("?dryRun=All", None, 200),
+            ("", {"kind": "DeleteOptions", "dryRun": ["All"]}, 200),
+            ("", other, 409),
+            ("?nonsense=1", None, 400),
+            ("?Namespace=default", None, 400),
+            ("?dryRun=no", None, 422),
+        ):
+            assert ((await ask(api, "DELETE", one + query, body))[0], query) == (code, query)
+            assert await ask(api, "GET", one) == (200, created), "nothing of it has deleted anything"
+        mine = {"preconditions": {"uid": created["uid"]}}
+        assert await ask(api, "DELETE", f"{one}?propagationPolicy=Background", mine) == (200, created)
+        assert (await ask(api, "GET", one))[0] == 404
+    lines = [orjson.loads(line) for line in audit.read_bytes().splitlines()]
+    told = [(line["code"], o.get("result"), o.get("note")) for line in lines[1:] for o in line["objects"]]
+    rehearsed = (200, "deleted", "dry run")
+    refused = [(code, None, None) for code in (409, 400, 400, 422)]
+    assert told == [rehearsed, rehearsed, *refused, (200, "deleted", "Background")]
+
+
+@pytest.mark.parametrize(
+    ("query", "body", "code"),
+    [
+        pytest.param("?namespace=lab", {}, 201, id="the query says where"),
+        pytest.param("", {"namespace": "lab"}, 201, id="the body says where"),
+        pytest.param("?namespace=lab", {"namespace": "lab"}, 201, id="both say the same"),
+        pytest.param("?namespace=lab", {"namespace": "default"}, 400, id="they contradict each other"),
+        pytest.param("?namespace=No_Label", {}, 400, id="no namespace"),
+        pytest.param("?nonsense=1", {"namespace": "lab"}, 400, id="a parameter that nobody would heed"),
+    ],
+)
+async def test_a_new_one_is_made_where_query_or_body_say(
+    api: Served, query: str, body: dict[str, Any], code: int
+) -> None:
+    sent = {k: v for k, v in BODY.items() if k != "namespace"} | body
+    assert (await ask(api, "POST", PATH + query, sent))[0] == code
+    made = (await ask(api, "GET", PATH))[1]
+    assert [m["namespace"] for m in made] == (["lab"] if code == 201 else [])
+
+
 async def test_one_of_that_name_is_a_conflict_and_none_a_name_of_its_own(api: Served) -> None:
     await ask(api, "POST", PATH, BODY)
     status, told = await ask(api, "POST", PATH, BODY)

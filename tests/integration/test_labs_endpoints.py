@@ -129,6 +129,7 @@ async def test_a_worker_is_found_by_name_or_instance_in_its_region_and_namespace
         labs_path(worker="w2"): 404,
         labs_path(region="eu-west-1"): 404,
         labs_path("?dryRun=All"): 400,
+        labs_path("?Namespace=default"): 400,
     }.items():
         answer = await api.get(path)
         assert (answer.status, path) == (status, path)
@@ -268,6 +269,7 @@ async def test_who_refreshes_all_workers_refreshes_those_that_are_theirs(world: 
             ("some", f"{everywhere}?namespace=default", 403),
             ("some", f"{everywhere}?namespace=No_Label", 400),
             ("all", f"{everywhere}?dryRun=All", 400),
+            ("all", f"{everywhere}?wait=0", 400),
             ("reader", everywhere, 403),
         ):
             answer = await api.call("POST", path, headers={"Authorization": f"Bearer {who}"})
@@ -384,8 +386,8 @@ async def test_an_order_is_carried_out_though_nobody_waits_for_it(world: LabsWor
     answer = await post(api, f"/{other.id}/start?wait=0")
     assert answer.status == 202
     await until(lambda: lab.state == other.state == "STARTED")
-    for wait in ("21", "x", "-1"):
-        assert (await post(api, f"/{lab.id}/stop?wait={wait}")).status == 400
+    for query in ("wait=21", "wait=x", "wait=-1", "nonsense=1", "title=of-imports"):
+        assert (await post(api, f"/{lab.id}/stop?{query}")).status == 400
     assert lab.state == "STARTED"
 
 
