@@ -71,7 +71,7 @@ class Running:
             Reasons.RUNNING if well else Reasons.UNHEALTHY if seen.state is State.UNHEALTHY else Reasons.NOT_RUNNING
         )
         await self._steps.write(request, ctx, sighted(seen, ctx, ready=well, reason=reason))
-        return Result.after(min(_again(seen), left, LONGEST_WAIT))
+        return self._steps.again(min(_again(seen), left, LONGEST_WAIT), ctx)
 
     async def _not_in_time(self, request: LabInstanceRequest, ctx: Context) -> LabInstanceRequest:
         """Its deadline for Running has passed: where its worker does not even answer, another one may do better."""

@@ -76,14 +76,22 @@ class Steps:
 
     def time_is_over(self, request: LabInstanceRequest, ctx: Context) -> bool:
         """Whether it has run for as long as it may, by a clock that can be believed."""
-        ends = request.ends_at
-        return ends is not None and ctx.clock.now() >= ends and not ctx.wall_jumped and not ctx.observe_only
+        ends = self.ends_at(request, ctx)
+        return ends is not None and ctx.clock.now() >= ends and not ctx.wall_jumped
+
+    def ends_at(self, request: LabInstanceRequest, ctx: Context) -> datetime | None:
+        """When its time is over; None before it ran, and for whoever only observes: that ends nothing."""
+        return None if ctx.observe_only else request.ends_at
+
+    def again(self, seconds: float, ctx: Context) -> Result:
+        """Look again after so long; whoever only observes does nothing on time, and is in no hurry."""
+        return Result.after(max(seconds, self.settings.instances_rest_interval) if ctx.observe_only else seconds)
 
     def left(self, request: LabInstanceRequest, ctx: Context) -> float:
         """Seconds until the deadline of the phase that it is in, by a time in its status."""
-        now, status = ctx.clock.now(), request.status
-        if status.phase == Phase.RUNNING and request.ends_at is not None:
-            return (request.ends_at - now).total_seconds()
+        now, status, ends = ctx.clock.now(), request.status, self.ends_at(request, ctx)
+        if status.phase == Phase.RUNNING:
+            return LONGEST_WAIT if ends is None else (ends - now).total_seconds()
         if status.phase == Phase.PROVISIONING:
             return _left(now, status.provisioning_started_at, self.settings.instances_provisioning_timeout)
         if placed(request):
@@ -102,15 +110,15 @@ class Steps:
 
         after = await self.write(request, ctx, note)
         if has_place:
-            return Result.after(min(error.again, max(self.left(after, ctx), 1.0)))
+            return self.again(min(error.again, max(self.left(after, ctx), 1.0)), ctx)
         if before is None or (before.reason, before.message) != why:
             ctx.events.record(after, "Warning", *why)
         # What has no place has no deadline but its end: it is tried less and less often, by how long it has waited.
-        now, again = ctx.clock.now(), error.again
+        now, again, ends = ctx.clock.now(), error.again, self.ends_at(request, ctx)
         if before is not None and before.reason == error.reason:
             again = max(again, (now - before.last_transition_time).total_seconds())
-        left = RETRY_MOST if request.ends_at is None else (request.ends_at - now).total_seconds()
-        return Result.after(max(min(again, left, RETRY_MOST), 1.0))
+        left = RETRY_MOST if ends is None else (ends - now).total_seconds()
+        return self.again(max(min(again, left, RETRY_MOST), 1.0), ctx)
 
 
 def _left(now: datetime, since: datetime | None, seconds: float) -> float:

@@ -99,11 +99,11 @@ class Waiting:
         if before is None or before.reason != waits.reason:
             calm = waits.reason in (Reasons.NOT_YET_DUE, Reasons.BACKING_OFF)
             ctx.events.record(waiting, "Normal" if calm else "Warning", waits.reason, waits.message)
-        now = ctx.clock.now()
+        now, ends = ctx.clock.now(), self._steps.ends_at(request, ctx)
         # What began and lost its place waits no longer than it may run.
-        times = [(at - now).total_seconds() for at in (waits.until, request.ends_at) if at is not None]
+        times = [(at - now).total_seconds() for at in (waits.until, ends) if at is not None]
         look = LONGEST_WAIT if waits.until is not None else self._steps.settings.instances_rest_interval
-        return Result.after(max(min([look, *times]), 1.0 if ctx.wall_jumped else 0.01))
+        return self._steps.again(max(min([look, *times]), 1.0 if ctx.wall_jumped else 0.01), ctx)
 
     async def _unschedule(self, request: LabInstanceRequest, ctx: Context, waits: Waits) -> Next:
         """Back to waiting; whatever an earlier try reserved is given back first."""

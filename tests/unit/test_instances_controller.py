@@ -24,6 +24,7 @@ from equipment.instances_scene import (
     dying_at,
     instances_scene,
 )
+from lrm.controller import Context, Result
 from lrm.errors import Forbidden, Invalid
 from lrm.model import rfc3339
 from lrm.resource import RETRY_ANNOTATION, ObjectMeta
@@ -548,16 +549,35 @@ async def test_a_clock_that_was_set_makes_no_hot_loop_of_what_waits() -> None:
         assert scene.places.asked - asked <= 40
 
 
-async def test_only_observing_ends_nobodys_time() -> None:
-    async with instances_scene() as scene:
-        await scene.make(durationMinutes=1)
+@pytest.mark.parametrize("how", ["runs", "is away", "waits", "is held up"])
+async def test_only_observing_ends_nobodys_time_and_is_in_no_hurry(monkeypatch: pytest.MonkeyPatch, how: str) -> None:
+    async with instances_scene(instances_retry_delay=300, instances_rest_interval=60) as scene:
+        await scene.make(durationMinutes=1, restartPolicy="OnFailure")
         await scene.until_phase("Running")
+        if how == "is away":
+            scene.outside.troubles["look"] = away(again=0.1)
+        elif how != "runs":
+            scene.outside.troubles["look"] = LabFailed("ContainerFailed", "exit code 1", exit_code=1)
+            scene.hints.tell(("default", "a"))
+            await scene.until_phase("Pending")
+            await scene.clock.advance(5)
+        if how == "is held up":
+            scene.outside.troubles["prepare"] = NotNow("TopologyUnavailable", "the server answers 500", again=1.0)
+            await scene.change(duration_minutes=2)
         await scene.stop()
         scene.observe_only = True
+        looks, look = [0], InstancesController.reconcile
+
+        async def counted(self: InstancesController, request: LabInstanceRequest, ctx: Context) -> Result:
+            looks[0] += 1
+            return await look(self, request, ctx)
+
+        monkeypatch.setattr(InstancesController, "reconcile", counted)
         await scene.lead()
         await scene.clock.advance(3600)
-        assert await scene.phase() == "Running"
-        assert len(scene.running_now()) == 1
+        assert await scene.phase() == ("Running" if how in ("runs", "is away") else "Pending")
+        assert len(scene.running_now()) == (1 if how in ("runs", "is away") else 0)
+        assert 1 <= looks[0] <= 70, "once a minute"
 
 
 async def test_what_fails_again_and_again_is_given_up_after_its_retries() -> None:
