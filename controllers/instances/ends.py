@@ -31,6 +31,8 @@ from lrm.controller import Context, Result
 from lrm.crashpoints import crash_point
 from lrm.resource import RETRY_ANNOTATION
 
+_CLEANING_UP = (Reasons.CLEANING_UP, "its lab is being removed")
+
 
 def begins_again(request: LabInstanceRequest) -> bool:
     """Whether a person has changed what failed, or asked for another try."""
@@ -189,10 +191,12 @@ class Ends:
         """One step; once nothing is left the place is given back, and what was ending has ended."""
         if ctx.observe_only:
             return Result.after(self._steps.settings.instances_rest_interval)
-        last_log, why, again = None, "", self._steps.settings.instances_step_interval
+        why, again = "", self._steps.settings.instances_step_interval
         try:
             runtime = self._steps.runtime(request)
             last_log = await runtime.last_log(request) if _log_is_due(request) else None
+            if last_log is not None:
+                request = await self._keep_log(request, ctx, last_log)
             done = await runtime.clean(request, ctx)
         except WorkerLost:
             done = True  # and all that was there with it
@@ -201,7 +205,7 @@ class Ends:
         except InstanceError as error:
             done, why, again = False, str(error), self._steps.settings.instances_rest_interval
         if not done:
-            return await self._not_clean(request, ctx, why, again, last_log)
+            return await self._not_clean(request, ctx, why, again)
         crash_point("instances.cleaned")
         ending = request.status.phase in (Phase.STOPPING, Phase.TIMEOUT)
 
@@ -209,7 +213,6 @@ class Ends:
             r.status.worker_ref = None
             r.status.access_url = None
             r.status.ports = []
-            note_log(r, last_log)
             tell(r, ctx, Conditions.CLEANUP_COMPLETED, True, (Reasons.CLEANED_UP, NOTHING_LEFT))
             tell(r, ctx, Conditions.WORKER_ASSIGNED, False, (Reasons.CLEANED_UP, "its place was given back"))
             tell(r, ctx, Conditions.RESOURCES_ALLOCATED, False, (Reasons.CLEANED_UP, "its place was given back"))
@@ -223,13 +226,20 @@ class Ends:
         await self._placer.release(request, ctx)
         return after
 
-    async def _not_clean(
-        self, request: LabInstanceRequest, ctx: Context, why: str, again: float, last_log: str | None
-    ) -> Result:
-        def note(r: LabInstanceRequest) -> None:
+    async def _keep_log(self, request: LabInstanceRequest, ctx: Context, last_log: str) -> LabInstanceRequest:
+        """Before its lab is touched, for one step may remove it; with what that step would tell, so it is no more."""
+
+        def keep(r: LabInstanceRequest) -> None:
             note_log(r, last_log)
-            reason = Reasons.CLEANUP_FAILED if why else Reasons.CLEANING_UP
-            tell(r, ctx, Conditions.CLEANUP_COMPLETED, False, (reason, why or "its lab is being removed"))
+            if r.status.condition(Conditions.CLEANUP_COMPLETED) is None:
+                tell(r, ctx, Conditions.CLEANUP_COMPLETED, False, _CLEANING_UP)
+
+        return await self._steps.write(request, ctx, keep)
+
+    async def _not_clean(self, request: LabInstanceRequest, ctx: Context, why: str, again: float) -> Result:
+        def note(r: LabInstanceRequest) -> None:
+            told = (Reasons.CLEANUP_FAILED, why) if why else _CLEANING_UP
+            tell(r, ctx, Conditions.CLEANUP_COMPLETED, False, told)
 
         after = await self._steps.write(request, ctx, note)
         return Result.after(min(again, max(self._steps.left(after, ctx), 1.0)))
@@ -239,5 +249,6 @@ def _log_is_due(request: LabInstanceRequest) -> bool:
     """Whether what it wrote is to be kept now: before its lab is touched, where it did not end by itself."""
     cleanup = request.status.condition(Conditions.CLEANUP_COMPLETED)
     begun = cleanup is not None and cleanup.reason == Reasons.CLEANING_UP
-    ended = request.status.phase in (Phase.STOPPING, Phase.TIMEOUT) and request.status.exit_code is None
-    return ended and not begun and not request.deleting
+    ended = request.status.phase in (Phase.STOPPING, Phase.TIMEOUT)
+    failed = request.status.phase == Phase.FAILED and request.status.last_log is None
+    return (ended or failed) and request.status.exit_code is None and not begun and not request.deleting

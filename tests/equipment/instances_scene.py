@@ -70,6 +70,8 @@ class Outside:
         """Seconds that the step of that name takes."""
         self.asked: Counter[str] = Counter()
         """How often each step was asked for."""
+        self.at_once = False
+        """Whether a lab goes with the first step of its clean-up."""
         self.lost: set[str] = set()
         """Places that are gone for good."""
 
@@ -109,7 +111,7 @@ class Outside:
         ctx.check_leading()
         for lab in self.of(request.uid):
             assert lab.place == place, "cleaned up where it is not"
-            if lab.state != "stopping":
+            if lab.state != "stopping" and not self.at_once:
                 lab.state = "stopping"
                 return False
             self.labs.remove(lab)

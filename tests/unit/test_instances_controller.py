@@ -101,6 +101,37 @@ async def test_what_a_lab_wrote_last_is_kept_until_it_begins_anew() -> None:
         at_rest(scene)
 
 
+async def test_what_a_lab_wrote_that_never_came_up_is_kept() -> None:
+    async with instances_scene() as scene:
+        await scene.make()
+        await scene.until_phase("Provisioning")
+        assert scene.running_now()
+        scene.outside.troubles["provision"] = NotNow("Provisioning", "its health check fails", again=30.0)
+        failed = await scene.until_phase("Failed", seconds=1000, step=5)
+        assert failed.status.failure is not None
+        assert failed.status.failure.reason == "ProvisioningTimeout"
+        await scene.clock.advance(60)
+        assert (await scene.get()).status.last_log == "last words of a\n"
+        at_rest(scene)
+
+
+async def test_what_a_lab_wrote_is_kept_by_a_leader_that_dies_when_it_has_removed_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async with instances_scene() as scene:
+        scene.outside.at_once = True
+        dying_at(monkeypatch, "instances.cleaned")
+        await scene.make()
+        await scene.until_phase("Running")
+        await scene.change(desired_phase="Stopped")
+        assert scene.dead
+        await scene.stop()
+        await scene.lead()
+        done = await scene.until_phase("Completed")
+        assert done.status.last_log == "last words of a\n"
+        at_rest(scene)
+
+
 @pytest.mark.parametrize("when", ["Pending", "Provisioning", "Running"])
 async def test_it_can_be_stopped_at_any_time(when: str) -> None:
     async with instances_scene(slots={} if when == "Pending" else {"w1": 1}) as scene:
