@@ -244,6 +244,8 @@ class LabInstanceRequestStatus(Status):
     """Times that it began again after something failed, since its spec last changed."""
     retry_at: Timestamp | None = None
     """While it backs off: when it is tried again."""
+    held_up_since: Timestamp | None = None
+    """While it has no place, and something that cannot be had now keeps it from one: since when."""
     prepared_at: Timestamp | None = None
     provisioning_started_at: Timestamp | None = None
     """Of the present attempt; its deadline counts from here."""

@@ -52,6 +52,7 @@ class Steps:
         before, ended = request.status.phase, request.status.ends_at
 
         def note(r: LabInstanceRequest) -> None:
+            r.status.held_up_since = None  # whatever else there is to write: it went on
             mutate(r)
             r.status.observed_generation = r.metadata.generation
             r.status.ends_at = r.ends_at
@@ -101,11 +102,14 @@ class Steps:
     async def held_up(self, request: LabInstanceRequest, ctx: Context, error: NotNow) -> Result:
         """Say for what it waits; the phase and its deadline stay."""
         has_place, why = placed(request), (error.reason, str(error)[:1000])
-        before = request.status.condition(Conditions.READY)
+        before, now = request.status.condition(Conditions.READY), ctx.clock.now()
+        known = request.status.held_up_since if before is not None and before.reason == error.reason else None
+        since = known or now
 
         def note(r: LabInstanceRequest) -> None:
             tell(r, ctx, Conditions.READY, None if has_place else False, why)
             if not has_place:
+                r.status.held_up_since = since
                 tell(r, ctx, Conditions.WORKER_ASSIGNED, False, why)
 
         after = await self.write(request, ctx, note)
@@ -114,9 +118,7 @@ class Steps:
         if before is None or (before.reason, before.message) != why:
             ctx.events.record(after, "Warning", *why)
         # What has no place has no deadline but its end: it is tried less and less often, by how long it has waited.
-        now, again, ends = ctx.clock.now(), error.again, self.ends_at(request, ctx)
-        if before is not None and before.reason == error.reason:
-            again = max(again, (now - before.last_transition_time).total_seconds())
+        again, ends = max(error.again, (now - since).total_seconds()), self.ends_at(request, ctx)
         left = RETRY_MOST if ends is None else (ends - now).total_seconds()
         return self.again(max(min(again, left, RETRY_MOST), 1.0), ctx)
 

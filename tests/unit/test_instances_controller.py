@@ -261,6 +261,30 @@ async def test_a_topology_that_cannot_be_read_now_is_told_tried_less_often_and_t
         assert condition(running, "WorkerAssigned") == ("True", "Scheduled")
 
 
+@pytest.mark.parametrize("before", ["new", "failed", "scheduled"])
+async def test_how_long_it_is_held_up_counts_from_the_trouble_and_not_from_what_was_before(before: str) -> None:
+    async with instances_scene() as scene:
+        trouble = NotNow("TopologyUnavailable", "the server answers 500", again=10.0)
+        first = {"new": {"prepare": trouble}, "failed": {"prepare": Refused("TemplateInvalid", "no")}, "scheduled": {}}
+        scene.outside.troubles |= first[before]
+        start = {"scheduledStartTime": (scene.now + timedelta(hours=9)).isoformat()} if before == "scheduled" else {}
+        await scene.make(**start)
+        if before != "new":
+            await scene.clock.advance(3600)
+            scene.outside.troubles["prepare"] = trouble
+            scene.outside.asked.clear()
+            await scene.change(duration_minutes=30)
+        tries = [scene.outside.asked["prepare"]]
+        for seconds in (15, 10, 20, 40):
+            await scene.clock.advance(seconds)
+            tries.append(scene.outside.asked["prepare"])
+        assert tries == [1, 2, 3, 4, 5], "at 0, 10, 20, 40 and 80 s"
+        assert (await scene.get()).status.held_up_since is not None
+        scene.outside.troubles.clear()
+        await scene.clock.advance(120)
+        assert (await scene.get()).status.held_up_since is None
+
+
 async def test_what_waits_for_a_topology_to_begin_again_still_ends_in_its_time() -> None:
     async with instances_scene(slots={"w1": 1}) as scene:
         await scene.make(restartPolicy="OnFailure", durationMinutes=10)
