@@ -2,10 +2,10 @@
 
 Promises a sync at the interval (spread by ±10 %, differently for each worker and time, so that a fleet does not fall
 into step; longer where nobody works, a minute while records are Missing), at once when this process has not synced the
-worker yet, when a new value of the reconcile-now annotation asks for it, when the worker became Ready or began to drain
-after the last sync, and when a desiredState was reached since. A last sync that lies in the future (a clock was set
-back) counts as none, and a turn that lies there is due when its time comes. Called by the sync before anything is asked
-of a CML.
+worker yet, when a new value of an annotation asks for it (refresh-labs, or reconcile-now, which all hear), when the
+worker became Ready or began to drain after the last sync, and when a desiredState was reached since. A last sync that
+lies in the future (a clock was set back) counts as none, and a turn that lies there is due when its time comes. Called
+by the sync before anything is asked of a CML.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import zlib
 from collections.abc import Iterable, Sequence
 from datetime import datetime, timedelta
 
-from controllers.labs.kind import DESIRED_STATE, MISSING, PRESENT, READY, LabRecord
+from controllers.labs.kind import DESIRED_STATE, MISSING, PRESENT, READY, REFRESH_ANNOTATION, LabRecord
 from controllers.labs.settings import LabsSettings
 from controllers.workers.kind import LabWorker
 from controllers.workers.phases import Phase
@@ -31,8 +31,14 @@ _AT_REST = frozenset({"STOPPED", "DEFINED_ON_CORE"})
 
 
 def asked_for(worker: LabWorker) -> str | None:
-    """The value of the annotation that asks for a sync, if there is one."""
-    return worker.metadata.annotations.get(RECONCILE_ANNOTATION) or None
+    """The values of the annotations that ask for a sync, if there are any: a new one of either makes this another."""
+    annotations = worker.metadata.annotations
+    return " ".join(filter(None, (annotations.get(RECONCILE_ANNOTATION), annotations.get(REFRESH_ANNOTATION)))) or None
+
+
+def is_asked_for(worker: LabWorker) -> bool:
+    """Whether a sync is asked for that is not done; it may be under way."""
+    return asked_for(worker) not in (None, worker.status.labs_asked)
 
 
 def apart(interval: float) -> float:
@@ -74,10 +80,7 @@ def due_in(
     What has turned since the last sync waits `held` seconds: forty labs started one by one are not forty lists.
     """
     synced = worker.status.labs_synced_at
-    asked = asked_for(worker)
-    if first or synced is None or synced > now + _CLOCK_SLACK:
-        return 0.0
-    if asked is not None and asked != worker.status.labs_asked:
+    if first or synced is None or synced > now + _CLOCK_SLACK or is_asked_for(worker):
         return 0.0
     turns = _turns(worker, records)
     soonest = now + timedelta(seconds=held)
@@ -90,8 +93,8 @@ def due_in(
 
 def at_rest(worker: LabWorker, records: Sequence[LabRecord]) -> bool:
     """Whether a worker was synced, and nothing that has happened since asks for a sync before its time."""
-    synced, asked = worker.status.labs_synced_at, asked_for(worker)
-    if synced is None or (asked is not None and asked != worker.status.labs_asked):
+    synced = worker.status.labs_synced_at
+    if synced is None or is_asked_for(worker):
         return False
     if any(_waits(record) for record in records):
         return False

@@ -44,7 +44,7 @@ from controllers.labs.imports_kind import (
     mark_of,
     waits_to_be_asked,
 )
-from controllers.labs.kind import LABS, LabRecord, printable, record_of_lab
+from controllers.labs.kind import LABS, REFRESH_ANNOTATION, LabRecord, printable, record_of_lab
 from controllers.labs.settings import LabsSettings
 from controllers.labs.shares import FULL_AGAIN, Shares
 from controllers.workers.kind import LabWorker, serving
@@ -53,7 +53,7 @@ from lrm.cache import Cache, Change
 from lrm.controller import Context, Controller, Key, Result, Trigger
 from lrm.crashpoints import crash_point
 from lrm.errors import ResourceNotFound, RetryLater
-from lrm.resource import PROTECT_ANNOTATION, RECONCILE_ANNOTATION
+from lrm.resource import PROTECT_ANNOTATION
 
 IMPORT_CRASH_POINTS = (
     "labs.import-intended",
@@ -243,7 +243,7 @@ class LabImportsController(Controller[LabImport]):
             message = f"lab {lab_id}, under the title {mark_of(order)}: {error}"
         crash_point("labs.import-renamed")
         with suppress(ResourceNotFound):
-            asked = {RECONCILE_ANNOTATION: f"import-{order.uid}"}
+            asked = {REFRESH_ANNOTATION: f"import-{order.uid}"}
             await ctx.client.update(worker, lambda w: w.metadata.annotations.update(asked))
         generation = order.metadata.generation
 

@@ -29,6 +29,8 @@ LAB_FINALIZER = "lab.neuroglia.io/lab"
 """On every record from its creation: the lab in CML goes before the record does."""
 FORGET_ANNOTATION = "lab.neuroglia.io/forget"
 """On a record that is being deleted: drop the record and leave the lab alone. Anything but "false" counts."""
+REFRESH_ANNOTATION = "lab.neuroglia.io/refresh-labs"
+"""On a worker: a new value asks for a sync of its labs, and for nothing else."""
 
 PRESENT = "Present"
 MISSING = "Missing"

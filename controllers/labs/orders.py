@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from controllers.labs.due import asked_for
+from controllers.labs.due import asked_for, is_asked_for
 from controllers.labs.homes import AWAY_REASONS, can_be_asked
 from controllers.labs.imports_kind import FAILED as IMPORT_FAILED
 from controllers.labs.imports_kind import IMPORTED, LabImport, LabImportSpec
@@ -17,6 +17,7 @@ from controllers.labs.kind import (
     ENDED,
     FAILED,
     LAB_DELETED,
+    REFRESH_ANNOTATION,
     SUCCEEDED,
     WAITING,
     LabRecord,
@@ -27,9 +28,10 @@ from controllers.labs.kind import (
 from controllers.labs.wishes import open_operation, outcome_of
 from controllers.orders import Order, Outcome, since
 from controllers.workers.kind import LabWorker
+from controllers.workers.phases import CML_RUNNING
 from lrm.api.call import Api
 from lrm.errors import ResourceNotFound
-from lrm.resource import RECONCILE_ANNOTATION, ObjectMeta
+from lrm.resource import ObjectMeta
 
 
 class Orders:
@@ -39,10 +41,20 @@ class Orders:
         self._api = api
         self._client = api.client.bind(owner="", fence=None)
 
-    async def refresh(self, worker: LabWorker, order_id: str) -> Order:
-        """Ask for a sync. An order that another one replaces ends with that one's sync, which is later."""
-        asked = {RECONCILE_ANNOTATION: order_id}
-        written = await self._client.update(worker, lambda w: w.metadata.annotations.update(asked))
+    async def refresh(self, worker: LabWorker, order_id: str, *, among_many: bool = False) -> Order:
+        """Ask for a sync. An order that another one replaces ends with that one's sync, which is later.
+
+        `among_many` spares writes: one that is asked for already is shared, though its list may be a moment old, unless
+        the last try failed; of a worker that is off nothing is written, as it is synced when it serves again.
+        """
+        if among_many and worker.status.phase not in CML_RUNNING:
+            return Order(worker, worker, lambda: awaited(worker))
+
+        def give(w: LabWorker) -> None:
+            if not among_many or not is_asked_for(w) or w.status.labs_sync_error:
+                w.metadata.annotations[REFRESH_ANNOTATION] = order_id
+
+        written = await self._client.update(worker, give)
         if written is None:
             raise ResourceNotFound("labworkers", worker.name)
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from controllers.aws.errors import AwsError
 from controllers.cml.errors import CmlError
-from controllers.labs.kind import LabRecord
+from controllers.labs.kind import REFRESH_ANNOTATION, LabRecord
 from controllers.workers.arrival import Arrival
 from controllers.workers.claims import Claims
 from controllers.workers.cml_side import CmlSide
@@ -227,9 +227,10 @@ def _worker_of_started(change: Change) -> Iterable[Key]:
 
 
 def _concerning(resource: Any) -> dict[str, Any]:
-    """An object without what the labs' sync and the metrics write alone."""
+    """An object without what concerns or is written by the labs' sync and the metrics alone."""
     wire: dict[str, Any] = resource.wire()
     wire["metadata"].pop("resourceVersion", None)
+    wire["metadata"].get("annotations", {}).pop(REFRESH_ANNOTATION, None)
     status = {k: v for k, v in wire["status"].items() if LAB_WORKER.owner_of(k) not in {LABS, METRICS}}
     status["conditions"] = [c for c in status.get("conditions", ()) if c["type"] != "LabsSynced"]
     return {**wire, "status": status}

@@ -226,7 +226,7 @@ class LabWorkerStatus(Status):
     labs_synced_at: Timestamp | None = None
     labs_sync_error: str | None = None
     labs_asked: str | None = None
-    """The value of the reconcile-now annotation that the last sync honoured."""
+    """The values of the annotations that the last sync honoured: reconcile-now, and refresh-labs where there is one."""
     labs_last_sync: LabsSync | None = None
     timestamps: Timestamps = Field(default_factory=Timestamps)
     idle: IdleStatus | None = None

@@ -21,6 +21,9 @@ from storage.clock import Clock
 
 log = structlog.get_logger(__name__)
 
+_OBJECTS_MOST = 200
+"""Objects in one record: readers of lines have limits, and a line is written as a whole or not at all."""
+
 
 @dataclass(frozen=True, slots=True)
 class Touched:
@@ -38,7 +41,7 @@ class Touched:
 
 
 class Audit:
-    """The record; with no file it keeps none."""
+    """The record; with no file it keeps none. A request with very many objects has several records under its one id."""
 
     def __init__(self, path: Path | None, clock: Clock) -> None:
         self._path = path
@@ -65,20 +68,19 @@ class Audit:
         code: int,
         touched: list[Touched],
     ) -> bool:
-        """Write one record; False when that failed."""
+        """Write down one request; False when that failed."""
         objects = [{field: getattr(t, field) for field in Touched.__slots__ if getattr(t, field)} for t in touched]
-        return self._append(
-            {
-                "request": request_id,
-                "who": who,
-                "role": role,
-                "from": source,
-                "method": method,
-                "path": path,
-                "code": code,
-                "objects": objects,
-            }
-        )
+        record = {
+            "request": request_id,
+            "who": who,
+            "role": role,
+            "from": source,
+            "method": method,
+            "path": path,
+            "code": code,
+        }
+        parts = [objects[n : n + _OBJECTS_MOST] for n in range(0, len(objects), _OBJECTS_MOST)] or [[]]
+        return all(self._append({**record, "objects": part}) for part in parts)
 
     def _append(self, record: dict[str, Any]) -> bool:
         if self._path is None:

@@ -165,7 +165,7 @@ class LabsWorld:
 
         async def honoured() -> LabWorker | None:
             worker = await self.get_worker(name)
-            return worker if worker.status.labs_asked == value else None
+            return worker if value in (worker.status.labs_asked or "").split() else None
 
         synced = cast("LabWorker", await until(honoured, f"a sync of {name}", timeout))
         await self.cache.barrier(30)

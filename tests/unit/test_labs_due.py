@@ -7,9 +7,11 @@ from datetime import UTC, datetime, timedelta
 import pytest
 
 from controllers.labs.controller import _concerns
-from controllers.labs.due import apart, apart_if_many, at_rest, due_in, interval_of
-from controllers.labs.kind import LabOperation, LabRecord, LabRecordSpec
+from controllers.labs.due import apart, apart_if_many, asked_for, at_rest, due_in, interval_of
+from controllers.labs.kind import REFRESH_ANNOTATION, LabOperation, LabRecord, LabRecordSpec
 from controllers.labs.settings import LabsSettings
+from controllers.metrics.controller import _asks
+from controllers.workers.controller import _concerning
 from controllers.workers.kind import LabWorker
 from controllers.workers.spec import IdleDetection, LabWorkerSpec
 from controllers.workers.status import Allocation
@@ -214,3 +216,18 @@ def test_a_quiet_worker_is_looked_at_again_when_something_is_placed_there() -> N
     """Its next sync was planned for a quiet worker; what changes that must wake it."""
     assert _concerns(serving(allocations={"u": Allocation()})) != _concerns(serving())
     assert _concerns(serving(labs_count=7)) == _concerns(serving()), "what a sync writes wakes nobody"
+
+
+def test_a_wish_for_the_labs_alone_is_heard_by_their_sync_alone() -> None:
+    """Beside the wish that all hear, whichever of the two is newer; the value of that alone is as it always was."""
+    one, both = worker(synced=ago(1), asked="a", honoured="a"), worker(synced=ago(1), asked="a", honoured="a")
+    both.metadata.annotations[REFRESH_ANNOTATION] = "b"
+    assert (due_in(one, [], interval=HOUR, now=NOW) > 0, due_in(both, [], interval=HOUR, now=NOW)) == (True, 0)
+    assert (at_rest(one, []), at_rest(both, []), asked_for(one)) == (True, False, "a")
+    assert _concerns(both) != _concerns(one)
+    assert _concerning(both) == _concerning(one), "the workers' controller asks nobody for that"
+    assert not _asks(one, both), "nor do the metrics"
+    both.status.labs_asked = asked_for(both)
+    assert at_rest(both, [])
+    both.metadata.annotations[RECONCILE_ANNOTATION] = "c"
+    assert not at_rest(both, [])
