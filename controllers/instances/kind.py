@@ -252,7 +252,7 @@ class LabInstanceRequestStatus(Status):
     started_at: Timestamp | None = None
     """When it was first Running: its duration counts from here, also over a restart."""
     ends_at: Timestamp | None = None
-    """When its time is over, as it was last attended to: what lies later is an extension that is not told yet."""
+    """When its time is over, as it was last attended to: what a change of the spec puts later is an extension."""
     ending_started_at: Timestamp | None = None
     """When its end began; the deadline for cleaning up counts from here."""
     completed_at: Timestamp | None = None

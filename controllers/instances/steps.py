@@ -11,7 +11,7 @@ from datetime import datetime
 
 from controllers.instances.kind import LabInstanceRequest, placed
 from controllers.instances.notes import Mutate, tell
-from controllers.instances.phases import Conditions, Phase, Reasons
+from controllers.instances.phases import WAITING, Conditions, Phase, Reasons
 from controllers.instances.runtime import NotNow, Runtime
 from controllers.instances.settings import InstanceSettings
 from lrm.controller import Context, Result
@@ -35,6 +35,8 @@ LONGEST_WAIT = 600.0
 RETRY_MOST = 300.0
 """Seconds between two tries of what did not work, at most."""
 
+_BEFORE_ITS_END = WAITING | {Phase.PROVISIONING, Phase.RUNNING}
+
 Next = LabInstanceRequest | Result
 """What a step comes to: the state to go on from, or when to look again."""
 
@@ -50,6 +52,8 @@ class Steps:
     async def write(self, request: LabInstanceRequest, ctx: Context, mutate: Mutate) -> LabInstanceRequest:
         """Exactly on the state that was decided on: somebody may have extended or stopped it meanwhile."""
         before, ended = request.status.phase, request.status.ends_at
+        # What another version has left in `ends_at` may be of an earlier life: alone it tells no extension.
+        changed = request.status.observed_generation != request.metadata.generation
 
         def note(r: LabInstanceRequest) -> None:
             r.status.held_up_since = None  # whatever else there is to write: it went on
@@ -61,7 +65,8 @@ class Steps:
         if stored.status.phase != before:
             ctx.log.info("instance.phase", source=before, to=stored.status.phase)
         ends = stored.status.ends_at
-        if stored.status.phase == Phase.RUNNING and ended is not None and ends is not None and ends > ended:
+        may_tell = changed and stored.status.phase in _BEFORE_ITS_END
+        if may_tell and ended is not None and ends is not None and ends > ended:
             ctx.events.record(stored, "Normal", "Extended", f"it runs until {rfc3339(ends)}")
         return stored
 

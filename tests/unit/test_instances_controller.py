@@ -218,6 +218,37 @@ async def test_an_extension_and_every_end_are_told_by_an_event() -> None:
         ]
 
 
+async def test_an_extension_while_it_waits_for_another_try_is_told() -> None:
+    async with instances_scene(instances_retry_delay=60) as scene:
+        await scene.make(durationMinutes=30, restartPolicy="OnFailure")
+        running = await scene.until_phase("Running")
+        assert running.ends_at is not None
+        scene.outside.troubles["look"] = LabFailed("ContainerFailed", "exit code 1", exit_code=1)
+        scene.hints.tell(("default", "a"))
+        await scene.until_phase("Pending")
+        await scene.clock.advance(1)
+        await scene.change(duration_minutes=90)
+        scene.outside.troubles.clear()
+        await scene.until_phase("Running", seconds=100)
+        extended = [told for told in await scene.told() if told[1] == "Extended"]
+        assert extended == [("Normal", "Extended", f"it runs until {rfc3339(running.ends_at + timedelta(hours=1))}")]
+
+
+async def test_an_end_that_an_older_version_left_tells_no_extension() -> None:
+    async with instances_scene() as scene:
+        await scene.make()
+        running = await scene.until_phase("Running")
+        await scene.stop()
+        assert running.ends_at is not None
+        stale = running.ends_at - timedelta(hours=2)
+        await scene.client.update_status(running, lambda r: setattr(r.status, "ends_at", stale), force=True)
+        await scene.clock.settle()
+        await scene.lead()
+        await scene.clock.advance(5)
+        assert (await scene.get()).status.ends_at == running.ends_at
+        assert {reason for _, reason, _ in await scene.told()} == {"Scheduled", "Running"}
+
+
 async def test_time_that_is_over_is_told_in_good_grammar() -> None:
     async with instances_scene() as scene:
         await scene.make(durationMinutes=1)
