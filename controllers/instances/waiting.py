@@ -69,7 +69,7 @@ class Waiting:
 
         prepared_request = await self._steps.write(request, ctx, note)
         planned = request.spec.scheduled_start_time
-        if planned is not None and planned < now:
+        if planned is not None and planned < now and request.status.attempt == 0:  # what had a place has begun
             told = f"its start, {rfc3339(planned)}, is past: it begins as soon as there is a place"
             ctx.events.record(prepared_request, "Warning", "StartIsPast", told)
         crash_point("instances.prepared")

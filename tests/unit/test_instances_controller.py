@@ -347,6 +347,24 @@ async def test_a_start_in_the_past_begins_at_once_and_is_told() -> None:
         assert ("Warning", "StartIsPast", told) in await scene.told()
 
 
+async def test_a_start_that_was_kept_is_not_told_to_be_past_when_it_begins_again() -> None:
+    async with instances_scene(instances_retry_delay=60) as scene:
+        start = scene.now + timedelta(hours=1)
+        await scene.make(scheduledStartTime=start.isoformat(), restartPolicy="OnFailure")
+        await scene.clock.advance(4000)
+        assert await scene.phase() == "Running"
+        scene.outside.troubles["look"] = LabFailed("ContainerFailed", "exit code 1", exit_code=1)
+        scene.hints.tell(("default", "a"))
+        await scene.until_phase("Pending")
+        await scene.clock.advance(1)
+        scene.outside.troubles.clear()
+        await scene.change(duration_minutes=90)
+        again = await scene.until_phase("Running", seconds=100)
+        assert again.status.prepared_at is not None
+        assert again.status.prepared_at > start, "it was prepared anew"
+        assert "StartIsPast" not in {reason for _, reason, _ in await scene.told()}
+
+
 async def test_an_end_is_exact_to_two_seconds_though_nothing_is_looked_at_for_an_hour(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
