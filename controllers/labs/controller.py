@@ -36,7 +36,6 @@ from lrm.cache import Cache, Change
 from lrm.controller import Context, Controller, Key, Result, Trigger
 from lrm.crashpoints import crash_point
 from lrm.errors import NotLeading, RetryLater
-from lrm.model import rfc3339
 from lrm.resource import AnyResource
 from storage.base import Guard
 from storage.clock import Clock
@@ -200,7 +199,7 @@ class LabsController(Controller[LabWorker]):
         try:
             return await self._synced_with(worker, ctx, span)
         except CmlError as error:
-            raise await self._failed(worker, ctx, type(error).__name__, problem_of(error, worker, ctx.clock)) from error
+            raise await self._failed(worker, ctx, type(error).__name__, problem_of(error, worker)) from error
 
     async def _synced_with(self, worker: LabWorker, ctx: Context, span: Span) -> tuple[LabWorker, Mirror]:
         item = self._cache.item(self._cache.registry.of(LabWorker), worker.namespace, worker.name)
@@ -324,13 +323,15 @@ def _reason(error: BaseException) -> str:
     return str(getattr(error, "reason", type(error).__name__))
 
 
-def problem_of(error: CmlError, worker: LabWorker, clock: Clock) -> str | None:
-    """What to tell of an error. Not having asked is no news: what was found when we asked stays."""
+def problem_of(error: CmlError, worker: LabWorker) -> str | None:
+    """What to tell of an error. Not having asked is no news: what was found when we asked stays.
+
+    So it names no time: what is said at first is still there after hours of the same.
+    """
     if isinstance(error, CmlClosed):  # our own doing: the worker changed, and the next try has a client for it
         return worker.status.labs_sync_error
     if isinstance(error, CmlCircuitOpen | CmlLoginThrottled):
-        again = (clock.now() + timedelta(seconds=error.retry_after)).replace(microsecond=0)
-        return worker.status.labs_sync_error or f"{error.why}; it is asked again from {rfc3339(again)} on"
+        return worker.status.labs_sync_error or f"{error.why}; it is asked again in a while"
     return str(error)[:500]
 
 

@@ -8,18 +8,13 @@ from controllers.cml.errors import CmlBadAnswer, CmlCircuitOpen, CmlClosed, CmlE
 from controllers.labs.controller import problem_of
 from controllers.workers.kind import LabWorker, LabWorkerSpec
 from lrm.resource import ObjectMeta
-from lrm.testing import VirtualClock
 
 
 @pytest.mark.parametrize(
     ("error", "before", "told"),
     [
-        (
-            CmlCircuitOpen(9.7),
-            None,
-            "CML was unreachable several times in a row; it is asked again from 2026-01-01T00:00:09Z on",
-        ),
-        (CmlLoginThrottled(60), None, "CML refused these credentials; it is asked again from 2026-01-01T00:01:00Z on"),
+        (CmlCircuitOpen(9.7), None, "CML was unreachable several times in a row; it is asked again in a while"),
+        (CmlLoginThrottled(60), None, "CML refused these credentials; it is asked again in a while"),
         (CmlCircuitOpen(9.7), "cut off", "cut off"),
         (CmlClosed(), "cut off", "cut off"),
         (CmlBadAnswer(500, "no JSON"), "cut off", "CML gave an unusable answer (500): no JSON"),
@@ -31,4 +26,4 @@ def test_what_was_not_even_asked_is_told_in_words_unless_more_is_known(
     spec = LabWorkerSpec.model_validate({"region": "us-east-1", "aws": {"amiId": "ami-12345678"}})
     worker = LabWorker(metadata=ObjectMeta(name="w1"), spec=spec)
     worker.status.labs_sync_error = before
-    assert problem_of(error, worker, VirtualClock()) == told
+    assert problem_of(error, worker) == told
