@@ -10,8 +10,8 @@ LAST_LOG_MOST = 2048
 """Bytes of them, UTF-8."""
 _MESSAGE_MOST = 300
 
-_ESCAPES = re.compile(r"\x1b(\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(\x07|\x1b\\)?)")
-"""Colours, movements of the cursor, titles of windows."""
+_ESCAPES = re.compile(r"\x1b(\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b\n]*(\x07|\x1b\\)?)")
+"""Colours, movements of the cursor, titles of windows: of those that are not ended, what is on their line."""
 
 
 def one_line(text: str, most: int = _MESSAGE_MOST) -> str:

@@ -15,6 +15,7 @@ from controllers.containers.words import LAST_LOG_MOST, last_lines, one_line
         (b"one\n\ntwo", "one\n\ntwo\n", "those between may, and the last line may lack its end"),
         (b"".join(b"%d\n" % n for n in range(30)), "".join(f"{n}\n" for n in range(10, 30)), "the last twenty"),
         (b"\x1b[31mred\x1b[0m\x1b]0;title\x07 \x1b[2Jx\r\n", "red x\n", "a terminal is told nothing"),
+        (b"x\x1b]0;a title without an end\nwhy it failed\n", "x\nwhy it failed\n", "no title swallows what follows it"),
         (b"a\x00b\xffc\td\n", "a\ufffdb\ufffdc d\n", "what has no shape is marked"),
         ("\u202eevil\n".encode(), "\ufffdevil\n", "nor does anything turn round what follows"),
     ],
