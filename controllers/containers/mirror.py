@@ -30,6 +30,9 @@ _COMPARE = 300.0
 _RETRY_FIRST, _RETRY_MOST = 0.2, 10.0
 _AWAY_TOLD = 15.0
 """Seconds after which instances are woken to say that their engine does not answer: a restart passes unnoticed."""
+_STANDS_FIRST, _STANDS_MOST, _STANDS_RECENT = 5.0, 40.0, 600.0
+"""Seconds that a stream has stood before the engine is back from an absence that was told; twice as many after another
+one whose end was told as recently as that. An engine that comes for moments costs its labs no writes."""
 _KILLED = frozenset({137, 143, 255})
 """Exit codes of what was ended from outside: SIGKILL, SIGTERM, and nobody was there to see."""
 
@@ -83,6 +86,8 @@ class Mirror:
         """One of the two is set."""
         self._away.set()
         self._away_since, self._told = clock.monotonic(), False
+        self._stands, self._back_at = _STANDS_FIRST, -_STANDS_RECENT
+        """How long the next stream has to stand where instances were told, and when they heard of a return last."""
 
     @property
     def current(self) -> bool:
@@ -174,6 +179,8 @@ class Mirror:
             if self.patience > 0:
                 await self._clock.sleep(self.patience)
                 continue
+            recent = self._clock.monotonic() - self._back_at < _STANDS_RECENT
+            self._stands = min(self._stands * 2, _STANDS_MOST) if recent else _STANDS_FIRST
             self._told = True
             self._tell_all()
             await self._current.wait()
@@ -186,6 +193,9 @@ class Mirror:
             self._heard_at = self._clock.monotonic()
             tasks.create_task(self._hear(events, tasks))
             await self._compare()
+            if self._told:
+                await self._clock.sleep(self._stands)
+                self._back_at = self._clock.monotonic()
             self.info, self.why = info, ""
             self._away.clear()
             self._current.set()

@@ -193,7 +193,7 @@ async def test_a_check_that_fails_while_the_lab_is_made_is_one_event_with_what_i
     assert scene.events == [(Reasons.UNHEALTHY, "it runs, and its health check fails: connection refused")]
 
 
-async def test_an_engine_that_is_away_is_told_of_after_a_while_and_its_return_at_once(scene: Scene) -> None:
+async def test_an_engine_that_is_away_is_told_of_after_a_while_and_its_return_too(scene: Scene) -> None:
     scene.script.put("c", StartedAt="2025-12-31T23:00:00Z")
     await scene.runtime.mirror.refresh("c")  # type: ignore[union-attr]
     lab = running()
@@ -223,6 +223,48 @@ async def test_an_engine_that_is_away_is_told_of_after_a_while_and_its_return_at
     assert scene.told == [("default", "lab")] * 2
     assert (await scene.runtime.look(lab, scene.ctx)).state is State.RUNNING
     assert scene.ups == (1, True)
+
+
+async def test_an_engine_that_comes_for_moments_is_away_and_costs_no_writes(scene: Scene) -> None:
+    scene.script.put("c", StartedAt="2025-12-31T23:00:00Z")
+    await scene.runtime.mirror.refresh("c")  # type: ignore[union-attr]
+    why = set()
+
+    async def comes() -> None:
+        async def step() -> int:
+            await scene.clock.advance(1)
+            return scene.script.listeners
+
+        if held := scene.script.held.pop("/info", None):
+            held.set()
+        scene.script.answers.pop("/info", None)
+        await until(step, "its stream begins")
+
+    async def stays() -> float:
+        began = scene.clock.monotonic()
+        await scene.follow()
+        return scene.clock.monotonic() - began
+
+    await scene.lose()
+    for _ in range(3):
+        await scene.clock.advance(16)
+        with pytest.raises(NotNow) as raised:
+            await scene.runtime.look(running(), scene.ctx)
+        why.add(str(raised.value))
+        await comes()
+        scene.script.hold("/info")
+        scene.script.end_streams()
+        await until(lambda: "ended its stream" in scene.health.describe()[0]["error"], "its loss is noticed")
+    assert (len(scene.told), len(why)) == (1, 1)
+    await comes()
+    assert await stays() >= 4, "a second may have passed before its stream was seen"
+    assert (len(scene.told), scene.ups) == (2, (1, True))
+    await scene.lose()
+    await scene.clock.advance(16)
+    assert len(scene.told) == 3
+    await comes()
+    assert await stays() >= 9, "twice as long, soon after another absence"
+    assert len(scene.told) == 4
 
 
 async def test_an_absence_is_told_of_also_while_a_question_hangs(scene: Scene) -> None:
