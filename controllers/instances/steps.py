@@ -108,8 +108,7 @@ class Steps:
         """Say for what it waits; the phase and its deadline stay."""
         has_place, why = placed(request), (error.reason, str(error)[:1000])
         before, now = request.status.condition(Conditions.READY), ctx.clock.now()
-        known = request.status.held_up_since if before is not None and before.reason == error.reason else None
-        since = known or now
+        since = request.status.held_up_since or now
 
         def note(r: LabInstanceRequest) -> None:
             tell(r, ctx, Conditions.READY, None if has_place else False, why)

@@ -306,7 +306,8 @@ async def test_how_long_it_is_held_up_counts_from_the_trouble_and_not_from_what_
             scene.outside.asked.clear()
             await scene.change(duration_minutes=30)
         tries = [scene.outside.asked["prepare"]]
-        for seconds in (15, 10, 20, 40):
+        for reason, seconds in (("Other", 15), ("Other", 10), ("TopologyUnavailable", 20), ("Other", 40)):
+            scene.outside.troubles["prepare"] = NotNow(reason, "the server answers 500", again=10.0)
             await scene.clock.advance(seconds)
             tries.append(scene.outside.asked["prepare"])
         assert tries == [1, 2, 3, 4, 5], "at 0, 10, 20, 40 and 80 s"
