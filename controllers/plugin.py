@@ -31,6 +31,7 @@ from controllers.instances.cml_runtime import CmlRuntime
 from controllers.instances.controller import InstancesController
 from controllers.instances.deadlines import DeadlinesController
 from controllers.instances.ended import ended
+from controllers.instances.fetches import Fetches
 from controllers.instances.kind import LAB_INSTANCE_REQUEST, LabInstanceRequest
 from controllers.instances.phases import WAITING, Phase
 from controllers.instances.placing import Placing
@@ -96,6 +97,7 @@ async def controllers(context: PluginContext) -> AsyncIterator[Sequence[Controll
         CloudWatch(context.clock, accounts) as cloud_watch,
         CmlSessions(settings, context.secrets, context.clock) as sessions,
         _containers(context, hints) as containers,
+        Fetches(context.clock, hints) as fetches,
         asyncio.TaskGroup() as tasks,
         AsyncExitStack() as offered,
     ):
@@ -163,7 +165,7 @@ async def controllers(context: PluginContext) -> AsyncIterator[Sequence[Controll
                 ImportsController(ec2, claims, context.installation),
                 metrics,
                 sweep,
-                *_instances(context, sessions, containers, hints),
+                *_instances(context, sessions, containers, fetches, hints),
             )
         finally:
             unsubscribe()
@@ -190,7 +192,7 @@ async def _containers(context: PluginContext, hints: Hints) -> AsyncIterator[Con
 
 
 def _instances(
-    context: PluginContext, sessions: CmlSessions, containers: ContainerRuntime, hints: Hints
+    context: PluginContext, sessions: CmlSessions, containers: ContainerRuntime, fetches: Fetches, hints: Hints
 ) -> Sequence[Controller[Any] | Led]:
     """What runs lab instances."""
     settings: ControllersSettings = context.settings
@@ -198,7 +200,12 @@ def _instances(
     allocations = Allocations(cache)
     runtimes: dict[str, Runtime] = {
         "CML": CmlRuntime(
-            cache, sessions, settings, installation=installation, late_import=settings.labs_import_settle
+            cache,
+            sessions,
+            settings,
+            fetches=fetches,
+            installation=installation,
+            late_import=settings.labs_import_settle,
         ),
         "Container": containers,
     }

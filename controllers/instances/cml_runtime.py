@@ -26,6 +26,7 @@ from controllers.cml.inventory import read_inventory
 from controllers.cml.models import Lab
 from controllers.cml.sessions import CmlSessions
 from controllers.instances.cml_place import Away, Lost, place_of
+from controllers.instances.fetches import Fetches
 from controllers.instances.kind import LabInstanceRequest, Need, WorkerRef
 from controllers.instances.marks import Mark, notes_for, read_mark
 from controllers.instances.phases import Reasons
@@ -63,6 +64,7 @@ class CmlRuntime:
         sessions: CmlSessions,
         settings: InstanceSettings,
         *,
+        fetches: Fetches,
         installation: str,
         late_import: float,
     ) -> None:
@@ -70,6 +72,7 @@ class CmlRuntime:
         self._cache = cache
         self._sessions = sessions
         self._settings = settings
+        self._fetches = fetches
         self._installation = installation
         self._late_import = late_import
         self._after_trouble = 2 * settings.instances_step_interval
@@ -78,9 +81,9 @@ class CmlRuntime:
         restart a second lab may be made, whose surplus is removed.
         """
 
-    async def prepare(self, request: LabInstanceRequest, ctx: Context) -> Prepared:
+    async def prepare(self, request: LabInstanceRequest, ctx: Context) -> Prepared:  # noqa: ARG002 - see `Runtime`
         """What the topology needs, or the request says where that is more."""
-        topology = await load(request.spec.lab_template, self._settings, ctx.clock)
+        topology = await self._load(request)
         self._to_import(request, topology)
         return Prepared(_need(request, topology), topology.digest)
 
@@ -188,7 +191,7 @@ class CmlRuntime:
     async def _import(
         self, request: LabInstanceRequest, worker: LabWorker, client: CmlClient, ctx: Context
     ) -> Sighting:
-        text = await self._text(request, ctx)
+        text = await self._text(request)
         ctx.check_leading(ctx.creating_timeout)
         ctx.log.info("instance.importing", worker=worker.name, title=request.outside_name)
         now = ctx.clock.monotonic()
@@ -215,9 +218,17 @@ class CmlRuntime:
             ctx.events.record(request, "Warning", "ImportWarnings", warnings)
         return Sighting(State.STARTING, warnings or "it is imported", cml_lab_id=made.id, again=0.0)
 
-    async def _text(self, request: LabInstanceRequest, ctx: Context) -> str:
+    async def _load(self, request: LabInstanceRequest) -> Topology:
+        """The topology as its source has it now."""
+
+        async def fetch(url: str) -> str:
+            return await self._fetches.text(url, request.uid, (request.namespace, request.name))
+
+        return await load(request.spec.lab_template, self._settings, fetch)
+
+    async def _text(self, request: LabInstanceRequest) -> str:
         """What is sent. A source that has changed since it was measured is taken if its place holds it."""
-        topology = await load(request.spec.lab_template, self._settings, ctx.clock)
+        topology = await self._load(request)
         had, needs = request.status.need or Need(), _need(request, topology)
         if topology.digest != request.status.template_digest and not _fits(needs, had):
             raise Refused(

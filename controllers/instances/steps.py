@@ -120,7 +120,7 @@ class Steps:
         if has_place:
             return self.again(min(error.again, max(self.left(after, ctx), 1.0)), ctx)
         if before is None or (before.reason, before.message) != why:
-            ctx.events.record(after, "Warning", *why)
+            ctx.events.record(after, "Normal" if error.reason == Reasons.PREPARING else "Warning", *why)
         # What has no place has no deadline but its end: it is tried less and less often, by how long it has waited.
         again, ends = max(error.again, (now - since).total_seconds()), self.ends_at(request, ctx)
         left = RETRY_MOST if ends is None else (ends - now).total_seconds()

@@ -2,8 +2,8 @@
 
 Promises: a file is judged by where it really is, links followed, and opened just there, whatever is moved meanwhile; an
 address by its parsed parts; so neither `..` nor a look-alike host gets around the list. 512 KiB at most; nothing but a
-whole text comes back. Reading is in a thread, since a file may lie on a share. Called by the CML runtime; admission
-asks what may be named.
+whole text comes back. Reading is in a thread, since a file may lie on a share; addresses are fetched by `fetches`.
+Called by the CML runtime; admission asks what may be named.
 """
 
 from __future__ import annotations
@@ -12,31 +12,30 @@ import asyncio
 import os
 import posixpath
 import stat
-from collections.abc import Iterable
+from collections.abc import Awaitable, Callable, Iterable
 from fnmatch import fnmatchcase
 from pathlib import Path
 from urllib.parse import SplitResult, unquote, urlsplit
 
-from controllers.cml.fetch import FetchNotFound, FetchRefused, FetchUnavailable, fetch_text
 from controllers.instances.kind import LabTemplate
 from controllers.instances.phases import Reasons
 from controllers.instances.runtime import NotNow, Refused
 from controllers.instances.settings import InstanceSettings
 from controllers.instances.topology import LARGEST, Topology, TopologyError, check
-from storage.clock import Clock
 
-_FETCH_TIMEOUT = 20.0
-"""Seconds for one address."""
+Fetch = Callable[[str], Awaitable[str]]
+"""The text at an address that may be asked; raises `Refused` and `NotNow`."""
+
 _AGAIN = 30.0
-"""Seconds after which a server that did not answer is asked again."""
+"""Seconds after which a file that could not be read is tried again."""
 _FOLDER = getattr(os, "O_PATH", os.O_RDONLY) | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 """To pass through a folder; with `O_PATH`, also one whose names may not be read."""
 _PORTS = {"http": 80, "https": 443}
 
 
-async def load(template: LabTemplate, settings: InstanceSettings, clock: Clock) -> Topology:
+async def load(template: LabTemplate, settings: InstanceSettings, fetch: Fetch) -> Topology:
     """The topology that a template names. Raises `Refused` with a reason of templates, and `NotNow`."""
-    text = await _text(template, settings, clock)
+    text = await _text(template, settings, fetch)
     try:
         return await asyncio.to_thread(check, text)
     except TopologyError as error:
@@ -62,13 +61,15 @@ def url_allowed(url: str, beginnings: Iterable[str]) -> bool:
     return any(_server(entry) == _server(parts) and _below(parts.path or "/", entry.path) for entry in listed)
 
 
-async def _text(template: LabTemplate, settings: InstanceSettings, clock: Clock) -> str:
+async def _text(template: LabTemplate, settings: InstanceSettings, fetch: Fetch) -> str:
     if template.topology is not None:
         return template.topology
     if template.topology_file is not None:
         return await asyncio.to_thread(_read, template.topology_file, settings.topology_files)
     if template.topology_url is not None:
-        return await _fetch(template.topology_url, settings, clock)
+        if not url_allowed(template.topology_url, settings.topology_urls):
+            raise Refused(Reasons.TEMPLATE_FORBIDDEN, f"{template.topology_url} is not among LRM_TOPOLOGY_URLS")
+        return await fetch(template.topology_url)
     raise Refused(Reasons.TEMPLATE_INVALID, "the template names no topology")
 
 
@@ -114,19 +115,6 @@ def _open(real: Path) -> int:
         return os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=at)
     finally:
         os.close(at)
-
-
-async def _fetch(url: str, settings: InstanceSettings, clock: Clock) -> str:
-    if not url_allowed(url, settings.topology_urls):
-        raise Refused(Reasons.TEMPLATE_FORBIDDEN, f"{url} is not among LRM_TOPOLOGY_URLS")
-    try:
-        return await fetch_text(url, most=LARGEST, timeout=_FETCH_TIMEOUT, clock=clock)
-    except FetchNotFound as error:
-        raise Refused(Reasons.TEMPLATE_NOT_FOUND, f"{url}: {error}") from None
-    except FetchRefused as error:
-        raise Refused(Reasons.TEMPLATE_INVALID, f"{url}: {error}") from None
-    except FetchUnavailable as error:
-        raise NotNow(Reasons.TOPOLOGY_UNAVAILABLE, f"{url}: {error}", again=_AGAIN) from None
 
 
 def _listed(path: str, globs: Iterable[str]) -> bool:

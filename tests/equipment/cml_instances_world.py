@@ -19,6 +19,7 @@ from controllers.cml.simulator.labs import Lab
 from controllers.instances.allocations import Allocations
 from controllers.instances.cml_runtime import CmlRuntime
 from controllers.instances.controller import InstancesController
+from controllers.instances.fetches import Fetches
 from controllers.instances.kind import (
     INSTANCES,
     LabInstanceRequest,
@@ -32,6 +33,7 @@ from controllers.workers.kind import LabWorker
 from controllers.workers.status import Capacity
 from equipment.labs_world import INSTALLATION, LabsWorld, labs_world
 from equipment.waiting import until
+from lrm.controller import Hints
 from lrm.election import StaticElection, StaticTerm
 from lrm.errors import ResourceNotFound
 from lrm.reconcile import Runner
@@ -156,11 +158,14 @@ async def cml_instances_world(
     """Everything running; `settings` are of `InstanceSettings` or what `labs_world` takes."""
     own = {k: settings.pop(k) for k in list(settings) if k.startswith(("instances_", "topology_"))}
     values = {"instances_step_interval": 0.05, "instances_rest_interval": 0.2, "instances_retry_delay": 0.1, **own}
-    async with labs_world(monkeypatch, **settings) as labs:
+    hints = Hints()
+    async with labs_world(monkeypatch, **settings) as labs, Fetches(labs.clock, hints) as fetches:
         known = InstanceSettings(**values)
-        runtime = CmlRuntime(labs.cache, labs.sessions, known, installation=INSTALLATION, late_import=late_import)
+        runtime = CmlRuntime(
+            labs.cache, labs.sessions, known, fetches=fetches, installation=INSTALLATION, late_import=late_import
+        )
         placing = Placing(labs.cache, Allocations(labs.cache), known, labs.clock)
-        controller = InstancesController(labs.cache, placing, {"CML": runtime}, known)
+        controller = InstancesController(labs.cache, placing, {"CML": runtime}, known, hints=hints)
         runner = Runner(
             controller, labs.client, labs.cache, labs.clock, renew_deadline=renew_deadline, events=labs.events
         )

@@ -12,6 +12,7 @@ from controllers.instances.allocations import Allocations, AllocationsController
 from controllers.instances.cml_runtime import CmlRuntime
 from controllers.instances.controller import InstancesController
 from controllers.instances.deadlines import DeadlinesController
+from controllers.instances.fetches import Fetches
 from controllers.instances.kind import LAB_INSTANCE_REQUEST
 from controllers.instances.placing import Placing
 from controllers.instances.strays import StrayLabs
@@ -22,7 +23,7 @@ from controllers.labs.records import LabRecordsController
 from controllers.plugin import ControllersSettings
 from controllers.workers.kind import LAB_WORKER
 from lrm.client import Client
-from lrm.controller import Controller
+from lrm.controller import Controller, Hints
 from lrm.led import Led
 from lrm.plugin import Plugin, PluginContext
 
@@ -31,16 +32,23 @@ from lrm.plugin import Plugin, PluginContext
 async def _controllers(context: PluginContext) -> AsyncIterator[Sequence[Controller[Any] | Led]]:
     settings: ControllersSettings = context.settings
     cache, clock = context.cache, context.clock
-    async with CmlSessions(settings, context.secrets, clock) as sessions, asyncio.TaskGroup() as tasks:
+    hints = Hints()
+    async with (
+        CmlSessions(settings, context.secrets, clock) as sessions,
+        Fetches(clock, hints) as fetches,
+        asyncio.TaskGroup() as tasks,
+    ):
         closing = tasks.create_task(sessions.run())
         allocations = Allocations(cache)
         placing = Placing(cache, allocations, settings, clock)
-        runtime = CmlRuntime(cache, sessions, settings, installation=context.installation, late_import=1.0)
+        runtime = CmlRuntime(
+            cache, sessions, settings, fetches=fetches, installation=context.installation, late_import=1.0
+        )
         try:
             yield (
                 LabsController(cache=cache, sessions=sessions, settings=settings, clock=clock),
                 LabRecordsController(cache=cache, sessions=sessions, settings=settings),
-                InstancesController(cache, placing, {"CML": runtime}, settings),
+                InstancesController(cache, placing, {"CML": runtime}, settings, hints=hints),
                 DeadlinesController(),
                 AllocationsController(cache, allocations, placing.promised),
                 StrayLabs(
