@@ -4,13 +4,17 @@ EngineError
 ├── EngineUnavailable   no answer, or no sensible one: whether a call had its effect is not known
 ├── EngineNotFound      it has no such container, network, volume or image (404)
 ├── EngineConflict      the name is taken, or something is in use or in progress (409, and 403 of networks)
-├── EngineRefused       it will not do this, however often it is asked (400 and the like)
+├── EngineRefused       it will not do this, however often it is asked (400 and the like; 500 where the kernel refuses)
 └── EngineFailed        it tried and failed, in its own words (500)
 """
 
 from __future__ import annotations
 
 from controllers.containers.words import one_line
+
+_KERNEL_REFUSES = ("OCI runtime", "invalid argument")
+"""Of a 500: what the kernel was asked for can never be, such as a limit that is too small. All else that stops a
+container from being started may pass: no memory, no space, no port, a task that was not made in time."""
 
 
 class EngineError(Exception):
@@ -45,6 +49,8 @@ def of_status(status: int, message: str) -> EngineError:
     if status == 409 or (status == 403 and "active endpoints" in text):
         return EngineConflict(text)
     if 400 <= status < 500:
+        return EngineRefused(text)
+    if status == 500 and all(words in text for words in _KERNEL_REFUSES):
         return EngineRefused(text)
     if status == 500:
         return EngineFailed(text)

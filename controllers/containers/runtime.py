@@ -299,9 +299,9 @@ class ContainerRuntime:
                 # It or its network is gone; without its network it is of no use.
                 await self._remove(Thing("container", container), ctx)
                 return _making(_SOON)
-            except EngineRefused:
+            except EngineRefused as error:
                 if not await self._one_network(request, container, ctx):
-                    raise
+                    raise Refused(Reasons.REFUSED, f"its container cannot be started: {error}") from error
                 return _making(_SOON)
             crash_point("containers.started")
             seen = await mirror.refresh(container)

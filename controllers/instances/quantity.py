@@ -50,7 +50,9 @@ Bytes = Annotated[int, BeforeValidator(_bytes)]
 """Memory, in bytes."""
 
 _TOLD = WithJsonSchema({"anyOf": [{"type": "number"}, {"type": "string"}]})
-SomeCores = Annotated[float, Field(gt=0, le=1024), BeforeValidator(_cores), _TOLD]
+LEAST_CORES = 0.01
+"""A millisecond of the tenth of a second by which the kernel shares a processor out: it takes no smaller limit."""
+SomeCores = Annotated[float, Field(ge=LEAST_CORES, le=1024), BeforeValidator(_cores), _TOLD]
 """CPU that a lab may ask for."""
 SomeBytes = Annotated[int, Field(ge=6 * 1024**2, le=64 * 1024**4), BeforeValidator(_bytes), _TOLD]
 """Memory that a lab may ask for; an engine takes no less than 6 MiB."""

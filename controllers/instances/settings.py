@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field
 
-from controllers.instances.quantity import Bytes, Cores
+from controllers.instances.quantity import LEAST_CORES, Bytes, Cores
 from lrm.settings import LrmSettings, Seconds, Words
 
 
@@ -72,7 +72,7 @@ class InstanceSettings(LrmSettings):
     )
     docker_memory: Bytes = Field(0, ge=0, description="Bytes that they may reserve in all; 0: as many as it has.")
     docker_slots: int = Field(500, ge=0, description="Labs on the engine at the same time.")
-    docker_default_cpu: Cores = Field(0.5, gt=0, description="Cores of a lab that names none.")
+    docker_default_cpu: Cores = Field(0.5, ge=LEAST_CORES, description="Cores of a lab that names none.")
     docker_default_memory: Bytes = Field(256 * 1024**2, ge=6 * 1024**2, description="Bytes of a lab that names none.")
     docker_default_pids: int = Field(256, ge=1, description="Processes and threads of a lab that names none.")
     docker_most_pids: int = Field(4096, ge=1, description="Processes and threads that a lab may name, at most.")

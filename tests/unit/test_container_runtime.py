@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -155,6 +156,26 @@ async def test_more_than_the_settings_allow_is_refused_also_where_it_is_stored_a
 ) -> None:
     with pytest.raises(Refused, match="spec"):
         await scene.runtime.prepare(running(**spec), scene.ctx)
+
+
+@pytest.mark.parametrize(
+    ("said", "error"),
+    [
+        ("write /sys/fs/cgroup/cpu/x/cpu.cfs_quota_us: invalid argument", Refused),
+        ("unable to start unit: cannot allocate memory", NotNow),
+        ("mkdir /run/x: no space left on device", NotNow),
+    ],
+)
+async def test_a_start_that_the_kernel_refuses_is_not_tried_for_ever(
+    scene: Scene, said: str, error: type[Exception]
+) -> None:
+    scene.script.put("c", "created")
+    await scene.runtime.mirror.refresh("c")  # type: ignore[union-attr]
+    message = f"failed to create task for container: OCI runtime create failed: {said}: unknown"
+    answer = json.dumps({"message": message}).encode()
+    scene.script.answers["/containers/c/start"] = (500, answer, "application/json")
+    with pytest.raises(error, match=said.rpartition(": ")[2]):
+        await scene.runtime.provision(running(), scene.ctx)
 
 
 async def test_a_health_that_comes_and_goes_is_told_once_in_a_while(scene: Scene) -> None:

@@ -65,6 +65,8 @@ def request(**spec: Any) -> LabInstanceRequest:
         pytest.param({"environment": {"A": "x" * 40_000}}, "spec.environment", id="too much"),
         pytest.param({"resources": {"cpu": "1x"}}, "spec.resources.cpu", id="no quantity"),
         pytest.param({"resources": {"cpu": 0}}, "spec.resources.cpu", id="no cpu"),
+        pytest.param({"resources": {"cpu": "9m"}}, "spec.resources.cpu", id="less cpu than a kernel takes"),
+        pytest.param({"resources": {"cpu": 0.00001}}, "spec.resources.cpu", id="hardly any cpu"),
         pytest.param({"resources": {"memory": "1Ki"}}, "spec.resources.memory", id="less than an engine takes"),
         pytest.param({"resources": {"memory": "100m"}}, "spec.resources.memory", id="a part of a byte"),
         pytest.param({"scheduledStartTime": "2026-03-01T10:00:00"}, "spec.scheduledStartTime", id="no zone"),
@@ -85,6 +87,7 @@ def test_what_cannot_be_is_refused_with_its_field(spec: dict[str, Any], field: s
         ({"cpu": "500m", "memory": "256Mi"}, 0.5, 256 * 1024**2),
         ({"cpu": 2, "memory": 10**9}, 2.0, 10**9),
         ({"cpu": "1.5", "memory": "1G"}, 1.5, 10**9),
+        ({"cpu": "10m", "memory": "6Mi"}, 0.01, 6 * 1024**2),
     ],
 )
 def test_resources_are_quantities_as_kubernetes_writes_them(said: dict[str, Any], cpu: float, memory: int) -> None:
