@@ -40,7 +40,7 @@ class DeadlinesController(Controller[LabInstanceRequest]):
             return Result.after(min(left, _LONGEST_WAIT))
         if ctx.wall_jumped:
             return Result.after(1.0)
-        ended = await ctx.client.update_status(request, timing_out(request, Phase.TIMEOUT, ctx), retry=False)
+        ended = await ctx.client.update_status(request, timing_out(request, ctx), retry=False)
         ctx.events.record(ended, "Normal", Reasons.DURATION_ELAPSED, time_over(ended))
         crash_point("instances.ending")
         ctx.log.info("instance.phase", source=Phase.RUNNING, to=Phase.TIMEOUT)

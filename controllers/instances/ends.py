@@ -13,11 +13,13 @@ from controllers.failure import Failure
 from controllers.instances.kind import LabInstanceRequest, placed
 from controllers.instances.notes import (
     NOTHING_LEFT,
+    Mutate,
     completing,
     ending,
     entering,
     note_exit,
     note_log,
+    place_lost,
     tell,
     tell_completed,
     time_over,
@@ -29,6 +31,7 @@ from controllers.instances.scheduling import Placer
 from controllers.instances.steps import RETRY_MOST, Next, Steps
 from lrm.controller import Context, Result
 from lrm.crashpoints import crash_point
+from lrm.model import rfc3339
 from lrm.resource import RETRY_ANNOTATION
 
 _CLEANING_UP = (Reasons.CLEANING_UP, "its lab is being removed")
@@ -63,12 +66,24 @@ class Ends:
         crash_point("instances.ending")
         return ended
 
-    async def time_out(self, request: LabInstanceRequest, ctx: Context, phase: Phase) -> LabInstanceRequest:
-        """Its time is over: Timeout is entered from Running, from all else Stopping."""
-        ended = await self._steps.write(request, ctx, timing_out(request, phase, ctx))
+    async def time_out(self, request: LabInstanceRequest, ctx: Context) -> LabInstanceRequest:
+        """Its time is over while it runs."""
+        ended = await self._steps.write(request, ctx, timing_out(request, ctx))
         ctx.events.record(ended, "Normal", Reasons.DURATION_ELAPSED, time_over(ended))
         crash_point("instances.ending")
         return ended
+
+    async def never_came_back(self, request: LabInstanceRequest, ctx: Context) -> LabInstanceRequest:
+        """Its time is over while it waits to begin again: Failed, by what took its place from it."""
+        why, lost = request.status.error_message or "it has lost its place", place_lost(request)
+        at = f", at {rfc3339(lost.at.replace(microsecond=0))}" if lost is not None else ""
+        told = f"{why[:800]}{at}; its time was over before it could begin again"
+
+        def outlive(r: LabInstanceRequest) -> None:
+            tell(r, ctx, Conditions.TIMED_OUT, True, (Reasons.DURATION_ELAPSED, time_over(r)))
+
+        error = InstanceError(lost.reason if lost is not None else Reasons.WORKER_LOST, told)
+        return await self.fail(request, ctx, error, also=outlive)
 
     async def exited(self, request: LabInstanceRequest, ctx: Context, seen: Sighting) -> LabInstanceRequest:
         """It ended by itself, and well."""
@@ -80,12 +95,15 @@ class Ends:
         request = await self._steps.write(request, ctx, note)
         return await self.end(request, ctx, Reasons.EXITED, seen.message or "it ended by itself")
 
-    async def fail(self, request: LabInstanceRequest, ctx: Context, error: InstanceError) -> LabInstanceRequest:
-        """Failed, with what a person must change; what is outside is cleaned up from there."""
+    async def fail(
+        self, request: LabInstanceRequest, ctx: Context, error: InstanceError, *, also: Mutate = lambda _: None
+    ) -> LabInstanceRequest:
+        """Failed, with what a person must change; what is outside is cleaned up from there. `also` is noted with it."""
         now, why = ctx.clock.now(), str(error)[:1000]
 
         def fail(r: LabInstanceRequest) -> None:
             note_exit(r, error)
+            also(r)
             status = r.status
             status.failure = Failure(
                 reason=error.reason,

@@ -8,6 +8,7 @@ from controllers.instances.kind import LabInstanceRequest, placed
 from controllers.instances.phases import Conditions, Phase, Reasons
 from controllers.instances.runtime import InstanceError, LabFailed, Sighting
 from lrm.controller import Context
+from lrm.resource import PhaseChange
 
 Mutate = Callable[[LabInstanceRequest], None]
 NOTHING_LEFT = "nothing of it is left outside"
@@ -90,12 +91,19 @@ def time_over(request: LabInstanceRequest) -> str:
     return f"its {minutes} minutes are over" if minutes > 1 else "its minute is over"
 
 
-def timing_out(request: LabInstanceRequest, phase: Phase, ctx: Context) -> Mutate:
-    """Its time is over."""
+def place_lost(request: LabInstanceRequest) -> PhaseChange | None:
+    """When it last went back to waiting, and why; None of what never had a place."""
+    had = (Phase.PROVISIONING, Phase.RUNNING)
+    back = (c for c in reversed(request.status.phase_history) if c.to == Phase.PENDING and c.source in had)
+    return next(back, None)
+
+
+def timing_out(request: LabInstanceRequest, ctx: Context) -> Mutate:
+    """Its time is over while it runs."""
     why = Reasons.DURATION_ELAPSED, time_over(request)
 
     def time_out(r: LabInstanceRequest) -> None:
-        ending(phase, ctx, why)(r)
+        ending(Phase.TIMEOUT, ctx, why)(r)
         tell(r, ctx, Conditions.TIMED_OUT, True, why)
 
     return time_out

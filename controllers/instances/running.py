@@ -1,7 +1,7 @@
 """What a lab instance does that has its place: it is made there, within a deadline, and runs for its time.
 
 Promises that it is Running only once its runtime has seen it so, that nothing is asked outside for longer than its time
-lasts, and that silence outside ends nothing before a deadline does.
+lasts, that silence outside ends nothing before a deadline does, and that what is only stopped is not ended either.
 """
 
 from __future__ import annotations
@@ -14,6 +14,13 @@ from controllers.instances.runtime import Refused, Sighting, State, WorkerLost
 from controllers.instances.steps import LONGEST_WAIT, Next, Steps
 from lrm.controller import Context, Result
 from lrm.crashpoints import crash_point
+
+_REASONS = {
+    State.RUNNING: Reasons.RUNNING,
+    State.UNHEALTHY: Reasons.UNHEALTHY,
+    State.STOPPED: Reasons.LAB_STOPPED,
+}
+"""Why something in phase Running is Ready, or not."""
 
 
 class Running:
@@ -57,7 +64,7 @@ class Running:
         if request.spec.desired_phase == "Stopped":
             return await self._ends.stop(request, ctx)
         if self._steps.time_is_over(request, ctx):
-            return await self._ends.time_out(request, ctx, Phase.TIMEOUT)
+            return await self._ends.time_out(request, ctx)
         left = max(self._steps.left(request, ctx), 1.0)
         try:
             async with ctx.clock.timeout(left):
@@ -66,11 +73,11 @@ class Running:
             return request  # its time is over, or nearly
         if seen.state is State.ENDED:
             return await self._ends.exited(request, ctx, seen)
+        before, reason = request.status.condition(Conditions.READY), _REASONS.get(seen.state, Reasons.NOT_RUNNING)
         well = seen.state is State.RUNNING
-        reason = (
-            Reasons.RUNNING if well else Reasons.UNHEALTHY if seen.state is State.UNHEALTHY else Reasons.NOT_RUNNING
-        )
-        await self._steps.write(request, ctx, sighted(seen, ctx, ready=well, reason=reason))
+        after = await self._steps.write(request, ctx, sighted(seen, ctx, ready=well, reason=reason))
+        if seen.state is State.STOPPED and (before is None or before.reason != reason):
+            ctx.events.record(after, "Warning", reason, seen.message)
         return self._steps.again(min(_again(seen), left, LONGEST_WAIT), ctx)
 
     async def _not_in_time(self, request: LabInstanceRequest, ctx: Context) -> LabInstanceRequest:

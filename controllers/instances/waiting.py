@@ -32,7 +32,7 @@ class Waiting:
         if request.spec.desired_phase == "Stopped":
             return await self._ends.stop(request, ctx)
         if self._steps.time_is_over(request, ctx):
-            return await self._ends.time_out(request, ctx, Phase.STOPPING)
+            return await self._ends.never_came_back(request, ctx)
         if placed(request):
             return await self._ends.clean_in_time(request, ctx)
         if request.status.need is None:

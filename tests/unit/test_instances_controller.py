@@ -333,7 +333,7 @@ async def test_what_waits_for_a_topology_to_begin_again_still_ends_in_its_time()
         await scene.clock.advance((waiting.ends_at - scene.now).total_seconds() - 2)
         assert await scene.phase() == "Pending"
         await scene.clock.advance(4)
-        assert await scene.phase() == "Completed"
+        assert await scene.phase() == "Failed"
         at_rest(scene)
 
 
@@ -584,7 +584,7 @@ async def test_a_worker_that_is_lost_under_a_running_lab(policy: str, fate: str)
             at_rest(scene)
 
 
-async def test_what_lost_its_worker_and_finds_no_other_ends_when_its_time_is_over() -> None:
+async def test_what_lost_its_worker_and_finds_no_other_has_failed_when_its_time_is_over() -> None:
     async with instances_scene(slots={"w1": 1}) as scene:
         await scene.make(restartPolicy="OnFailure", durationMinutes=10)
         running = await scene.until_phase("Running")
@@ -592,11 +592,16 @@ async def test_what_lost_its_worker_and_finds_no_other_ends_when_its_time_is_ove
         scene.places.slots.clear()
         scene.outside.lose("w1")
         scene.hints.tell(("default", "a"))
+        lost = rfc3339(scene.now.replace(microsecond=0))
         await scene.clock.advance((running.ends_at - scene.now).total_seconds() - 2)
         assert await scene.phase() == "Pending"
         await scene.clock.advance(3)
-        done = await scene.get()
-        assert (done.status.phase, condition(done, "TimedOut")) == ("Completed", ("True", "DurationElapsed"))
+        failed = await scene.get()
+        assert failed.status.failure is not None
+        assert (failed.status.phase, failed.status.failure.reason) == ("Failed", "WorkerLost")
+        told = f"w1 is gone, at {lost}; its time was over before it could begin again"
+        assert (failed.status.error_message, condition(failed, "TimedOut")) == (told, ("True", "DurationElapsed"))
+        assert ("Warning", "WorkerLost", told) in await scene.told()
         at_rest(scene)
 
 
@@ -615,11 +620,11 @@ async def test_what_cannot_be_cleaned_up_for_another_try_still_ends(how: str) ->
         if how == "stopped":
             await scene.change(desired_phase="Stopped")
         await scene.clock.advance(320 if how == "late" else 120)
-        assert await scene.phase() == ("Failed" if how == "late" else "Stopping")
+        assert await scene.phase() == ("Stopping" if how == "stopped" else "Failed")
         assert scene.places.held, "it may still be there"
         scene.outside.troubles.clear()
         await scene.clock.advance(60)
-        assert await scene.phase() == ("Failed" if how == "late" else "Completed")
+        assert await scene.phase() == ("Completed" if how == "stopped" else "Failed")
         at_rest(scene)
 
 
