@@ -73,6 +73,8 @@ class State(enum.Enum):
     """It can be worked with."""
     UNHEALTHY = "unhealthy"
     """It runs, and its own health check fails."""
+    STOPPED = "stopped"
+    """It is there, whole, and does not run: somebody stopped it. It keeps its place and its time."""
     ENDED = "ended"
     """It ended by itself, without a failure."""
 
@@ -116,7 +118,10 @@ class Runtime(Protocol):
         ...
 
     async def look(self, request: LabInstanceRequest, ctx: Context) -> Sighting:
-        """How it is, in phase Running; makes nothing. What somebody took away is `LabFailed`."""
+        """How it is, in phase Running; makes nothing, but starts what is stopped where its restartPolicy asks for it.
+
+        What somebody took away is `LabFailed`.
+        """
         ...
 
     async def last_log(self, request: LabInstanceRequest) -> str | None:
