@@ -3,17 +3,19 @@
 Promises one lab for each request on its worker, whatever dies or gets lost: before an import every title of a complete
 list is read; an import without an answer is looked for, and sent again only after `late_import` seconds; what a late
 one makes besides is removed, here or by `strays`. A lab counts as gone only by CML's own word to an admin. Deletion
-reaches every lab of the title. A lab at rest is known from its LabRecord, and costs no call. What students change
-inside a lab is theirs.
+reaches every lab of the title. A lab that runs is known from its LabRecord, and costs no call. What students change
+inside a lab is theirs; so is stopping it: it is kept as it is, and started again only where its restartPolicy says so.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 from controllers.cml.client import CmlClient
 from controllers.cml.errors import (
+    CmlBadAnswer,
     CmlCircuitOpen,
     CmlError,
     CmlInvalid,
@@ -42,6 +44,7 @@ from controllers.workers.phases import Phase
 from lrm.cache import Cache
 from lrm.controller import Context
 from lrm.crashpoints import crash_point
+from lrm.model import rfc3339
 
 MAKING_CRASH_POINTS = ("instances.cml-importing", "instances.cml-imported", "instances.cml-started")
 REMOVING_CRASH_POINTS = (
@@ -53,6 +56,16 @@ REMOVING_CRASH_POINTS = (
 """Where the making and the removing of a lab can be killed, in order."""
 
 _AT_REST = frozenset({DEFINED_ON_CORE, STOPPED})
+
+
+@dataclass(slots=True)
+class _StartedAgain:
+    """The last start of a lab that had been stopped."""
+
+    not_before: float
+    """When (monotonic) it may be started once more."""
+    refusal: str = ""
+    """CML's words, where it refused."""
 
 
 class CmlRuntime:
@@ -80,6 +93,8 @@ class CmlRuntime:
         """Until when (monotonic) an import may still be carried out, by the request's uid. It is not stored: after a
         restart a second lab may be made, whose surplus is removed.
         """
+        self._started_again: dict[str, _StartedAgain] = {}
+        """By the request's uid. It is not stored: after a restart a lab may be started once more, a repeatable call."""
 
     async def prepare(self, request: LabInstanceRequest, ctx: Context) -> Prepared:  # noqa: ARG002 - see `Runtime`
         """What the topology needs, or the request says where that is more."""
@@ -98,7 +113,10 @@ class CmlRuntime:
             return await self._started(worker, client, lab_id, state, ctx)
 
     async def look(self, request: LabInstanceRequest, ctx: Context) -> Sighting:
-        """From the lab's record where that says that it runs; else CML is asked before anything is concluded."""
+        """From the lab's record where that says that it runs; else CML is asked before anything is concluded.
+
+        A lab that is there and does not run was stopped by somebody, or by a restart of its CML: it stays.
+        """
         worker = self._worker(request)
         lab_id = request.status.cml_lab_id
         if lab_id is None:
@@ -108,11 +126,13 @@ class CmlRuntime:
             return running
         with self._asking(worker) as client:
             state = await _state_of(client, lab_id, ctx)
-        if state is None:
-            raise LabFailed(Reasons.LAB_LOST, f"somebody deleted its lab {lab_id} in CML")
-        if state in _AT_REST:
-            raise LabFailed(Reasons.LAB_STOPPED, f"its lab {lab_id} does not run any more: CML says {state}")
-        return running
+            if state is None:
+                raise LabFailed(Reasons.LAB_LOST, f"somebody deleted its lab {lab_id} in CML")
+            if state == STARTED:
+                return running
+            if state not in _AT_REST:
+                return self._resting(State.STARTING, f"its lab {lab_id} is {state} in CML")
+            return await self._stopped(request, worker, client, ctx, lab_id=lab_id, state=state)
 
     async def last_log(self, request: LabInstanceRequest) -> str | None:  # noqa: ARG002 - see `Runtime`
         """None: its nodes have consoles, and it has no log."""
@@ -266,6 +286,40 @@ class CmlRuntime:
         crash_point("instances.cml-started")
         return self._starting(message, lab_id)
 
+    async def _stopped(
+        self,
+        request: LabInstanceRequest,
+        worker: LabWorker,
+        client: CmlClient,
+        ctx: Context,
+        *,
+        lab_id: str,
+        state: str,
+    ) -> Sighting:
+        """What is told of a lab that was stopped; or its start, where that is wanted and was not tried just now."""
+        told = f"its lab {lab_id} is {state}: it was stopped in CML, or its CML was restarted"
+        ends = f"it ends at {rfc3339(request.ends_at)}" if request.ends_at else "its time goes on"
+        takes = serving(worker) or worker.status.phase == Phase.DRAINING
+        if request.spec.restart_policy != "OnFailure" or ctx.observe_only or not takes:
+            return self._resting(State.STOPPED, f"{told}; start it there, {ends}")
+        now, rest = ctx.clock.monotonic(), self._settings.instances_rest_interval
+        last = self._started_again.get(request.uid)
+        if last is None or last.not_before <= now:
+            self._started_again = {uid: kept for uid, kept in self._started_again.items() if kept.not_before > now}
+            last = self._started_again[request.uid] = _StartedAgain(now + rest)
+            ctx.check_leading()
+            ctx.log.info("instance.starting_again", worker=worker.name, lab=lab_id, state=state)
+            try:
+                await client.start_lab(lab_id)
+            except (CmlBadAnswer, CmlRefused) as error:
+                last.refusal = f": the last time {error}"
+            else:
+                ctx.events.record(request, "Normal", Reasons.STARTED_AGAIN, f"{told}; it is started again")
+                return self._resting(State.STARTING, f"its lab {lab_id} was {state} in CML and is started again")
+        return self._resting(
+            State.STOPPED, f"{told}; it is started again, each {rest:.0f} s at most{last.refusal}; {ends}"
+        )
+
     async def _labs_of(
         self, request: LabInstanceRequest, worker: LabWorker, client: CmlClient, ctx: Context
     ) -> list[Lab]:
@@ -340,6 +394,10 @@ class CmlRuntime:
 
     def _starting(self, message: str, lab_id: str | None = None) -> Sighting:
         return Sighting(State.STARTING, message[:500], cml_lab_id=lab_id, again=self._settings.instances_step_interval)
+
+    def _resting(self, state: State, message: str) -> Sighting:
+        """Its record's next change wakes it, or the next look does."""
+        return Sighting(state, message[:1000], again=self._settings.instances_rest_interval)
 
     def _running(self, worker: LabWorker, lab_id: str) -> Sighting:
         url = worker.status.cml.api_url

@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from controllers.failure import Failure
-from controllers.instances.phases import FINAL, TRANSITIONS, Conditions, Phase
+from controllers.instances.phases import FINAL, TRANSITIONS, Conditions, Phase, Reasons
 from controllers.instances.quantity import SomeBytes, SomeCores
 from lrm.errors import Cause
 from lrm.kind import Column, Kind
@@ -165,7 +165,8 @@ class LabInstanceRequestSpec(Model):
     environment: dict[str, str] = Field(default_factory=dict, max_length=256)
     resources: InstanceResources = Field(default_factory=InstanceResources)
     restart_policy: Literal["Never", "OnFailure"] = "Never"
-    """OnFailure: what fails while Running begins again, elsewhere if its worker was lost; its time goes on."""
+    """OnFailure: what fails while Running begins again, elsewhere if its worker was lost; its time goes on. A lab that
+    was stopped in CML is started again there, as it is."""
     desired_phase: Literal["Running", "Stopped"] = "Running"
     """Stopped ends it before its time."""
 
@@ -245,7 +246,7 @@ class LabInstanceRequestStatus(Status):
     retry_at: Timestamp | None = None
     """While it backs off: when it is tried again."""
     held_up_since: Timestamp | None = None
-    """While it has no place, and something that cannot be had now keeps it from one: since when."""
+    """While something that cannot be had, or does not answer, keeps it from going on: since when."""
     prepared_at: Timestamp | None = None
     provisioning_started_at: Timestamp | None = None
     """Of the present attempt; its deadline counts from here."""
@@ -370,14 +371,19 @@ def _fixed(spec: LabInstanceRequestSpec, old: LabInstanceRequest) -> Iterator[Ca
 
 
 _ENDING = frozenset({Phase.STOPPING, Phase.TIMEOUT, Phase.COMPLETED})
+_ON_ITS_WAY = frozenset({Reasons.PROVISIONING, Reasons.PREPARING, Reasons.RUNNING})
 
 
 def _waiting_reason(request: LabInstanceRequest) -> str | None:
-    if request.status.failure is not None:
-        return request.status.failure.reason
-    kind = Conditions.READY if request.status.phase in _ENDING else Conditions.WORKER_ASSIGNED
-    told = request.status.condition(kind)
-    return told.reason if told is not None and told.status == "False" else None
+    """Why it has failed, has no place, or is not ready for another cause than that this takes a while."""
+    status = request.status
+    if status.failure is not None:
+        return status.failure.reason
+    assigned, ready = status.condition(Conditions.WORKER_ASSIGNED), status.condition(Conditions.READY)
+    if status.phase not in _ENDING and assigned is not None and assigned.status == "False":
+        return assigned.reason
+    told = ready is not None and ready.status != "True" and ready.reason not in _ON_ITS_WAY
+    return ready.reason if ready is not None and told else None
 
 
 COLUMNS = (
@@ -388,7 +394,7 @@ COLUMNS = (
     Column("Minutes", lambda r: r.spec.duration_minutes, type="integer", description="How long it may run."),
     Column("Ends", lambda r: r.ends_at if placed(r) else None, description="When its time is over."),
     Column("URL", lambda r: r.status.access_url, description="Where it is worked with."),
-    Column("Reason", _waiting_reason, description="Why it waits, failed or ended."),
+    Column("Reason", _waiting_reason, description="Why it waits, is not ready, failed or ended."),
     Column("Started", lambda r: r.status.started_at, description="When it began to run.", priority=1),
     Column("Retries", lambda r: r.status.retry_count, type="integer", priority=1),
 )

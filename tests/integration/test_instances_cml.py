@@ -17,6 +17,7 @@ from controllers.instances.marks import notes_for, read_mark
 from equipment.cml_instances_world import INSTALLATION, CmlInstancesWorld, cml_instances_world, topology
 from equipment.labs_world import FAST
 from equipment.waiting import until
+from lrm.model import rfc3339
 from lrm.resource import PROTECT_ANNOTATION
 
 
@@ -60,7 +61,7 @@ async def test_a_topology_runs_for_its_student_and_leaves_nothing(world: CmlInst
 async def test_what_is_reserved_is_never_less_than_its_topology_takes(world: CmlInstancesWorld) -> None:
     asks = json.loads(topology(2))
     asks["nodes"][0] |= {"cpus": 2, "ram": 4096}
-    for name, said in (("less", {"cpu": 0.001, "memory": "6Mi"}), ("more", {"cpu": 3, "memory": "8Gi"}), ("none", {})):
+    for name, said in (("less", {"cpu": 0.01, "memory": "6Mi"}), ("more", {"cpu": 3, "memory": "8Gi"}), ("none", {})):
         await world.make(name, labTemplate={"topology": json.dumps(asks)}, resources=said)
     needs = {
         name: (await world.until_told("WorkerAssigned", "NoWorkers", name)).status.need
@@ -184,16 +185,103 @@ async def test_a_lab_that_its_student_deleted_is_lost(world: CmlInstancesWorld) 
     await world.until_told("CleanupCompleted", "CleanedUp")
 
 
-async def test_a_lab_that_somebody_stopped_has_failed_and_is_removed(world: CmlInstancesWorld) -> None:
+@pytest.mark.parametrize("state", ["STOPPED", "DEFINED_ON_CORE"])
+async def test_a_lab_that_its_student_stopped_stays_until_its_time_is_over(
+    world: CmlInstancesWorld, state: str
+) -> None:
+    """Nothing is started or deleted; it is told once what to do; started there, it is Ready; its time goes on."""
+    await world.worker()
+    running = await world.running()
+    (lab,) = world.titled(running)
+    world.labs.machine().counts.clear()
+    world.labs.machine().force(lab, state)
+    await world.labs.sync()
+    ends = running.ends_at
+    assert ends is not None
+    told = await world.until_told("Ready", f"start it there, it ends at {rfc3339(ends)}")
+    seen = world.looks
+    await until(lambda: world.looks >= seen + 4)
+    told = await world.get()
+    ready = told.status.condition("Ready")
+    assert (told.status.phase, ready and (ready.status, ready.reason)) == ("Running", ("False", "LabStopped"))
+    assert told.status.worker_ref == running.status.worker_ref
+    events = await world.labs.told("a", "LabInstanceRequest")
+    assert [kind for kind, reason, _ in events if reason == "LabStopped"] == ["Warning"]
+    world.labs.machine().force(lab, "QUEUED")
+    await world.until_told("Ready", "is QUEUED in CML")
+    world.labs.machine().force(lab, "STARTED")
+    await world.until_told("Ready", "Running")
+    counts = world.labs.machine().counts
+    assert not [call for call in counts if not call.startswith("GET ")]
+    world.labs.machine().force(lab, state)
+    await world.labs.sync()
+    await world.until_told("Ready", "LabStopped")
+    world.labs.clock.passed += 3600
+    await world.until_phase("Completed")
+    assert not world.labs.machine().labs
+
+
+@pytest.mark.parametrize("end", ["stop", "delete"])
+async def test_a_stopped_lab_ends_when_it_is_asked_to(world: CmlInstancesWorld, end: str) -> None:
     await world.worker()
     running = await world.running()
     world.labs.machine().force(world.titled(running)[0], "STOPPED")
     await world.labs.sync()
-    failed = await world.until_phase("Failed")
-    assert failed.status.failure is not None
-    assert failed.status.failure.reason == "LabStopped"
-    await world.until_told("CleanupCompleted", "CleanedUp")
+    await world.until_told("Ready", "LabStopped")
+    await (world.stop() if end == "stop" else world.delete())
+    await (world.until_phase("Completed") if end == "stop" else world.gone())
     assert not world.labs.machine().labs
+
+
+async def test_a_stopped_lab_is_started_again_where_its_policy_says_so(world: CmlInstancesWorld) -> None:
+    """The same lab, with what is in it; CML's refusals are told; it is not begun anew."""
+    await world.worker()
+    running = await world.running(restartPolicy="OnFailure")
+    (lab,) = world.titled(running)
+    world.labs.machine().counts.clear()
+    fault(world, "status", "/labs/*/start", "PUT", times=None, status=400)
+    world.labs.machine().force(lab, "STOPPED")
+    await world.labs.sync()
+    await world.until_told("Ready", "CML refused with 400")
+    world.labs.simulator.faults.clear()
+    await until(lambda: lab.state == "STARTED")
+    await world.until_told("Ready", "Running: it runs")
+    after = await world.get()
+    assert (after.status.cml_lab_id, after.status.retry_count, after.status.attempt) == (lab.id, 0, 1)
+    counts = world.labs.machine().counts
+    assert not counts["POST /import"]
+    assert not counts["DELETE /labs/{lab_id}"]
+    events = await world.labs.told("a", "LabInstanceRequest")
+    assert [kind for kind, reason, _ in events if reason == "StartedAgain"] == ["Normal"]
+
+
+async def test_a_stopped_lab_is_not_started_again_all_the_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its student goes on stopping it: once in a rest interval, whatever wakes the controller."""
+    async with cml_instances_world(monkeypatch, instances_rest_interval=3600) as world:
+        await world.worker()
+        running = await world.running(restartPolicy="OnFailure")
+        (lab,) = world.titled(running)
+        world.labs.machine().counts.clear()
+        for n in range(3):
+            world.labs.machine().force(lab, "STOPPED")
+            await world.labs.sync()
+            await (until(lambda: lab.state == "STARTED") if n == 0 else world.until_told("Ready", "LabStopped"))
+            world.labs.machine().force(lab, "STARTED")
+            await world.labs.sync()
+            await world.until_told("Ready", "Running: it runs")
+        assert world.labs.machine().counts["PUT /labs/{lab_id}/start"] == 1
+
+
+async def test_a_lab_outlives_a_restart_of_its_cml(world: CmlInstancesWorld) -> None:
+    await world.worker()
+    running = await world.running()
+    (lab,) = world.titled(running)
+    world.labs.machine().power_off()
+    world.labs.machine().power_on()
+    await world.labs.sync()
+    told = await world.until_told("Ready", "or its CML was restarted")
+    assert told.status.phase == "Running"
+    assert world.titled(running) == [lab]
 
 
 async def test_a_404_under_a_session_that_may_not_see_everything_proves_nothing(world: CmlInstancesWorld) -> None:
