@@ -371,17 +371,18 @@ class ContainerRuntime:
                 message = f"its engine was restarted, and its container ended with it (exit code {container.exit_code})"
                 raise WorkerLost(Reasons.ENGINE_RESTARTED, message, last_log=last_log)
             return _ended(container, last_log)
-        state, message = State.STARTING, f"its container is {container.status}"
+        state, message, trouble = State.STARTING, f"its container is {container.status}", ""
         if container.status == "running":
             state, message = _HEALTH[container.health]
             if state is State.UNHEALTHY and container.check_output:
                 message = f"{message}: {container.check_output}"
             if starting and state is State.UNHEALTHY:
-                state = State.STARTING  # its deadline says for how long that may be
+                state, trouble = State.STARTING, Reasons.UNHEALTHY  # its deadline says for how long that may be
         ports = ports_of(request, container.ports, self._settings)
         return Sighting(
             state,
             message,
+            trouble,
             container_id=container.id,
             access_url=url_of(ports[0]) if ports else None,
             ports=ports,
@@ -511,4 +512,4 @@ def _said(*, refusals: bool = True) -> Iterator[None]:
             raise Refused(Reasons.REFUSED, str(error)) from error
         raise NotNow(Reasons.REFUSED, str(error)) from error
     except EngineError as error:
-        raise NotNow(Reasons.PROVISIONING, str(error)) from error
+        raise NotNow(Reasons.ENGINE_FAILED, str(error)) from error

@@ -181,7 +181,7 @@ class CmlRuntime:
         except CmlRefused as error:
             raise NotNow(Reasons.REFUSED, f"{worker.name}: {error}", again=self._after_trouble) from error
         except (CmlCircuitOpen, CmlLoginThrottled) as error:
-            raise NotNow(Reasons.WORKER_AWAY, f"{worker.name}: {error}", again=error.retry_after) from error
+            raise NotNow(Reasons.WORKER_AWAY, f"{worker.name}: {error.why}", again=error.retry_after) from error
         except CmlError as error:
             raise NotNow(Reasons.WORKER_AWAY, f"{worker.name}: {error}", again=self._after_trouble) from error
 

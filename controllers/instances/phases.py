@@ -88,6 +88,8 @@ class Reasons:
     NO_MATCHING_POOL = "NoMatchingPool"
     ENGINE_UNAVAILABLE = "EngineUnavailable"
     """It wants a container, and no engine is configured or answers."""
+    ENGINE_FAILED = "EngineFailed"
+    """The engine tried what it was asked for and failed, in its own words; it is asked again."""
     BACKING_OFF = "BackingOff"
     OBSERVE_ONLY = "ObserveOnly"
     CLOCK_JUMPED = "ClockJumped"

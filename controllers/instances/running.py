@@ -42,7 +42,8 @@ class Running:
         seen = await self._steps.runtime(request).provision(request, ctx)
         crash_point("instances.provisioned")
         if seen.state is State.STARTING:
-            await self._steps.write(request, ctx, sighted(seen, ctx, ready=False, reason=Reasons.PROVISIONING))
+            reason = seen.trouble or Reasons.PROVISIONING
+            await self._steps.write(request, ctx, sighted(seen, ctx, ready=False, reason=reason))
             return Result.after(min(_again(seen), max(left, 1.0)))
         if seen.state is State.ENDED:
             return await self._ends.exited(request, ctx, seen)

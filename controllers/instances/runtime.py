@@ -94,6 +94,8 @@ class Sighting:
 
     state: State
     message: str = ""
+    trouble: str = ""
+    """Of what is starting: why it does not come on, one of `phases.Reasons`; empty while it does."""
     container_id: str | None = None
     cml_lab_id: str | None = None
     access_url: str | None = None

@@ -32,6 +32,9 @@ CRASH_POINTS = (
 LONGEST_WAIT = 600.0
 """Seconds between two looks at what waits for its time: a wall clock may be set meanwhile."""
 
+TROUBLE_TOLD = 15.0
+"""Seconds that something which has its place is held up before an event tells of it: a hiccup is none."""
+
 RETRY_MOST = 300.0
 """Seconds between two tries of what did not work, at most."""
 
@@ -48,6 +51,10 @@ class Steps:
         """`runtimes` by name of the runtime."""
         self.settings = settings
         self._runtimes = runtimes
+        self._troubles: dict[str, set[tuple[datetime, str]]] = {}
+        """By uid, of what has its place and is held up: since when, and for which reasons that was told. It is not
+        stored: the next leader tells of the same trouble once more.
+        """
 
     async def write(self, request: LabInstanceRequest, ctx: Context, mutate: Mutate) -> LabInstanceRequest:
         """Exactly on the state that was decided on: somebody may have extended or stopped it meanwhile."""
@@ -62,6 +69,8 @@ class Steps:
             r.status.ends_at = r.ends_at
 
         stored = await ctx.client.update_status(request, note, retry=False)
+        if stored.status.held_up_since is None:
+            self._troubles.pop(request.uid, None)
         if stored.status.phase != before:
             ctx.log.info("instance.phase", source=before, to=stored.status.phase)
         ends = stored.status.ends_at
@@ -111,20 +120,33 @@ class Steps:
         since = request.status.held_up_since or now
 
         def note(r: LabInstanceRequest) -> None:
+            r.status.held_up_since = since
             tell(r, ctx, Conditions.READY, None if has_place else False, why)
             if not has_place:
-                r.status.held_up_since = since
                 tell(r, ctx, Conditions.WORKER_ASSIGNED, False, why)
 
-        after = await self.write(request, ctx, note)
+        after, held = await self.write(request, ctx, note), (now - since).total_seconds()
         if has_place:
-            return self.again(min(error.again, max(self.left(after, ctx), 1.0)), ctx)
+            untold = self._tell_trouble(after, ctx, held, why)
+            return self.again(max(min(error.again, untold, self.left(after, ctx)), 1.0), ctx)
         if before is None or (before.reason, before.message) != why:
             ctx.events.record(after, "Normal" if error.reason == Reasons.PREPARING else "Warning", *why)
         # What has no place has no deadline but its end: it is tried less and less often, by how long it has waited.
-        again, ends = max(error.again, (now - since).total_seconds()), self.ends_at(request, ctx)
+        again, ends = max(error.again, held), self.ends_at(request, ctx)
         left = RETRY_MOST if ends is None else (ends - now).total_seconds()
         return self.again(max(min(again, left, RETRY_MOST), 1.0), ctx)
+
+    def _tell_trouble(self, request: LabInstanceRequest, ctx: Context, held: float, why: tuple[str, str]) -> float:
+        """One event for each trouble that lasts, and each reason for it; seconds until it would be told."""
+        if held < TROUBLE_TOLD:
+            return TROUBLE_TOLD - held
+        told = self._troubles.setdefault(request.uid, set())
+        trouble = (request.status.held_up_since or ctx.clock.now(), why[0])
+        if why[0] == Reasons.PREPARING or trouble in told:
+            return LONGEST_WAIT
+        told.add(trouble)
+        ctx.events.record(request, "Warning", *why)
+        return LONGEST_WAIT
 
 
 def _left(now: datetime, since: datetime | None, seconds: float) -> float:

@@ -209,8 +209,8 @@ async def test_a_check_that_fails_while_the_lab_is_made_is_one_event_with_what_i
         scene.script.put("c", Health={"Status": "unhealthy", "Log": [{"Output": "first"}, {"Output": words}]})
         await scene.runtime.mirror.refresh("c")  # type: ignore[union-attr]
         seen = await scene.runtime.provision(lab, scene.ctx)
-        assert seen.state is State.STARTING, n
-        lab.status.set_condition(Conditions.READY, False, Reasons.PROVISIONING, seen.message, now=scene.clock.now())
+        assert (seen.state, seen.trouble) == (State.STARTING, Reasons.UNHEALTHY), n
+        lab.status.set_condition(Conditions.READY, False, seen.trouble, seen.message, now=scene.clock.now())
     assert scene.events == [(Reasons.UNHEALTHY, "it runs, and its health check fails: connection refused")]
 
 

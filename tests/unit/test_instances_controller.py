@@ -213,6 +213,7 @@ async def test_an_extension_and_every_end_are_told_by_an_event() -> None:
         assert (await scene.told())[-1] == ("Normal", "Extended", f"it runs until {ends}")
         await scene.until_phase("Completed", seconds=200)
         assert (await scene.told())[3:] == [
+            ("Warning", "WorkerAway", "it does not answer"),
             ("Normal", "DurationElapsed", "its 2 minutes are over"),
             ("Normal", "Completed", "nothing of it is left outside"),
         ]
@@ -582,6 +583,27 @@ async def test_a_worker_that_is_lost_under_a_running_lab(policy: str, fate: str)
         if fate == "Failed":
             assert condition(after, "CleanupCompleted") == ("True", "CleanedUp")
             at_rest(scene)
+
+
+@pytest.mark.parametrize(("step", "seconds", "events"), [("provision", 100, 1), ("look", 100, 1), ("look", 10, 0)])
+async def test_a_trouble_that_lasts_is_a_reason_and_one_event(step: str, seconds: float, events: int) -> None:
+    reason = next(column for column in LAB_INSTANCE_REQUEST.columns if column.name == "Reason")
+    async with instances_scene() as scene:
+        await scene.make()
+        provisioning = await scene.get()
+        assert (provisioning.status.phase, reason.value(provisioning)) == ("Provisioning", None)
+        if step == "look":
+            await scene.until_phase("Running")
+        scene.outside.troubles[step] = away()
+        scene.hints.tell(("default", "a"))
+        await scene.clock.advance(seconds)
+        assert reason.value(await scene.get()) == "WorkerAway"
+        scene.outside.troubles.clear()
+        await scene.clock.advance(10)
+        running = await scene.get()
+        assert (running.status.phase, reason.value(running), running.status.held_up_since) == ("Running", None, None)
+        told = [event for event in await scene.told() if event[0] == "Warning"]
+        assert told == [("Warning", "WorkerAway", "it does not answer")] * events
 
 
 async def test_what_lost_its_worker_and_finds_no_other_has_failed_when_its_time_is_over() -> None:
