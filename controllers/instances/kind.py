@@ -417,6 +417,7 @@ LAB_INSTANCE_REQUEST: Kind[LabInstanceRequest] = Kind(
             (f"{r.status.worker_ref.namespace}/{r.status.worker_ref.name}",) if r.status.worker_ref else ()
         ),
         "uid": lambda r: (r.uid,),
+        "lab": lambda r: (r.status.cml_lab_id,) if r.status.cml_lab_id else (),
     },
     fields={
         "status.phase": lambda r: r.status.phase,
