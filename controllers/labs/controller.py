@@ -300,6 +300,7 @@ class LabsController(Controller[LabWorker]):
 
         def note(w: LabWorker) -> None:
             w.status.labs_sync_error = problem
+            w.status.labs_tried = asked_for(worker)
             if overdue:
                 w.status.set_condition(LABS_SYNCED, status=False, reason=reason, message=problem or reason, now=now)
 

@@ -45,6 +45,16 @@ AWAY_REASONS = frozenset({"WorkerUnreadable", "WorkerNotServing", "CMLNotIdentif
 OBSERVING = Away("ObserveOnly", "nothing is changed on a CML that is only observed")
 
 
+def is_failure(reason: str) -> bool:
+    """Whether a condition's reason is the class of CML's error that ended a try; another try follows, ever later."""
+    return reason.startswith("Cml")
+
+
+def holds_up(reason: str) -> bool:
+    """Whether a condition's reason says that nothing is under way: CML is away, or the next try is still to come."""
+    return reason in AWAY_REASONS or is_failure(reason)
+
+
 def home_of(record: LabRecord, cache: Cache) -> Home | Away | Gone:
     """Where a record's lab is, as far as the cache knows."""
     name = record.spec.worker_ref

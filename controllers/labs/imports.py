@@ -26,7 +26,7 @@ from controllers.cml.errors import (
 from controllers.cml.inventory import read_inventory
 from controllers.cml.models import Lab
 from controllers.cml.sessions import CmlSessions
-from controllers.labs.homes import OBSERVING, Away, Gone, Home, identified
+from controllers.labs.homes import OBSERVING, Away, Gone, Home, identified, is_failure
 from controllers.labs.imports_kind import (
     FAILED,
     HELD,
@@ -128,7 +128,12 @@ class LabImportsController(Controller[LabImport]):
         except (CmlRefused, CmlInvalid, CmlNotFound) as error:
             return await self._fail(order, ctx, "Refused", str(error))
         except CmlError as error:
-            if not isinstance(error, CmlCircuitOpen | CmlLoginThrottled | CmlClosed):  # not having asked is no news
+            told = order.status.condition(READY)
+            if isinstance(error, CmlCircuitOpen | CmlLoginThrottled):  # not having asked is no news after a failure
+                if told is None or not is_failure(told.reason):
+                    why = f"{error.why}; it is asked again in a while"
+                    await self._tell(order, ctx, type(error).__name__, why)
+            elif not isinstance(error, CmlClosed):
                 await self._tell(order, ctx, type(error).__name__, str(error))
             raise RetryLater(f"import {order.name} on {order.spec.worker_ref}: {error}") from error
 

@@ -123,7 +123,8 @@ class OperationOutcome(Model):
     id: str
     verb: str
     result: str
-    """Running, Waiting (for the worker), Succeeded, Failed, or Superseded by a newer one or by none."""
+    """Running, Waiting (for the worker, or after a failure for the next try), Succeeded, Failed, or Superseded by a
+    newer one or by none."""
     message: str = ""
     at: Timestamp
     """Since when the result is this one."""

@@ -1,7 +1,8 @@
 """Orders about labs: intents that the endpoints write down, and what the leader makes of them, seen in the cache.
 
 Promises: nothing but resources is written here; an order that was written is carried out whether or not anybody waits.
-An outcome is told only from a cache that holds the order. Called by the labs' endpoints.
+An outcome is told only from a cache that holds the order; that a try has failed since is one: it waits for another.
+Called by the labs' endpoints.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from controllers.labs.due import asked_for, is_asked_for
-from controllers.labs.homes import AWAY_REASONS, can_be_asked
+from controllers.labs.homes import can_be_asked, holds_up
 from controllers.labs.imports_kind import FAILED as IMPORT_FAILED
 from controllers.labs.imports_kind import IMPORTED, LabImport, LabImportSpec
 from controllers.labs.imports_kind import READY as IMPORT_READY
@@ -64,6 +65,9 @@ class Orders:
                 return Outcome(FAILED, f"the worker {worker.name} is gone")
             if now.status.labs_asked == asked_for(now):
                 return Outcome(SUCCEEDED, "")
+            error = now.status.labs_sync_error
+            if error and now.status.labs_tried == asked_for(now):
+                return Outcome(WAITING, f"not synced yet, and tried again by itself; the last try failed: {error}")
             return awaited(now)
 
         def so_far() -> str:
@@ -117,7 +121,7 @@ class Orders:
             if now is None or now.uid != record.uid:
                 return Outcome(SUCCEEDED, done)
             told = now.status.condition(LAB_DELETED)
-            return Outcome(WAITING, told.message) if told is not None and told.reason in AWAY_REASONS else None
+            return Outcome(WAITING, told.message) if told is not None and holds_up(told.reason) else None
 
         def so_far() -> str:
             now = self._api.cache.get(LabRecord, record.namespace, record.name)
@@ -144,7 +148,7 @@ class Orders:
             message = told.message if told is not None else ""
             if now.status.phase in (IMPORTED, IMPORT_FAILED):
                 return Outcome(SUCCEEDED if now.status.phase == IMPORTED else FAILED, message)
-            return Outcome(WAITING, message) if told is not None and told.reason in AWAY_REASONS else None
+            return Outcome(WAITING, message) if told is not None and holds_up(told.reason) else None
 
         def so_far() -> str:
             now = self._api.cache.get(LabImport, made.namespace, made.name)

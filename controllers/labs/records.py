@@ -27,7 +27,7 @@ from controllers.cml.errors import (
 )
 from controllers.cml.sessions import CmlSessions
 from controllers.labs.desired import DEFINED_ON_CORE, REACHED, WAIT, Step, next_step
-from controllers.labs.homes import OBSERVING, Away, Gone, Home, can_be_asked, home_of
+from controllers.labs.homes import OBSERVING, Away, Gone, Home, can_be_asked, holds_up, home_of, is_failure
 from controllers.labs.keeping import keep_topology
 from controllers.labs.kind import (
     DESIRED_STATE,
@@ -194,6 +194,8 @@ class LabRecordsController(Controller[LabRecord]):
         step = next_step(DEFINED_ON_CORE, state)
         record = await keep_topology(record, client, ctx, self._settings)
         if step is WAIT:
+            if holds_up(_told(record, None)):
+                await self._tell(record, ctx, _Note(None, "Deleting", f"the lab is {state}"))
             return False
         reason = "Deleting" if step is REACHED else str(step)
         await self._tell(record, ctx, _Note(None, reason, f"the lab is {state}"))
@@ -245,6 +247,9 @@ class LabRecordsController(Controller[LabRecord]):
                 operation=wish.operation.id if wish.operation else "",
             )
             await self._tell(record, ctx, _Note(wish, str(step), f"{wish.state} is wanted"), acting=sent)
+        elif holds_up(_told(record, wish)):
+            going = _Note(wish, acting.step if acting and acting.step else "UnderWay", f"the lab is {state}")
+            await self._tell(record, ctx, going, acting=acting)
         return Result.after(self._settings.labs_step_interval)
 
     async def _settle(
@@ -298,10 +303,15 @@ class LabRecordsController(Controller[LabRecord]):
     ) -> RetryLater:
         """Say what CML's failure was; what to raise, so that it is tried again, ever later.
 
-        With `tried` the time that CML has begins, if it has not yet: it is not merely away.
+        With `tried` the time that CML has begins, if it has not yet: it is not merely away. What was not asked is told
+        without a time, as that would be hours old, and only where nothing is told that failed.
         """
-        if not isinstance(error, _NOT_ASKED):
-            acting = wish.acting(record) if wish is not None else None
+        acting = wish.acting(record) if wish is not None else None
+        if isinstance(error, CmlCircuitOpen | CmlLoginThrottled):
+            if not is_failure(_told(record, wish)):
+                why = f"{error.why}; it is asked again in a while"
+                await self._tell(record, ctx, _Note(wish, type(error).__name__, why, WAITING), acting=acting)
+        elif not isinstance(error, CmlClosed):
             if acting is None and wish is not None and tried:
                 acting = Acting(
                     generation=record.metadata.generation,
@@ -309,7 +319,7 @@ class LabRecordsController(Controller[LabRecord]):
                     step="",
                     operation=wish.operation.id if wish.operation else "",
                 )
-            await self._tell(record, ctx, _Note(wish, type(error).__name__, str(error)[:500]), acting=acting)
+            await self._tell(record, ctx, _Note(wish, type(error).__name__, str(error)[:500], WAITING), acting=acting)
         return RetryLater(f"lab {record.spec.lab_id} of {record.spec.worker_ref}: {error}")
 
     def _waiting_for(self, change: Change) -> Iterable[Key]:
@@ -354,6 +364,12 @@ def _refusal(error: CmlNotFound | CmlRefused) -> str:
     if isinstance(error, CmlNotFound):
         return "LabNotFound"
     return "Forbidden" if isinstance(error, CmlForbidden) else "Refused"
+
+
+def _told(record: LabRecord, wish: Wish | None) -> str:
+    """The reason under which it is told how far this wish has come, or the deletion; empty where nothing is told."""
+    told = record.status.condition(DESIRED_STATE if wish is not None else LAB_DELETED)
+    return told.reason if told is not None and told.observed_generation == record.metadata.generation else ""
 
 
 def _taken(acting: Acting | None, step: Step) -> bool:

@@ -227,6 +227,8 @@ class LabWorkerStatus(Status):
     labs_sync_error: str | None = None
     labs_asked: str | None = None
     """The values of the annotations that the last sync honoured: reconcile-now, and refresh-labs where there is one."""
+    labs_tried: str | None = None
+    """Those that the last sync which failed would have honoured."""
     labs_last_sync: LabsSync | None = None
     timestamps: Timestamps = Field(default_factory=Timestamps)
     idle: IdleStatus | None = None

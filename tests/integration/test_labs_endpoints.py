@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import orjson
 import pytest
 from structlog.testing import capture_logs
 
+from controllers.cml.errors import CmlCircuitOpen, CmlError
 from controllers.cml.simulator.labs import Lab
 from controllers.labs.bulk import BULK_MOST
 from controllers.labs.imports_kind import LabImport
@@ -20,7 +22,7 @@ from controllers.labs.kind import LABS
 from controllers.workers.kind import LabWorker
 from equipment.api import Answer, Served, tokens_file
 from equipment.labs_api import labs_api, labs_path
-from equipment.labs_world import LabsWorld, instance_of, labs_world
+from equipment.labs_world import FAST, LabsWorld, instance_of, labs_world
 from equipment.waiting import until
 from lrm.client import Client
 from lrm.resource import PAUSE_ANNOTATION, PROTECT_ANNOTATION, ObjectMeta
@@ -59,6 +61,14 @@ async def enter(world: LabsWorld, phase: str) -> None:
         w.status.enter(phase, "Test", world.clock.now())
 
     await world.change_worker(step)
+
+
+async def circuit_is_open(world: LabsWorld, lab: Lab) -> bool:
+    try:
+        await world.sessions.client_for(await world.get_worker()).lab_state(lab.id)
+    except CmlError as error:
+        return isinstance(error, CmlCircuitOpen)
+    return False
 
 
 async def listed(api: Served) -> dict[str, Any]:
@@ -193,11 +203,28 @@ async def test_a_refresh_that_takes_longer_says_where_to_look_and_why(world: Lab
     await labs_of(world, "one")
     world.fault("status", path="*/labs", status=500)
     await world.failing_sync()
+    world.simulator.faults.clear()
+    world.fault("delay", path="*/labs", seconds=3600)
     answer = await post(api, "/refresh?wait=0.1")
     assert (answer.status, answer.body["result"]) == (202, "Accepted")
-    assert "500" in answer.body["message"]
+    assert "500" in answer.body["message"], "of the try before: this one has not ended"
     assert answer.headers["Location"] == answer.body["resource"]
     assert (await api.get(answer.body["resource"])).body["metadata"]["name"] == "w1"
+
+
+@pytest.mark.parametrize("kind", ["html", "truncate"])
+async def test_nobody_waits_for_the_next_try_of_a_sync_that_has_failed(
+    world: LabsWorld, api: Served, kind: str
+) -> None:
+    await labs_of(world, "one", "two")
+    rule = world.fault(kind, path="*/labs")
+    for again in (1, 2):  # the same failure as before is told as one of this order too
+        answer = await post(api, "/refresh")
+        assert (answer.status, answer.body["result"], rule.hits >= again) == (202, "Waiting", True)
+        assert (await world.get_worker()).status.labs_sync_error in answer.body["message"]
+        assert answer.headers["Location"] == answer.body["resource"]
+    world.simulator.faults.clear()
+    assert (await post(api, "/refresh")).status == 200
 
 
 async def test_a_refresh_of_a_worker_that_does_not_serve_is_not_waited_for(world: LabsWorld, api: Served) -> None:
@@ -302,10 +329,8 @@ async def test_a_lab_is_started_stopped_wiped_and_deleted(world: LabsWorld, api:
     assert (await post(api, f"/{other.id}/explode")).status == 404
 
 
-async def test_the_same_order_several_times_at_once_is_one_and_another_one_takes_its_place(
-    world: LabsWorld, api: Served
-) -> None:
-    lab, other = await labs_of(world, "one", "other")
+async def test_the_same_order_several_times_at_once_is_one(world: LabsWorld, api: Served) -> None:
+    lab, _ = await labs_of(world, "one", "other")
     world.fault("delay", method="PUT", path=f"/labs/{lab.id}/start", seconds=0.3)
     answers = await asyncio.gather(*(post(api, f"/{lab.id}/start") for _ in range(3)))
     assert [(a.status, a.body["result"]) for a in answers] == [(200, "Succeeded")] * 3
@@ -313,18 +338,35 @@ async def test_the_same_order_several_times_at_once_is_one_and_another_one_takes
     order = {"action": "stop", "labs": "all"}
     both = await asyncio.gather(*(post(api, "/bulk", order) for _ in range(2)))
     assert [a.status for a in both] == [200, 200], [a.raw for a in both]
-    world.fault("status", path=f"/labs/{other.id}/state", status=500)
-    asked = []
-    for action in ("start", "stop"):
-        asked.append(asyncio.create_task(post(api, f"/{other.id}/{action}")))
 
-        async def ordered(verb: str = action.capitalize()) -> bool:
-            operation = (await world.record(other.id)).spec.operation
-            return operation is not None and operation.verb == verb
+
+async def test_an_order_that_goes_on_after_a_failure_is_waited_for_again_until_another_takes_its_place(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async with labs_world(monkeypatch, options=replace(FAST, node_stop=3600)) as world, labs_api(world) as api:
+        (lab,) = await labs_of(world, "one", running=True)
+        assert (await post(api, f"/{lab.id}/stop?wait=0")).status == 202
+        await until(lambda: world.machine().counts["PUT /labs/{lab_id}/stop"] == 1)
+        world.fault("status", path=f"/labs/{lab.id}/state", status=500, times=2)
+        assert (await post(api, f"/{lab.id}/stop")).body["result"] == "Waiting"
+
+        async def goes_on() -> bool:
+            told = (await world.record(lab.id)).status.operation
+            return told is not None and told.result == "Running"
+
+        await until(goes_on)
+        await world.cache.barrier(30)
+        assert (await post(api, f"/{lab.id}/stop?wait=0.1")).body["result"] == "Accepted"
+        wiping = asyncio.create_task(post(api, f"/{lab.id}/wipe"))
+
+        async def ordered() -> bool:
+            operation = (await world.record(lab.id)).spec.operation
+            return operation is not None and operation.verb == "Wipe"
 
         await until(ordered)
-    world.simulator.faults.clear()
-    assert [answer.status for answer in await asyncio.gather(*asked)] == [409, 200]
+        assert (await post(api, f"/{lab.id}/start?wait=0")).status == 202
+        replaced = await wiping
+        assert (replaced.status, replaced.body["message"]) == (409, "another took its place")
 
 
 async def test_cmls_no_is_told_as_a_conflict(world: LabsWorld, api: Served) -> None:
@@ -349,8 +391,8 @@ async def test_a_deletion_that_cml_keeps_failing_says_so_in_its_answer_and_in_on
     assert (first.status, first.body["result"]) == (202, "Accepted")
     await until(tried_twice, "the deletion to be tried again")
     await world.settled()
-    answer = await api.call("DELETE", labs_path(f"/{lab.id}?wait=0"))
-    assert (answer.status, answer.body["result"]) == (202, "Accepted")
+    answer = await api.call("DELETE", labs_path(f"/{lab.id}"))
+    assert (answer.status, answer.body["result"]) == (202, "Waiting")
     assert "500" in answer.body["message"]
     assert "out of disk" in answer.body["message"]
     failed = [told for told in await world.told(record.name) if told[1] == "DeleteFailed"]
@@ -372,6 +414,29 @@ async def test_what_has_to_wait_for_the_worker_is_taken_at_once_and_done_later(w
     for phase in ("Starting", "ReadyUnlicensed"):
         await enter(world, phase)
     await until(lambda: lab.state == "STARTED" and doomed.id not in world.machine().labs)
+
+
+@pytest.mark.parametrize(("kind", "open_circuit"), [("html", False), ("drop", True)])
+async def test_nobody_waits_for_the_next_try_of_an_order_of_which_one_has_failed(
+    world: LabsWorld, api: Served, kind: str, open_circuit: bool
+) -> None:
+    lab, doomed = await labs_of(world, "one", "doomed")
+    world.fault(kind, path="*")
+    if open_circuit:
+        await until(lambda: circuit_is_open(world, lab))
+    orders = (("POST", f"/{lab.id}/start", None), ("DELETE", f"/{doomed.id}", None), ("POST", "/import", TOPOLOGY))
+    answers = [await api.call(method, labs_path(rest), body) for method, rest, body in orders]
+    assert [(a.status, a.body["result"]) for a in answers] == [(202, "Waiting")] * 3, [a.raw for a in answers]
+    for answer in answers:
+        assert (answer.body["message"] != "", (await api.get(answer.headers["Location"])).status) == (True, 200)
+    assert (answers[0].body["message"] == f"{CmlCircuitOpen.why}; it is asked again in a while") is open_circuit
+    world.simulator.faults.clear()
+
+    def done() -> bool:
+        return lab.state == "STARTED" and {m.title for m in world.machine().labs.values()} == {"one", "inside"}
+
+    if not open_circuit:  # that would take the circuit's time
+        await until(done, "all of them, though nobody waits")
 
 
 async def test_an_order_is_carried_out_though_nobody_waits_for_it(world: LabsWorld, api: Served) -> None:
@@ -414,7 +479,7 @@ async def test_what_cannot_be_decoded_is_told_and_not_taken_for_absent(world: La
 
 async def test_a_daemon_that_stops_keeps_nobody_waiting(world: LabsWorld, api: Served) -> None:
     (lab,) = await labs_of(world, "one")
-    world.fault("status", path=f"/labs/{lab.id}/state", status=500)
+    world.fault("delay", path=f"/labs/{lab.id}/state", seconds=3600)
     asked = asyncio.create_task(post(api, f"/{lab.id}/start"))
 
     async def ordered() -> bool:

@@ -161,7 +161,7 @@ async def test_cmls_no_ends_an_operation_and_no_answer_does_not(world: LabsWorld
     await operate(world, record, "1", "Start")
 
     async def held_up() -> bool:
-        return "500" in (await told(world, record, "1", "Running")).message
+        return "500" in (await told(world, record, "1", "Waiting")).message
 
     await until(held_up)
     world.simulator.faults.clear()
