@@ -1,8 +1,8 @@
 """Bodies in and out: JSON and YAML, by content type and Accept.
 
 What comes in is plain data that can be stored as it is: no duplicate keys, no numbers beyond 64 bits, no broken text,
-bounded in size, depth and number of values. What cannot be understood is a 400 or 415 that says why. Nothing here
-knows resources.
+bounded in size, depth and number of values. What cannot be understood is a 400 or 415 that says why, and which field it
+is where that is one. Nothing here knows resources.
 """
 
 from __future__ import annotations
@@ -10,9 +10,10 @@ from __future__ import annotations
 import asyncio
 import json
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import orjson
 import yaml
@@ -21,6 +22,7 @@ from aiohttp import web
 from lrm.api.settings import ApiSettings
 from lrm.api.status import RequestError, bad_request, unsupported_media
 from lrm.api.yaml_documents import YamlError, load_documents
+from lrm.errors import Cause
 from storage.clock import Clock
 
 MAX_DEPTH = 64
@@ -33,6 +35,8 @@ MERGE_PATCH = "application/merge-patch+json"
 JSON_PATCH = "application/json-patch+json"
 STRATEGIC_PATCH = "application/strategic-merge-patch+json"
 APPLY_PATCH = "application/apply-patch+yaml"
+_PLAIN_KEY = re.compile(r"[A-Za-z0-9_-]+")
+"""Other keys are told in brackets."""
 
 
 async def read_body(request: web.Request, settings: ApiSettings, clock: Clock) -> bytes:
@@ -103,8 +107,8 @@ def parse_documents(body: bytes, content_type: str, max_documents: int) -> list[
         documents = load_documents(_text(body), max_depth=MAX_DEPTH, max_nodes=MAX_NODES, max_documents=max_documents)
     except YamlError as error:
         raise bad_request(f"the body is not accepted as YAML: {error}") from error
-    for document in documents:
-        _check(document)
+    for index, document in enumerate(documents):
+        _check(document, f"[{index}]" if len(documents) > 1 else "")
     return documents
 
 
@@ -222,17 +226,20 @@ def _constant(name: str) -> Any:
     raise ValueError(f"{name} is not a JSON number")
 
 
-def _check(root: Any) -> None:
-    """Refuse what could not be stored and given back as it is; not recursive, so depth cannot hurt."""
+def _check(root: Any, where: str = "") -> None:
+    """Refuse what could not be stored and given back as it is; not recursive, so depth cannot hurt.
+
+    `where` is the path of `root`. Raises 400 with the field as its cause.
+    """
     nodes, level = 0, [root]
     for _ in range(MAX_DEPTH):
         below: list[Any] = []
         for value in level:
             nodes += 1
-            _check_leaf(value)
+            _check_leaf(value, root, where)
             if isinstance(value, dict):
                 for key in value:
-                    _check_leaf(key)
+                    _check_leaf(key, root, where)
                 below += value.values()
             elif isinstance(value, list):
                 below += value
@@ -242,20 +249,72 @@ def _check(root: Any) -> None:
     if any(isinstance(value, (dict, list)) for value in level):
         raise bad_request(f"the body is nested deeper than {MAX_DEPTH} levels")
     for value in level:
-        _check_leaf(value)
+        _check_leaf(value, root, where)
 
 
-def _check_leaf(value: Any) -> None:
+def _check_leaf(value: Any, root: Any, where: str) -> None:
+    why = _unstorable(value)
+    if why:
+        field = where + "".join(_steps_to(value, root))
+        field = field.removeprefix(".")
+        raise bad_request(f"{field or 'the body'}: {why}", [Cause(field, "FieldValueInvalid", why)])
+
+
+def _unstorable(value: Any) -> str:
+    """Why a value or key cannot be stored; empty when it can, or is no leaf."""
     if isinstance(value, str):
         if not value.isascii() and any("\ud800" <= char <= "\udfff" for char in value):
-            raise bad_request("the body has half a surrogate pair in a text")
+            return "must not have half a surrogate pair in a text"
         if "\0" in value:
-            raise bad_request("the body has a zero character in a text")
+            return "must not have a zero character in a text"
     elif isinstance(value, float):
         if not math.isfinite(value):
-            raise bad_request("the body has a number that is too large")
+            return "must not be a number that is too large"
     elif isinstance(value, int) and not -(2**63) <= value < 2**63:
-        raise bad_request("the body has an integer beyond 64 bits")
+        return "must not be an integer beyond 64 bits"
+    return ""
+
+
+class _Step(NamedTuple):
+    """One step of the way to a value: a key or an index, and the step before it."""
+
+    value: Any
+    key: str | int
+    before: _Step | None
+
+
+def _steps_to(leaf: Any, root: Any) -> list[str]:
+    """The path of a value or key of the body, a text for each step; looked for only when it is refused.
+
+    Ways share their beginnings, so that long keys with many values below them cost nothing.
+    """
+    level = [_Step(root, "", None)]
+    while level:
+        below: list[_Step] = []
+        for step in level:
+            if step.value is leaf:
+                return _told(step)
+            if isinstance(step.value, dict):
+                below += (_Step(value, key, step) for key, value in step.value.items())
+                named = next((key for key in step.value if key is leaf), None)
+                if named is not None:
+                    return _told(_Step(leaf, named, step))
+            elif isinstance(step.value, list):
+                below += (_Step(value, index, step) for index, value in enumerate(step.value))
+        level = below
+    return []
+
+
+def _told(step: _Step) -> list[str]:
+    told: list[str] = []
+    while step.before is not None:
+        key = step.key[:80] if isinstance(step.key, str) else step.key
+        if isinstance(key, str) and _PLAIN_KEY.fullmatch(key):
+            told.append(f".{key}")
+        else:
+            told.append(f"[{key if isinstance(key, int) or key.isprintable() else ascii(key)}]")
+        step = step.before
+    return told[::-1]
 
 
 def _json_name(value: Any) -> str:

@@ -39,6 +39,30 @@ def test_json_that_could_not_be_stored_and_given_back_is_refused(body: bytes, to
     assert refused.value.code == 400
 
 
+@pytest.mark.parametrize(
+    ("body", "field"),
+    [
+        (b'{"spec": {"environment": {"A": "fine", "B": "\\u0000"}}}', "spec.environment.B"),
+        (b'{"spec": {"durationMinutes": 1000000000000000000000000000000}}', "spec.durationMinutes"),
+        (b'{"metadata": {"labels": {"x/y.z": "\\u0000"}}}', "metadata.labels[x/y.z]"),
+        (b'{"spec": {"list": [1, {"key\\u0000": 1}]}}', "spec.list[1]['key\\x00']"),
+        (b'[{"op": "add", "path": "/spec/a", "value": 1e999}]', "[0].value"),
+        (b'"\\u0000"', ""),
+    ],
+)
+def test_what_is_refused_is_named_by_its_field(body: bytes, field: str) -> None:
+    for read in (parse_json, lambda body: parse_documents(body, "application/yaml", 1)):
+        with pytest.raises(RequestError) as refused:
+            read(body)
+        assert [cause.field for cause in refused.value.causes] == [field]
+        assert str(refused.value).startswith(f"{field or 'the body'}: must not ")
+
+
+def test_the_field_of_one_of_many_documents_says_which() -> None:
+    with pytest.raises(RequestError, match=r"^\[1\]\.b: "):
+        parse_documents(b'a: 1\n---\nb: "\\0"\n', "application/yaml", 10)
+
+
 def test_the_deepest_that_is_allowed_is_the_same_in_json_and_yaml() -> None:
     text = b"[" * MAX_DEPTH + b"1" + b"]" * MAX_DEPTH
     assert parse_documents(text, "application/yaml", 1) == [parse_json(text)]
