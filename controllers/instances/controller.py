@@ -90,9 +90,10 @@ class InstancesController(Controller[LabInstanceRequest]):
 
     def _by_record(self, change: Change) -> Iterable[Key]:
         record = change.new.resource if change.new else change.old.resource if change.old else None
-        if isinstance(record, LabRecord) and record.status.title.startswith("lrm-"):
-            for request in self._cache.by_index(LabInstanceRequest, "uid", record.status.title.removeprefix("lrm-")):
-                yield _key(request)
+        if isinstance(record, LabRecord):
+            # Its title alone would tell before its lab is known; its student may give it another one.
+            for index, value in (("uid", record.status.title.removeprefix("lrm-")), ("lab", record.spec.lab_id)):
+                yield from map(_key, self._cache.by_index(LabInstanceRequest, index, value))
         yield from self._placer.wakes(change)
 
     # The life

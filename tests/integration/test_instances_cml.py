@@ -272,6 +272,29 @@ async def test_a_stopped_lab_is_not_started_again_all_the_time(monkeypatch: pyte
         assert world.labs.machine().counts["PUT /labs/{lab_id}/start"] == 1
 
 
+async def test_a_lab_that_its_student_renamed_is_its_own_as_before(world: CmlInstancesWorld) -> None:
+    """What happens to it is heard at once, and that lrm deletes it is no news; a student's copy of it is his own."""
+    await world.worker()
+    running = await world.running()
+    (lab,) = world.titled(running)
+    world.labs.edit(lab, title="routers at last")
+    copied = world.labs.machine().add_lab("my copy", notes=lab.notes)
+    await world.labs.sync()
+    world.labs.machine().force(lab, "STOPPED")
+    await world.labs.sync()
+    await world.until_told("Ready", "LabStopped")
+    world.labs.machine().remove(copied)
+    await world.labs.sync()
+    told = await world.labs.told("w1", "LabWorker")
+    assert ["my copy" in message for _, reason, message in told if reason == "LabVanished"] == [True]
+    await world.stop()
+    await world.until_phase("Completed")
+    assert not world.labs.machine().labs
+    await world.labs.sync()
+    assert not await world.labs.records()
+    assert await world.labs.told("w1", "LabWorker") == told
+
+
 async def test_a_lab_outlives_a_restart_of_its_cml(world: CmlInstancesWorld) -> None:
     await world.worker()
     running = await world.running()
