@@ -32,7 +32,9 @@ EngineTold = Callable[[], EngineInfo | None]
 """What the engine tells of itself; None while it does not answer, or none is configured."""
 
 _OWN_TITLE = re.compile(r"lrm-[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
-"""Titles of instances' labs, of other installations' too; a reservation stands for them, not their record."""
+"""Titles of instances' labs, of other installations' too; a reservation stands for them, not their record. It stands
+for those as well that their students gave another title: a request knows its lab.
+"""
 
 
 def closed(worker: LabWorker) -> str:
@@ -100,7 +102,12 @@ def engine_place(told: EngineInfo | None, settings: InstanceSettings, used: Amou
 def foreign_labs(cache: Cache, namespace: str, name: str) -> Amount:
     """What labs take on a worker that run there and are no instances'."""
     found = cache.by_index(LabRecord, "running", f"{namespace}/{name}")
-    strangers = [record for record in found if not _OWN_TITLE.fullmatch(record.status.title)]
+    strangers = [
+        record
+        for record in found
+        if not _OWN_TITLE.fullmatch(record.status.title)
+        and not cache.by_index(LabInstanceRequest, "lab", record.spec.lab_id)
+    ]
     return Amount(slots=len(strangers), nodes=sum(record.status.node_count or 0 for record in strangers))
 
 

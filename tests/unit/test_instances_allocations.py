@@ -105,6 +105,17 @@ async def test_the_record_of_an_instance_s_own_lab_does_not_count_beside_its_res
         assert await scene.where("b") == "w"
 
 
+async def test_an_instance_s_own_lab_does_not_count_beside_its_reservation_whatever_its_title() -> None:
+    async with placing_scene() as scene:
+        await scene.worker("w", slots=2)
+        await scene.ask("a")
+        instances = scene.client.bind(owner="instances", fence=None)
+        await instances.update_status(await scene.get("a"), lambda r: setattr(r.status, "cml_lab_id", "l1"))
+        await scene.foreign_lab("w", "l1", title="routers at last", node_count=4)
+        await scene.ask("b")
+        assert await scene.where("b") == "w"
+
+
 @pytest.mark.parametrize(
     ("change", "why"),
     [
