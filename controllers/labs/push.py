@@ -2,14 +2,16 @@
 
 Promises: a channel is opened under the worker's own session, with all that keeps a request from another CML; it ends
 with the term, and with the worker's being paused, stopped or gone; one that breaks is opened again with growing delay,
-never all at once. What is heard becomes a hint for the sync (`hints`), which believes the list alone: a CML without
-the channel costs a try every few minutes, and nothing else. A `Led` beside the labs controller, under its lock.
+never all at once, but without delay once its worker is Ready again or has another identity. What is heard becomes a
+hint for the sync (`hints`), which believes the list alone: a CML without the channel costs a try every few minutes, and
+nothing else. A `Led` beside the labs controller, under its lock.
 """
 
 from __future__ import annotations
 
 import asyncio
 import random
+from datetime import datetime
 from typing import Any
 
 import structlog
@@ -19,7 +21,7 @@ from controllers.cml.errors import CmlError
 from controllers.cml.sessions import CmlSessions
 from controllers.labs.hints import PushHints
 from controllers.labs.homes import can_be_asked
-from controllers.labs.kind import LABS, records_of_worker
+from controllers.labs.kind import LABS, READY, records_of_worker
 from controllers.labs.measures import LabMeasures
 from controllers.workers.kind import LabWorker
 from lrm.cache import Cache, CacheUpdate
@@ -65,6 +67,8 @@ class LabsPush:
         self._group: asyncio.TaskGroup | None = None
         self._listeners: dict[str, asyncio.Task[None]] = {}
         """By uid of the worker."""
+        self._delayed: dict[str, asyncio.Event] = {}
+        """Of the workers whose next channel is waited for; set, it is opened at once."""
         self._open: set[object] = set()
         """A token for each open channel: of one worker there are two for a moment, when one ends and one begins."""
         self._heard = 0
@@ -138,6 +142,8 @@ class LabsPush:
                 self._give_up(new.uid)
             elif new.uid not in self._listeners:
                 self._begin(new)
+            elif isinstance(old, LabWorker) and new.uid in self._delayed and _is_well_again(old, new):
+                self._delayed[new.uid].set()
 
     def _begin(self, worker: LabWorker, *, among: int = 1) -> None:
         if self._group is None:
@@ -160,7 +166,8 @@ class LabsPush:
         """Keep one worker's channel open, until cancelled."""
         retry, in_trouble = _RETRY_FIRST, False
         while True:
-            await self._clock.sleep(delay)
+            if await self._is_woken(uid, delay):
+                retry, in_trouble = _RETRY_FIRST, False
             worker = self._cache.get(LabWorker, *key)
             if worker is None or worker.uid != uid or self._term is None:
                 return  # a new one under this name has its own listener
@@ -177,6 +184,18 @@ class LabsPush:
             # On the upper half, so that channels that broke together do not come back together.
             delay = retry * (0.5 + random.random() / 2)  # noqa: S311 - spreads work, keeps no secret
             retry = min(retry * 2, _RETRY_MOST)
+
+    async def _is_woken(self, uid: str, delay: float) -> bool:
+        """Wait so long; True as soon as the worker is well again."""
+        woken = self._delayed[uid] = asyncio.Event()
+        try:
+            async with self._clock.timeout(delay):
+                return await woken.wait()
+        except TimeoutError:
+            return False
+        finally:
+            if self._delayed.get(uid) is woken:
+                del self._delayed[uid]
 
     async def _until_it_ends(self, worker: LabWorker) -> str:
         """Why the channel ended; a mistake of ours is logged, and costs this worker its pushes for a while."""
@@ -201,3 +220,14 @@ class LabsPush:
             return repr(error)
         finally:
             self._open.discard(channel)
+
+
+def _is_well_again(old: LabWorker, new: LabWorker) -> bool:
+    """Whether a channel that could not be opened may well be now: it became Ready, or its CML is another one."""
+    became_ready = _ready_since(new) not in (None, _ready_since(old))
+    return became_ready or new.status.cml.identity != old.status.cml.identity
+
+
+def _ready_since(worker: LabWorker) -> datetime | None:
+    ready = worker.status.condition(READY)
+    return ready.last_transition_time if ready is not None and ready.status == "True" else None

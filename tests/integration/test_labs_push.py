@@ -13,6 +13,7 @@ from controllers.cml.client import CmlClient
 from controllers.labs.hints import PushHints
 from controllers.labs.push import LabsPush
 from controllers.workers.kind import INSTANCE_FINALIZER, LabWorker
+from controllers.workers.status import Identity
 from equipment.labs_world import LabsWorld, labs_world
 from equipment.waiting import until
 from lrm.resource import PAUSE_ANNOTATION
@@ -41,6 +42,12 @@ async def at_rest(world: LabsWorld) -> None:
     assert isinstance(hints, PushHints)
     await until(lambda: hints.due_in(uid) is None)
     await world.settled()
+
+
+def delayed(world: LabsWorld) -> bool:
+    """Whether the one channel waits to be opened again."""
+    (waiting,) = world.push._delayed.values() or (None,)
+    return waiting is not None and not waiting.is_set()
 
 
 async def listened(world: LabsWorld) -> None:
@@ -172,6 +179,29 @@ async def test_another_cml_at_the_address_is_not_listened_to(world: LabsWorld) -
     await world.settled()
     assert world.machine().counts["GET /ws/ui"] == 0
     assert not world.machine().listeners
+
+
+async def test_a_channel_that_was_refused_is_opened_as_soon_as_the_worker_is_well_again(
+    world: LabsWorld, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def turn(ready: bool) -> Callable[[LabWorker], None]:
+        return lambda w: w.status.set_condition("Ready", ready, "Test", "", now=world.clock.now())
+
+    def trust(w: LabWorker) -> None:
+        w.status.cml.identity = Identity(product_uuid=world.machine().product_uuid, fingerprint="0" * 64)
+
+    monkeypatch.setattr("controllers.labs.push._RETRY_FIRST", 3600.0)
+    fault = world.fault("status", path="/ws/ui", status=503)
+    await world.worker()
+    for tries, cure in ((1, turn(ready=True)), (2, trust)):
+        await until(lambda tries=tries: world.machine().counts["GET /ws/ui"] == tries and delayed(world))
+        await world.change_worker(turn(ready=False))
+        await world.cache.barrier(30)
+        assert delayed(world), "it is no better"
+        if tries == 2:
+            world.simulator.faults.clear(fault)
+        await world.change_worker(cure)
+    await listening(world)
 
 
 async def test_only_the_leader_listens(world: LabsWorld) -> None:
