@@ -7,6 +7,7 @@ first; sources of topologies are judged here by their text, and again when they 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from datetime import timedelta
 
 from controllers.containers.plan import beyond
 from controllers.instances.kind import LabInstanceRequest, LabInstanceRequestSpec
@@ -20,6 +21,9 @@ from lrm.errors import Cause, Forbidden
 from lrm.model import rfc3339
 from storage.clock import Clock
 
+_AHEAD_MOST = timedelta(days=366)
+"""By which a lab may be asked for ahead of its start."""
+
 
 def admission(settings: InstanceSettings, cache: Cache, clock: Clock) -> Admission:
     """For `Plugin.admission`."""
@@ -29,6 +33,7 @@ def admission(settings: InstanceSettings, cache: Cache, clock: Clock) -> Admissi
         causes = [*_duration(new.spec, before, settings), *_template(new.spec, before, settings)]
         if before is None or (new.spec.lab_template, new.spec.resources) != (before.lab_template, before.resources):
             causes += beyond(new.spec, settings)
+        causes += _far(new.spec, before, clock)
         yield from causes
         yield from _late(new.spec, before, clock)
         if old is None and not causes:
@@ -70,6 +75,14 @@ def _late(new: LabInstanceRequestSpec, old: LabInstanceRequestSpec | None, clock
     if planned is None or planned >= clock.now() or (old is not None and planned == old.scheduled_start_time):
         return
     yield f"spec.scheduledStartTime: {rfc3339(planned)} is past: the lab starts as soon as there is a place"
+
+
+def _far(new: LabInstanceRequestSpec, old: LabInstanceRequestSpec | None, clock: Clock) -> Iterator[Cause]:
+    """A start in another century is a slip of the pen that would count for quotas until then."""
+    planned, last = new.scheduled_start_time, clock.now() + _AHEAD_MOST
+    if planned is not None and planned > last and (old is None or planned != old.scheduled_start_time):
+        told = f"at most {_AHEAD_MOST.days} days ahead, which is {rfc3339(last.replace(microsecond=0))} now"
+        yield Cause("spec.scheduledStartTime", "FieldValueInvalid", told)
 
 
 def _check_quota(new: LabInstanceRequest, settings: InstanceSettings, cache: Cache) -> None:

@@ -299,6 +299,8 @@ class Placing:
             for worker in self._allocations.holders(uid)
         }
         rules = Rules(self._clock.now(), self._settings.instances_placement, self._quota(waiting), self._last, held)
+        if self._settings.docker_host:
+            rules = replace(rules, no_engine="the engine for containers does not answer")
         return list(places.values()), rules
 
     def _is_reserved(self, uid: str, place: WorkerRef) -> bool:

@@ -83,6 +83,8 @@ class Place:
     """Nodes that it could take in all with a licence; `total.nodes` says what it may take as it is."""
     shared: bool = False
     """For requests of every namespace."""
+    doubtful: bool = False
+    """Labs are taken, and it did not answer just now: chosen only where no other has room."""
     track: str = ""
     pools: frozenset[str] = frozenset()
     free: Amount = field(init=False)
@@ -165,6 +167,8 @@ class Rules:
     """For RoundRobin: the place that was chosen last."""
     held: Mapping[str, Held] = field(default_factory=dict)
     """By uid."""
+    no_engine: str = "no engine for containers is configured"
+    """Why there is none, where there is none."""
 
 
 def plan(
@@ -294,11 +298,11 @@ class _Planning:
             return None
         match self._rules.policy:
             case "RoundRobin":
-                return min(fitting, key=lambda i: (places[i].order <= self._last, places[i].order))
+                return min(fitting, key=lambda i: (places[i].doubtful, places[i].order <= self._last, places[i].order))
             case "LeastUsed":
-                return min(fitting, key=lambda i: (full[i], places[i].order))
+                return min(fitting, key=lambda i: (places[i].doubtful, full[i], places[i].order))
             case "BestFit":
-                return min(fitting, key=lambda i: (-full[i], places[i].order))
+                return min(fitting, key=lambda i: (places[i].doubtful, -full[i], places[i].order))
 
     def _fill(self, position: int, free: Amount) -> None:
         self._free[position] = free
@@ -326,9 +330,10 @@ class _Planning:
     def _why_no_engine(self, need: Need) -> Waits:
         engines = [place for place in self._places if place.ref.kind == "Engine" and not place.closed]
         if not engines:
-            return Waits(Reasons.ENGINE_UNAVAILABLE, "no engine for containers is configured, or it does not answer")
+            return Waits(Reasons.ENGINE_UNAVAILABLE, self._rules.no_engine)
         if not any(place.total.holds(need) for place in engines):
-            return Waits(Reasons.TOO_LARGE, f"the engine could not take {_told(need)} even when empty")
+            told = f"the engine could not take {_told(need)} even when empty; {_most(engines, need)}"
+            return Waits(Reasons.TOO_LARGE, told)
         return Waits(Reasons.NO_CAPACITY_AVAILABLE, f"the engine has no room for {_told(need)}")
 
 
@@ -346,7 +351,23 @@ def _why_not_among(serving: Sequence[Place], need: Need, what: str) -> Waits:
         most = max(place.total.nodes for place in unlicensed)
         told = f"it has {need.nodes} nodes, and {unlicensed[0].ref.name} takes {most} without a licence"
         return Waits(Reasons.WORKER_NOT_LICENSED, told)
-    return Waits(Reasons.TOO_LARGE, f"no worker{what} that serves could take {_told(need)} even when empty")
+    told = f"no worker{what} that serves could take {_told(need)} even when empty; {_most(serving, need)}"
+    return Waits(Reasons.TOO_LARGE, f"{told}; it waits for a larger one")
+
+
+def _most(places: Sequence[Place], need: Need) -> str:
+    """The most that any of the places has, a licence included, of what none has enough of."""
+    totals = [_with_license(place) for place in places]
+    cpu, memory = max(total.cpu for total in totals), max(total.memory for total in totals)
+    nodes, slots = max(total.nodes for total in totals), max(total.slots for total in totals)
+    parts = [
+        (need.cpu > cpu + _CPU_SLACK, told_cores(cpu)),
+        (need.memory > memory, told_bytes(memory)),
+        (need.nodes > nodes, _nodes(nodes)),
+        (need.slots > slots, f"{slots} labs"),
+    ]
+    most = ", ".join(told for is_less, told in parts if is_less)
+    return f"the most is {most}" if most else "none has enough of each"
 
 
 def _group(wanted: Wanted) -> _Group:
@@ -393,10 +414,14 @@ def _counted(words: Iterable[str]) -> str:
     return ", ".join(f"{count} {word}" for word, count in sorted(counts.items()))
 
 
+def _nodes(count: int) -> str:
+    return f"{count} {'node' if count == 1 else 'nodes'}"
+
+
 def _told(need: Need) -> str:
     parts: list[tuple[bool, Callable[[], str]]] = [
         (need.cpu > 0, lambda: told_cores(need.cpu)),
         (need.memory > 0, lambda: told_bytes(need.memory)),
-        (need.nodes > 0, lambda: f"{need.nodes} {'node' if need.nodes == 1 else 'nodes'}"),
+        (need.nodes > 0, lambda: _nodes(need.nodes)),
     ]
     return ", ".join(tell() for is_asked, tell in parts if is_asked) or "another lab"

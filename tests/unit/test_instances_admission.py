@@ -100,6 +100,15 @@ async def test_a_start_in_the_past_is_accepted_with_a_warning() -> None:
         assert ask(scene, past, past) == ([], [])
 
 
+async def test_a_start_more_than_a_year_ahead_is_refused_unless_it_is_there_already() -> None:
+    async with placing_scene(lead=False) as scene:
+        year = scene.clock.now() + timedelta(days=366)
+        assert ask(scene, request(scheduledStartTime=year)) == ([], [])
+        far = request(scheduledStartTime=year + timedelta(seconds=1))
+        assert ask(scene, far) == (["spec.scheduledStartTime"], [])
+        assert ask(scene, far, far) == ([], [])
+
+
 async def test_what_was_stored_under_other_settings_may_stay_as_it_is() -> None:
     async with placing_scene(lead=False) as scene:
         old = request(durationMinutes=600, labTemplate={"topologyUrl": "https://git.example.com/labs/one.yaml"})

@@ -152,10 +152,29 @@ def test_a_place_is_where_everything_fits_and_else_the_reason_says_what_would_he
     assert told(decide([wanted("a", **lab)], places)["a"]) == outcome, why
 
 
-def test_a_reason_tells_amounts_as_people_write_them() -> None:
-    waits = decide([wanted("a", need=Need(cpu=1.5, memory=100 * GIB, nodes=1))], [place("w")])["a"]
+@pytest.mark.parametrize(
+    ("need", "told", "most"),
+    [
+        (Need(cpu=1.5, memory=100 * GIB, nodes=1), "1.5 cores, 100 GiB, 1 node", "the most is 32 GiB"),
+        (Need(cpu=9, nodes=300), "9 cores, 300 nodes", "the most is 8 cores, 200 nodes"),
+        (Need(memory=32 * GIB, cpu=6), "6 cores, 32 GiB", "none has enough of each"),
+    ],
+)
+def test_what_is_too_large_is_told_the_most_as_people_write_it(need: Need, told: str, most: str) -> None:
+    places = [
+        place("v", total=replace(BIG, cpu=4)),
+        place("w", **(UNLICENSED if need.nodes else {"total": replace(BIG, memory=GIB)})),
+    ]
+    waits = decide([wanted("a", need=need)], places)["a"]
     assert isinstance(waits, Waits)
-    assert waits.message == "no worker that serves could take 1.5 cores, 100 GiB, 1 node even when empty"
+    reason = f"no worker that serves could take {told} even when empty; {most}; it waits for a larger one"
+    assert (waits.reason, waits.message) == (Reasons.TOO_LARGE, reason)
+
+
+def test_what_is_too_large_for_the_engine_is_told_the_most_too() -> None:
+    waits = decide([wanted("a", runtime="Container", need=Need(cpu=1000))], [engine()])["a"]
+    assert isinstance(waits, Waits)
+    assert waits.message == "the engine could not take 1000 cores even when empty; the most is 4 cores"
 
 
 def test_the_scheduled_time_goes_before_creation_and_creation_before_the_uid() -> None:
@@ -211,6 +230,14 @@ def test_round_robin_goes_on_from_the_last_and_begins_again() -> None:
     rules = Rules(NOON, "RoundRobin", last=("default", "w1"))
     labs = [wanted(uid, n) for n, uid in enumerate("abcd")]
     assert list(names(decide(labs, places, rules)).values()) == ["w2", "w4", "w1", "w2"]
+
+
+@pytest.mark.parametrize("policy", ["BestFit", "LeastUsed", "RoundRobin"])
+def test_a_doubtful_place_is_taken_only_where_no_other_has_room(policy: Any) -> None:
+    used = Amount(slots=3 if policy == "BestFit" else 0)
+    places = [place("a", used=used, doubtful=True), place("b", used=Amount(slots=2), track="t")]
+    rules = Rules(NOON, policy)
+    assert names(decide([wanted("x"), wanted("y"), wanted("z")], places, rules)) == {"x": "b", "y": "b", "z": "a"}
 
 
 def test_a_reservation_of_its_own_is_kept_while_it_can_be() -> None:
@@ -295,6 +322,7 @@ def all_places(draw: st.DrawFn) -> list[Place]:
             total=draw(AMOUNTS),
             used=draw(st.one_of(st.just(Amount()), AMOUNTS)),
             closed=draw(st.sampled_from(["", "", "", "Starting"])),
+            doubtful=draw(st.booleans()),
             shared=draw(st.booleans()),
             track=draw(st.sampled_from(["", "t"])),
             pools=frozenset(draw(st.sampled_from([(), ("p",)]))),
