@@ -43,8 +43,9 @@ _IMAGE = re.compile(r"(?=[a-z0-9])(?!.*(\.\.|//))[A-Za-z0-9._:/-]{0,254}[A-Za-z0
 """An engine is asked about it in a path: no step of it leads up, or to nothing."""
 _FILE = re.compile(r"/[^\x00]+")
 _URL = re.compile(r"https?://[^\s/?#@]+(/\S*)?")
-_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
-"""Unicode's category Cc: whoever reads an environment, in a terminal or line by line, takes some of them for more."""
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
+"""Unicode's category Cc, its separators of lines, and what turns the direction of text: whoever reads an environment,
+in a terminal or line by line, takes some of them for more."""
 
 
 def is_address(text: str) -> bool:

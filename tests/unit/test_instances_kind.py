@@ -59,6 +59,8 @@ def request(**spec: Any) -> LabInstanceRequest:
         pytest.param({"environment": {"A": "x\ny"}}, "spec.environment", id="a second line"),
         pytest.param({"environment": {"A": "x\ty"}}, "spec.environment", id="a tab"),
         pytest.param({"environment": {"A": "x\x9b31my"}}, "spec.environment", id="an escape sequence of one character"),
+        pytest.param({"environment": {"A": "x\u202ey"}}, "spec.environment", id="text turned around"),
+        pytest.param({"environment": {"A": "x\u2028y"}}, "spec.environment", id="a second line of another kind"),
         pytest.param({"environment": {"A": "x\x00y"}}, "spec.environment", id="an end of a C string"),
         pytest.param({"environment": {"A\n": "x"}}, "spec.environment", id="a name with a second line"),
         pytest.param({"environment": {"A=B": "x"}}, "spec.environment", id="a name with ="),
