@@ -6,6 +6,7 @@ checked when the resource is made of them: what spec and flat form share is decl
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -24,6 +25,7 @@ _SHARED = {
 }
 """The spec's fields that are posted, under their Python names."""
 _FLAT = {f"spec.{info.alias}": flat for flat, info in _SHARED.items()} | {"metadata.name": "name"}
+_PATH = re.compile(r"\b(?:spec|metadata)\.\w+(?:[.\[]\w+\]?)*")
 _FIELDS: dict[str, Any] = {
     flat: (
         str | LabTemplate if flat == "lab_template" else info.rebuild_annotation(),
@@ -113,12 +115,17 @@ def document_of(body: Mapping[str, Any], namespace: str) -> dict[str, Any]:
     return {"metadata": metadata, "spec": spec}
 
 
-def flat_path(path: str) -> str:
-    """A field of the resource under its flat name, where it has one."""
+def flat_path(path: str, body: Mapping[str, Any]) -> str:
+    """A field of the resource under the name that it has in a posted body, where it has one."""
     for wire, flat in _FLAT.items():
         if path == wire or path.startswith((f"{wire}.", f"{wire}[")):
-            return flat + path[len(wire) :]
+            return flat if isinstance(body.get(flat), str) else flat + path[len(wire) :]
     return path
+
+
+def flat_text(text: str, body: Mapping[str, Any]) -> str:
+    """What is told of a resource, with its fields under the names that they have in a posted body."""
+    return _PATH.sub(lambda match: flat_path(match[0], body), text)
 
 
 def _time(value: Any) -> str | None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from aiohttp import web
 
-from controllers.instances.flat import PHASES, document_of, flat_of, flat_path
+from controllers.instances.flat import PHASES, document_of, flat_of, flat_path, flat_text
 from controllers.instances.kind import EXAMPLE_ADDRESS, LAB_INSTANCE_REQUEST, LabInstanceRequest, is_address
 from lrm.api.call import API, Api, call_of
 from lrm.api.codec import negotiate, read_object, respond
@@ -58,8 +58,10 @@ async def _create(request: web.Request) -> web.Response:
         check_admission(api, call, wanted, None)
         created = await store_new(api, kind, wanted, options)
     except Invalid as error:
-        flat = [Cause(flat_path(c.field), c.reason, c.message) for c in error.causes]
+        flat = [Cause(flat_path(c.field, body), c.reason, flat_text(c.message, body)) for c in error.causes]
         raise Invalid(f'lab instance "{target.name}"', flat) from error
+    finally:
+        call.warnings = [flat_text(warning, body) for warning in call.warnings]
     Edit(request, accepted, target, options).note("created", created, None, created)
     return await respond(accepted, flat_of(_own(created)), status=201)
 

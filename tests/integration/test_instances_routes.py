@@ -115,7 +115,8 @@ async def test_a_filter_that_can_match_nothing_is_refused_with_what_there_is(
         pytest.param({"student_email": None}, "student_email", id="nobody's"),
         pytest.param({"duration_minutes": 0}, "duration_minutes", id="no time"),
         pytest.param({"duration_minutes": 10**6}, "duration_minutes", id="for years"),
-        pytest.param({"lab_template": "NOT AN IMAGE"}, "lab_template.image", id="no image"),
+        pytest.param({"lab_template": "NOT AN IMAGE"}, "lab_template", id="no image"),
+        pytest.param({"lab_template": {"image": "NO IMAGE"}}, "lab_template.image", id="no image in a template"),
         pytest.param({"lab_template": None}, "lab_template", id="of nothing"),
         pytest.param({"environment": {"A": "x\u0007y"}}, "environment", id="control characters"),
         pytest.param({"environment": {"1A": "x"}}, "environment", id="no variable"),
@@ -145,7 +146,7 @@ async def test_a_start_in_the_past_is_accepted_with_a_warning() -> None:
         async with api.session.post(api.url + PATH, json=body) as reply:
             assert reply.status == 201
             (told,) = reply.headers.getall("Warning")
-            assert "2020-01-01T10:00:00Z is past: the lab starts as soon as there is a place" in told
+            assert '"scheduled_start_time: 2020-01-01T10:00:00Z is past: the lab starts as soon as' in told
 
 
 async def test_deleting_tells_whether_it_is_gone(api: Served) -> None:
