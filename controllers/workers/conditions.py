@@ -9,7 +9,7 @@ from __future__ import annotations
 from datetime import datetime
 
 from controllers.workers.decisions import Goal, goal_of, is_paused
-from controllers.workers.kind import WAKE_ANNOTATION, LabWorker
+from controllers.workers.kind import TRUST_ANNOTATION, WAKE_ANNOTATION, LabWorker
 from controllers.workers.phases import CML_RUNNING, SERVING, Conditions, Phase, Reasons
 
 FAILED_CHECKS = 3
@@ -36,9 +36,7 @@ def refresh(worker: LabWorker, now: datetime) -> None:
         worker, verdicts[Conditions.READY], verdicts[Conditions.CAPACITY_AVAILABLE]
     )
     if _mismatch(worker):
-        error = worker.status.cml.last_error
-        message = error.message if error else ""
-        verdicts[Conditions.CML_IDENTITY_MISMATCH] = (True, Reasons.IDENTITY_MISMATCH, message)
+        verdicts[Conditions.CML_IDENTITY_MISMATCH] = (True, Reasons.IDENTITY_MISMATCH, _what_to_do(worker))
     elif worker.status.condition(Conditions.CML_IDENTITY_MISMATCH):
         verdicts[Conditions.CML_IDENTITY_MISMATCH] = (False, Reasons.IDENTITY_MATCHES, "")
     if is_paused(worker):
@@ -70,6 +68,14 @@ def tell_of_clock(worker: LabWorker, now: datetime, *, jumped: bool) -> None:
 def _mismatch(worker: LabWorker) -> bool:
     error = worker.status.cml.last_error
     return error is not None and error.reason == Reasons.IDENTITY_MISMATCH
+
+
+def _what_to_do(worker: LabWorker) -> str:
+    """The mismatch, and how a person who means this CML has it taken."""
+    error, pinned = worker.status.cml.last_error, worker.spec.cml.tls.fingerprint
+    told = f"{error.message}; " if error else ""
+    first = ", once spec.cml.tls.fingerprint is that of its certificate" if pinned else ""
+    return f"{told}if it is to be this worker's, a new value of the annotation {TRUST_ANNOTATION} takes it{first}"
 
 
 def _idle(worker: LabWorker) -> _Verdict:

@@ -11,7 +11,7 @@ import pytest
 from controllers.plugin import plugin
 from controllers.workers import queries
 from controllers.workers.conditions import refresh
-from controllers.workers.kind import LAB_WORKER, LabWorker
+from controllers.workers.kind import LAB_WORKER, TRUST_ANNOTATION, LabWorker
 from controllers.workers.phases import Phase
 from controllers.workers.settings import WorkerSettings
 from controllers.workers.status import Allocation, Capacity, Problem
@@ -217,6 +217,19 @@ def test_conditions_tell_what_changed(change: Any, expected: dict[str, str], why
     change(worker.status)
     refresh(worker, NOW)
     assert told(worker).items() >= expected.items(), why
+
+
+def test_a_mismatch_tells_how_the_other_cml_is_taken() -> None:
+    worker = a_ready_worker()
+    worker.status.cml.last_error = Problem(reason="IdentityMismatch", message="it is another", at=NOW)
+    for pinned, needs_more in ((None, False), ("ab" * 32, True)):
+        worker.spec.cml.tls.fingerprint = pinned
+        refresh(worker, NOW)
+        told = worker.status.condition("CMLIdentityMismatch")
+        assert told is not None
+        assert told.message.startswith("it is another; ")
+        assert TRUST_ANNOTATION in told.message
+        assert ("spec.cml.tls.fingerprint" in told.message) is needs_more
 
 
 def test_columns_fields_and_indexes_read_any_worker() -> None:
