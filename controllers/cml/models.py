@@ -14,13 +14,14 @@ from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Annotated, Any, TypeGuard, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
 LAB_STATES = frozenset({"DEFINED_ON_CORE", "STOPPED", "STARTED"})
 """The states a lab can rest in; anything else is kept and is on its way to somewhere."""
 
 
 _LAB_ID = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}")
+_EMPHASIS = re.compile(r"\*\*(?!\s)([^*\n]*[^*\s])\*\*")
 
 
 def is_lab_id(value: object) -> TypeGuard[str]:
@@ -346,10 +347,10 @@ class NodeState(_Model):
 
 
 class ImportResult(_Model):
-    """The new lab's id, and CML's warnings in Markdown."""
+    """The new lab's id, and CML's warnings, which are Markdown, without its marks of emphasis."""
 
     id: Text = ""
-    warnings: Texts = ()
+    warnings: Annotated[Texts, AfterValidator(lambda told: tuple(_EMPHASIS.sub(r"\1", text) for text in told))] = ()
 
 
 class TelemetryEvent(_Model):

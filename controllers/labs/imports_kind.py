@@ -72,7 +72,7 @@ class LabImportStatus(Status):
     lab_id: str | None = None
     """CML's id of the lab."""
     warnings: list[str] = Field(default_factory=list)
-    """CML's, in Markdown; the first 20."""
+    """CML's; the first 20."""
     instance_id: str | None = None
     """The EC2 instance to whose CML it was sent."""
     sent_at: Timestamp | None = None

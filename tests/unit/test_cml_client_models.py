@@ -32,6 +32,12 @@ JSON = st.recursive(
 )
 
 
+def test_the_warnings_of_an_import_are_text() -> None:
+    told = ["Node **R 1**: image `a*b` **is** missing.", "2 ** 3 ** 4", "** no", "**a*b**", None]
+    made = models.ImportResult.model_validate({"id": "1", "warnings": told})
+    assert made.warnings == ("Node R 1: image `a*b` is missing.", "2 ** 3 ** 4", "** no", "**a*b**")
+
+
 def field_names(model: type[BaseModel], seen: frozenset[type] = frozenset()) -> set[str]:
     names: set[str] = set()
     for name, field in model.model_fields.items():
