@@ -45,7 +45,11 @@ class Model(BaseModel):
     """Base of every piece of a resource."""
 
     model_config = ConfigDict(
-        alias_generator=to_camel, populate_by_name=True, extra="allow", arbitrary_types_allowed=False
+        alias_generator=to_camel,
+        populate_by_name=True,
+        extra="allow",
+        arbitrary_types_allowed=False,
+        use_attribute_docstrings=True,  # which the API tells, and with it `kubectl explain`
     )
 
     def __setattr__(self, name: str, value: Any) -> None:

@@ -64,16 +64,22 @@ class HealthCheck(Model):
     """A command in the container whose exit code 0 says that the lab can be worked with; the engine runs it."""
 
     command: list[str] = Field(min_length=1, max_length=64)
+    """The program and its arguments; no shell."""
     interval_seconds: float = Field(10, ge=0.1, le=3600)
+    """Between two checks; the installation may set a least."""
     timeout_seconds: float = Field(5, ge=0.1, le=3600)
+    """A check that takes longer has failed."""
     retries: int = Field(3, ge=1, le=100)
+    """Checks that fail one after the other until the lab is unhealthy."""
     start_period_seconds: float = Field(0, ge=0, le=3600)
+    """After the start, in which failures do not count."""
 
 
 class LabTemplate(Model):
     """What the lab is made from: an image, or a CML topology from one of three places. A text alone is an image."""
 
     image: str | None = Field(None, max_length=330)
+    """Of a container, as in python:3.11-alpine."""
     command: list[str] = Field(default_factory=list, max_length=256)
     """Instead of what the image runs."""
     ports: list[int] = Field(default_factory=list, max_length=32)
@@ -88,7 +94,9 @@ class LabTemplate(Model):
     topology: str | None = Field(None, min_length=1, max_length=TOPOLOGY_MOST)
     """A CML topology, YAML or JSON."""
     topology_file: str | None = Field(None, max_length=1024)
+    """Path of one where lrm runs, among those that LRM_TOPOLOGY_FILES allows."""
     topology_url: str | None = Field(None, max_length=2048)
+    """Address of one, among those that LRM_TOPOLOGY_URLS allows."""
 
     @model_validator(mode="before")
     @classmethod
@@ -152,6 +160,7 @@ class LabInstanceRequestSpec(Model):
     """What is wanted."""
 
     lab_template: LabTemplate
+    """What it is made from."""
     runtime: Literal["Container", "CML"] | None = None
     """Absent: what the template is for."""
     lab_track: str = Field("", max_length=63)
@@ -159,12 +168,15 @@ class LabInstanceRequestSpec(Model):
     pool: str | None = Field(None, min_length=1, max_length=63)
     """Only workers of this pool."""
     student_email: str = Field(max_length=_ADDRESS_MOST)
+    """For whom it is; quotas count by it."""
     duration_minutes: Annotated[int, BeforeValidator(_number)] = Field(ge=1, le=MINUTES_MOST)
     """From Running on. Raised while Running, it is an extension."""
     scheduled_start_time: Timestamp | None = None
     """Absent or past: as soon as there is a place."""
     environment: dict[str, str] = Field(default_factory=dict, max_length=256)
+    """Variables of the container; of a CML lab, lines of its notes."""
     resources: InstanceResources = Field(default_factory=InstanceResources)
+    """What it may use, and what is reserved for it."""
     restart_policy: Literal["Never", "OnFailure"] = "Never"
     """OnFailure: what fails while Running begins again, elsewhere if its worker was lost; its time goes on. A lab that
     was stopped in CML is started again there, as it is."""

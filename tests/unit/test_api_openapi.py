@@ -107,3 +107,20 @@ def test_the_index_changes_with_the_document() -> None:
     assert one.index() == OpenApi(Registry([TELESCOPE]), "1").index()
     assert one.index() != two.index()
     assert one.document("apis/other/v1") is None
+
+
+def test_every_field_of_what_a_lab_instance_may_ask_for_is_described() -> None:
+    raw = OpenApi(Registry(plugin.kinds), "1").document("apis/lab.neuroglia.io/v1")
+    schemas = orjson.loads(raw or b"")["components"]["schemas"]
+    (name,) = (n for n in schemas if n.endswith(".LabInstanceRequestSpec"))
+    fields = dict(_fields(schemas, schemas[name], "spec"))
+    assert "spec.labTemplate.healthCheck.intervalSeconds" in fields
+    assert [path for path, field in fields.items() if not field.get("description")] == []
+
+
+def _fields(schemas: dict[str, Any], schema: dict[str, Any], path: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    for name, field in schema.get("properties", {}).items():
+        yield f"{path}.{name}", field
+        for inner in (field, *field.get("allOf", ())):
+            if "$ref" in inner:
+                yield from _fields(schemas, schemas[inner["$ref"].rpartition("/")[2]], f"{path}.{name}")
