@@ -34,7 +34,7 @@ from controllers.containers.documents import (
     Image,
     Thing,
 )
-from controllers.containers.errors import EngineFailed, EngineUnavailable, of_status
+from controllers.containers.errors import EngineFailed, EngineUnavailable, of_status, plain
 from storage.clock import Clock
 
 T = TypeVar("T")
@@ -330,7 +330,7 @@ def _translated() -> Iterator[None]:
     except TimeoutError as error:
         raise EngineUnavailable("the engine has not answered in time") from error
     except (aiohttp.ClientError, OSError) as error:
-        raise EngineUnavailable(f"the engine cannot be reached: {error}") from error
+        raise EngineUnavailable(f"the engine cannot be reached: {plain(error)}") from error
 
 
 @contextmanager

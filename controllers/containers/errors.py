@@ -41,9 +41,14 @@ class EngineFailed(EngineError):  # noqa: N818 - it says what happened
     """It tried, and failed."""
 
 
+def plain(message: object) -> str:
+    """What a call failed with, in one line, without the HTTP library's word for its way of doing TLS."""
+    return one_line(str(message).replace(" ssl:default", ""), 1000)
+
+
 def of_status(status: int, message: str) -> EngineError:
     """The error for an answer that is none of success."""
-    text = one_line(message, 1000) or f"status {status}"
+    text = plain(message) or f"status {status}"
     if status == 404:
         return EngineNotFound(text)
     if status == 409 or (status == 403 and "active endpoints" in text):

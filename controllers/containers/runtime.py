@@ -440,10 +440,15 @@ def _ended(container: Container, last_log: str | None) -> Sighting:
     if container.oom_killed:
         message = f"it needed more memory than it may use (exit code {code})"
         raise LabFailed(Reasons.OUT_OF_MEMORY, message, exit_code=code, oom_killed=True, last_log=last_log)
-    why = container.error or one_line((last_log or "").rstrip().rpartition("\n")[2])
-    message = f"its container ended with exit code {code}" + (f": {why}" if why else "")
+    by = _SIGNALS.get(code)
+    why = container.error or ("" if by else one_line((last_log or "").rstrip().rpartition("\n")[2]))
+    how = f"was {by}, most likely from outside (exit code {code})" if by else f"ended with exit code {code}"
+    message = f"its container {how}" + (f": {why}" if why else "")
     raise LabFailed(Reasons.CONTAINER_FAILED, message, exit_code=code, last_log=last_log)
 
+
+_SIGNALS = {137: "killed (SIGKILL)", 143: "told to end (SIGTERM)"}
+"""What a program does not end with by itself; of what lrm stops no exit code is told."""
 
 _HEALTH = {
     "": (State.RUNNING, "it runs"),

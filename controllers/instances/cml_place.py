@@ -15,6 +15,12 @@ from controllers.workers.kind import LabWorker
 from controllers.workers.phases import CML_RUNNING, Phase
 from lrm.cache import Cache
 
+_ENDS: dict[str, str] = {
+    Phase.TERMINATING_EC2: "is being terminated",
+    Phase.TERMINATED: "is terminated",
+    Phase.FAILED: "has failed",
+}
+
 
 @dataclass(frozen=True, slots=True)
 class Lost:
@@ -54,6 +60,6 @@ def _why_lost(worker: LabWorker, ref: WorkerRef) -> str:
         return f"the worker {ref.name} was deleted and made anew"
     if ref.instance_id and ec2.instance_id != ref.instance_id:
         return f"the worker {ref.name} no longer runs on {ref.instance_id}"
-    if phase in (Phase.TERMINATING_EC2, Phase.TERMINATED, Phase.FAILED):
-        return f"the worker {ref.name} is {phase}"
+    if phase in _ENDS:
+        return f"the worker {ref.name} {'was deleted' if worker.deleting else _ENDS[phase]}"
     return f"the instance of {ref.name} is terminated" if ec2.state == "terminated" else ""

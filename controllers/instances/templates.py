@@ -78,7 +78,8 @@ def _read(name: str, globs: Iterable[str]) -> str:
     try:
         real = Path(name).resolve()
         if not _listed(str(real), globs):
-            raise Refused(Reasons.TEMPLATE_FORBIDDEN, f"the file {name} is not among LRM_TOPOLOGY_FILES")
+            leads = " leads elsewhere, to what" if file_allowed(name, globs) else ""
+            raise Refused(Reasons.TEMPLATE_FORBIDDEN, f"the file {name}{leads} is not among LRM_TOPOLOGY_FILES")
         handle = _open(real)
         try:
             if not stat.S_ISREG(os.fstat(handle).st_mode):

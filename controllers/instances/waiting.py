@@ -82,7 +82,7 @@ class Waiting:
             return Waits(Reasons.BACKING_OFF, status.error_message or "", status.retry_at)
         due = request.due_at(self._steps.settings.instances_early_start)
         if due is not None and now < due:
-            return Waits(Reasons.NOT_YET_DUE, "its time has not come", due)
+            return Waits(Reasons.NOT_YET_DUE, f"it may begin at {rfc3339(due.replace(microsecond=0))}", due)
         if ctx.observe_only:
             return Waits(Reasons.OBSERVE_ONLY, "nothing outside may be changed")
         return None

@@ -17,6 +17,7 @@ from controllers.containers.errors import (
     EngineNotFound,
     EngineRefused,
     EngineUnavailable,
+    of_status,
 )
 from controllers.containers.mirror import Mirror
 from equipment.scripted_engine import INSTALLATION, ScriptedEngine, scripted_engine
@@ -179,6 +180,12 @@ async def test_whatever_is_answered_is_one_of_our_errors(
     scene.script.answers["/containers/x/json"] = (status, body, "application/json")
     with pytest.raises(error):
         await scene.engine.inspect("x")
+
+
+def test_a_connection_that_fails_is_told_without_the_words_of_a_library() -> None:
+    """It says `ssl:default` of every connection, also where no TLS is spoken."""
+    said = "Cannot connect to host docker:80 ssl:default [Connection refused]"
+    assert str(of_status(900, said)) == "Cannot connect to host docker:80 [Connection refused]"
 
 
 async def test_an_answer_that_does_not_come_is_unavailable_at_its_deadline(scene: Scene) -> None:

@@ -330,6 +330,7 @@ async def test_a_container_that_ended_with_its_engine_has_not_failed(
         await scene.runtime.look(running(), scene.ctx)
     assert (raised.value.reason == Reasons.ENGINE_RESTARTED) == lost
     assert str(code) in str(raised.value)
+    assert ("most likely from outside" in str(raised.value)) == (not lost and code != 3)
     assert raised.value.last_log == "hello\n"
 
 

@@ -170,6 +170,8 @@ async def test_a_scheduled_instance_begins_five_minutes_early_and_runs_its_whole
         await scene.make(scheduledStartTime=start.isoformat())
         waiting = await scene.get()
         assert condition(waiting, "WorkerAssigned") == ("False", "NotYetDue")
+        due = rfc3339((start - timedelta(minutes=5)).replace(microsecond=0))
+        assert await scene.told() == [("Normal", "NotYetDue", f"it may begin at {due}")]
         assert scene.places.held == {}
         await scene.clock.advance(3 * 3600 - 301)
         assert await scene.phase() == "Pending"
