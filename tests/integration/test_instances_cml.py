@@ -256,7 +256,7 @@ async def test_a_stopped_lab_is_started_again_where_its_policy_says_so(world: Cm
 
 
 async def test_a_stopped_lab_is_not_started_again_all_the_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its student, who renamed it, goes on stopping it: once in a rest interval, though its record wakes the controller."""
+    """Its student renamed it and goes on stopping it: once in a rest interval, though its record tells each time."""
     async with cml_instances_world(monkeypatch, instances_rest_interval=3600) as world:
         await world.worker()
         running = await world.running(restartPolicy="OnFailure")
