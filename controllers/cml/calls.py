@@ -138,12 +138,17 @@ class Caller:
         self, message: Message, sending: Sending, *, tries: int, login: bool, secrets: tuple[str, ...]
     ) -> Answer:
         attempt = 1
+        seen: CmlError | None = None
         while True:
             try:
                 return await self._once(message, sending, login=login, secrets=secrets)
+            except CmlCircuitOpen as error:
+                # What this call itself has met says more than that it may not try again.
+                raise seen or error from None
             except CmlError as error:
-                if attempt == tries or not error.retryable or isinstance(error, CmlCircuitOpen):
+                if attempt == tries or not error.retryable:
                     raise
+                seen = error
             sending.reset()
             # Full jitter on the upper half: callers that failed together do not come back together.
             await self._clock.sleep(_FIRST_BACKOFF * 2 ** (attempt - 1) * (0.5 + self._jitter() / 2))

@@ -76,11 +76,13 @@ class CmlClient:
         breaker_cool_down: float = 10.0,
         max_body: int = 64 * 1024 * 1024,
         jitter: Callable[[], float] = random.random,
+        turned: Callable[[], None] = lambda: None,
     ) -> None:
+        """`turned` is called when the CML was unreachable so often that calls fail fast, and when it answers again."""
         self._base = base_of(base_url, allow_plain_http=allow_plain_http)
         self._clock = clock = clock or SystemClock()
         timeouts = timeouts or Timeouts()
-        breaker = Breaker(clock, threshold=breaker_threshold, cool_down=breaker_cool_down)
+        breaker = Breaker(clock, threshold=breaker_threshold, cool_down=breaker_cool_down, turned=turned)
         self._transport = Transport(
             self._base, tls or TlsPolicy(), breaker, connect_timeout=timeouts.connect, max_body=max_body
         )
@@ -115,6 +117,11 @@ class CmlClient:
     def session(self) -> Session | None:
         """The current login, None before the first and after a refusal; `session.admin` is True, False or None."""
         return self._sessions.current
+
+    @property
+    def failed_at(self) -> float:
+        """When the CML was last found unreachable, monotonic, by whichever call; -inf before the first."""
+        return self._transport.failed_at
 
     @property
     def peer_fingerprint(self) -> str | None:

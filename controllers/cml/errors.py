@@ -67,7 +67,7 @@ class CmlTimeout(CmlUnreachable):
 
 
 class CmlCircuitOpen(CmlUnreachable):
-    """Nothing was tried; not an observation, so it must not count as a failed health check."""
+    """Nothing was tried; no observation of its own: when a call was, and failed, tells `CmlClient.failed_at`."""
 
     why: ClassVar[str] = "CML was unreachable several times in a row"
 

@@ -3,13 +3,15 @@
 `client_for(worker)` promises a client for exactly the worker's present instance, address, credentials and TLS rules,
 expecting the identity that the status holds. A worker that changed gets a new one; the old client is closed by `run`
 (or at the end), and calls under way on it end with `CmlClosed`. No I/O but the reading of a secret. Secrets are read
-each time, so that a rotated password is taken. Called by the workers' and the labs' controllers.
+each time, so that a rotated password is taken. `turns` names workers whose CML fell silent, or was heard again, to
+whichever caller. Called by the workers' and the labs' controllers.
 """
 
 from __future__ import annotations
 
 import asyncio
 from dataclasses import dataclass
+from functools import partial
 from types import TracebackType
 from typing import Self
 
@@ -22,6 +24,7 @@ from controllers.cml.tls import TlsPolicy
 from controllers.workers.kind import TRUST_ANNOTATION, LabWorker
 from controllers.workers.settings import WorkerSettings
 from lrm.cache import CacheUpdate
+from lrm.controller import Hints
 from lrm.secrets import SecretRefused, Secrets
 from storage.clock import Clock
 
@@ -86,6 +89,8 @@ class CmlSessions:
         self, settings: WorkerSettings, secrets: Secrets, clock: Clock, *, timeouts: Timeouts | None = None
     ) -> None:
         """`timeouts` are the clients'; their own unless given."""
+        self.turns = Hints()
+        """Workers that are worth a look now, by what became of anybody's calls."""
         self._timeouts = timeouts
         self._settings = settings
         self._secrets = secrets
@@ -117,6 +122,7 @@ class CmlSessions:
                 clock=self._clock,
                 timeouts=self._timeouts,
                 allow_plain_http=self._settings.cml_allow_plain_http,
+                turned=partial(self.turns.tell, (worker.namespace, worker.name)),
             )
             self._clients[worker.uid] = held = (terms, client)
         held[1].expect_identity(identity.product_uuid if identity and not terms.trust_new else None)

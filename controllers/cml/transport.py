@@ -123,6 +123,11 @@ class Transport:
         if sending.touched:
             self._breaker.failed()
 
+    @property
+    def failed_at(self) -> float:
+        """When an exchange last found nobody, monotonic; -inf before the first."""
+        return self._breaker.failed_at
+
     def check_reachable(self) -> None:
         """Raise `CmlCircuitOpen` while calls fail fast; what is only convenient does not probe."""
         if self._breaker.is_open:

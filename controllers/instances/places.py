@@ -2,6 +2,7 @@
 
 Rules of a LabWorker: it takes labs while it serves, is Ready, wishes to stay so, and is neither paused, nor observed
 only, nor deleting. That is its condition AcceptingLabs without the part about room, which lags behind `allocations`.
+One whose last health check failed, and not yet three of them, is doubtful.
 Used is what is reserved, and besides that every lab that runs there and is no instance's: it takes a slot (of
 `maxConcurrentLabs`) and its nodes; a stopped one takes nothing, and what foreign labs use of cpu and memory CML does
 not tell. Pure, but for lookups in the cache's indexes.
@@ -81,6 +82,7 @@ def place_of(worker: LabWorker, foreign: Amount) -> Place:
         ),
         licensed_nodes=cml.max_nodes_licensed,
         shared=spec.shared,
+        doubtful=status.cml.failed_checks > 0,
         track=spec.lab_track,
         pools=frozenset(o.name for o in worker.metadata.owner_references if o.kind == "LabWorkerPool"),
     )

@@ -2,14 +2,16 @@
 
 Promises that credentials go only to the CML of the status' identity (the client compares, see `sessions`), that a
 registration is recorded before it is sent and is not sent again while CML works on it, and that an error is told by
-its class: `trouble_of` gives the reason that people read. What is no observation (an open circuit, a throttled login)
-counts as no failed check. At rest one question is enough most of the time (`ask_at_rest`). Secrets pass through and are
-kept nowhere. Called by the workers' controller.
+its class: `trouble_of` gives the reason that people read. What is no observation (a throttled login; an open circuit,
+unless somebody's call failed since the last check) counts as no failed check. At rest one question is enough most of
+the time. Secrets pass through and are kept nowhere. Called by the workers' controller.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from enum import Enum, auto
 from weakref import WeakKeyDictionary
@@ -31,6 +33,7 @@ from controllers.cml.errors import (
     CmlRefused,
     CmlTlsError,
     CmlUnavailable,
+    CmlUnreachable,
 )
 from controllers.cml.models import Licensing, SystemHealth, SystemInformation, SystemStats
 from controllers.cml.session import normal_identity
@@ -43,6 +46,7 @@ from controllers.workers.status import Capacity, Identity, Problem, Registration
 from controllers.workers.work import Work
 from lrm.crashpoints import crash_point
 from lrm.secrets import SecretRefused, Secrets
+from storage.clock import Clock
 
 CRASH_POINTS = (
     "workers.license.product-set",
@@ -108,6 +112,35 @@ class CmlSide:
         self._settings = settings
         self._examined: WeakKeyDictionary[CmlClient, float] = WeakKeyDictionary()
         """When a CML last answered all questions, monotonic; another machine or address has another client."""
+        self._silent: WeakKeyDictionary[CmlClient, float] = WeakKeyDictionary()
+        """When a health check last found a CML unreachable, monotonic."""
+
+    async def check(self, work: Work) -> Report | None:
+        """The health check's question: `ask`, and at rest what is enough there. Raises `CmlError`.
+
+        `CmlUnreachable` too where the circuit is open, for it opened, or stayed so, by a failure since the last such
+        check: whoever's call that was, it was let through in place of this one. Each failure is told once, and no
+        sooner than a poll after the last.
+        """
+        with self._silence(self.sessions.client_for(work.worker), work.ctx.clock):
+            known = work.worker.status.cml.system_info is not None
+            return await (self.ask_at_rest(work) if known else self.ask(work, full=True))
+
+    @contextmanager
+    def _silence(self, client: CmlClient, clock: Clock) -> Iterator[None]:
+        problem: CmlUnreachable | None = None
+        try:
+            yield
+        except CmlCircuitOpen as error:
+            last = self._silent.get(client, -math.inf)
+            if client.failed_at <= last or clock.monotonic() < last + self._settings.worker_poll_interval:
+                raise
+            problem = CmlUnreachable(error.why)
+        except CmlUnreachable as error:
+            problem = error
+        if problem is not None:
+            self._silent[client] = clock.monotonic()
+            raise problem
 
     async def ask_at_rest(self, work: Work) -> Report | None:
         """The same as `ask` for a worker at rest, of which the licence alone is asked most of the time.
@@ -182,7 +215,10 @@ class CmlSide:
 
         def change(worker: LabWorker) -> None:
             cml = worker.status.cml
-            cml.last_error = problem(cml.last_error, reason, message, now)
+            known = cml.last_error
+            # Nobody there is nobody there: how that shows differs from call to call.
+            if not (known and known.reason == reason == Reasons.UNREACHABLE and counts and cml.failed_checks >= most):
+                cml.last_error = problem(known, reason, message, now)
             if counts:
                 cml.failed_checks = min(cml.failed_checks + 1, most)
             if reason == Reasons.IDENTITY_MISMATCH or cml.failed_checks >= most:

@@ -49,6 +49,7 @@ class WorkersController(Controller[LabWorker]):
         self._pace = Pace(settings)
         self.poll = settings.worker_rest_interval
         self.hints = provisioner.looks.hints
+        cml.sessions.turns.listen(self.hints.tell)
         self._honoured: dict[str, str] = {}
         """The last value of the annotation reconcile-now that was heard, by uid."""
         self._idle = IdleDetector(cml, settings)
@@ -152,8 +153,7 @@ class WorkersController(Controller[LabWorker]):
     async def check(self, work: Work) -> bool:
         """The health check: ask CML, and count the failures in a row."""
         try:
-            known = work.worker.status.cml.system_info is not None
-            report = await (self._cml.ask_at_rest(work) if known else self._cml.ask(work, full=True))
+            report = await self._cml.check(work)
         except CmlError as error:
             await self._cml.note_error(work, error, counts=True, most=FAILED_CHECKS)
             return False

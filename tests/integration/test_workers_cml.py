@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 from collections.abc import AsyncIterator
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
-from controllers.cml.errors import CmlClosed, CmlError
+from controllers.cml.client import CmlClient
+from controllers.cml.errors import CmlClosed, CmlError, CmlUnavailable
 from controllers.cml.sessions import CmlSessions
+from controllers.workers.controller import WorkersController
 from controllers.workers.kind import TRUST_ANNOTATION
 from equipment.waiting import until
 from equipment.workers_world import BAD_TOKEN_ENV, FAST_CML, TOKEN_ENV, WorkersWorld, condition, history, workers_world
@@ -110,6 +114,60 @@ async def test_one_failed_check_is_no_outage_and_three_in_a_row_are(
         assert not writes, "an outage that goes on costs no writes"
         world.cml.faults.clear()
         await world.until(lambda w: condition(w, "Ready")[0] == "True", "recovery")
+
+
+def sessions_of(world: WorkersWorld) -> CmlSessions:
+    """The CML clients that everybody in the world shares."""
+    return cast("WorkersController", world.runners[0].controller)._cml.sessions
+
+
+async def test_a_dead_cml_is_unhealthy_whoever_is_let_through_to_it_and_recovers(
+    monkeypatch: pytest.MonkeyPatch, moto_url: str
+) -> None:
+    """Others ask all the time, so that the health check itself is hardly ever let through."""
+    monkeypatch.setitem(cast("Any", CmlClient.__init__).__kwdefaults__, "breaker_cool_down", 0.2)
+    async with workers_world(monkeypatch, moto_url) as world:
+        client = sessions_of(world).client_for(await world.serving())
+
+        async def ask_all_the_time() -> None:
+            while True:
+                with contextlib.suppress(CmlUnavailable):
+                    await client.lab_ids()
+                await world.clock.sleep(0.001)
+
+        others = asyncio.create_task(ask_all_the_time())
+        world.cml_fault("drop")
+        sick = await world.until(lambda w: condition(w, "HealthCheckPassed")[0] == "False", "the failed health check")
+        assert condition(sick, "Ready") == ("False", "Unreachable")
+        await world.looked_again(5)
+        assert (await world.status()).cml == sick.status.cml, "an outage that goes on costs no writes"
+        world.cml.faults.clear()
+        await world.until(lambda w: condition(w, "Ready")[0] == "True", "recovery")
+        others.cancel()
+        await asyncio.wait([others])
+
+
+async def test_a_worker_at_rest_is_looked_at_when_anybody_finds_its_cml_dead_and_when_it_is_back(
+    monkeypatch: pytest.MonkeyPatch, moto_url: str
+) -> None:
+    monkeypatch.setitem(cast("Any", CmlClient.__init__).__kwdefaults__, "breaker_cool_down", 0.0)
+    async with workers_world(monkeypatch, moto_url) as world:
+        worker = await world.serving()
+        await world.listed()
+        looks = world.runners[0].stats.reconciles
+        world.shorten(worker_rest_interval=3600)
+        await until(lambda: world.runners[0].stats.reconciles > looks, "the last look for an hour")
+        await world.at_rest()
+        client = sessions_of(world).client_for(worker)
+        fault = world.cml_fault("drop")
+        for _ in range(2):  # three tries each
+            with pytest.raises(CmlUnavailable):
+                await client.lab_ids()
+        doubtful = await world.until(lambda w: w.status.cml.failed_checks, "the look")
+        assert condition(doubtful, "Ready")[0] == "True", "one failed check is no outage"
+        world.cml.faults.clear(fault)
+        await client.lab_ids()
+        await world.until(lambda w: w.status.cml.failed_checks == 0, "the look")
 
 
 async def test_at_rest_one_question_is_enough_until_it_fails_or_somebody_asks(

@@ -323,6 +323,34 @@ def fail(breaker: Breaker) -> None:
         raise CmlUnreachable("no")
 
 
+async def test_a_probe_that_fails_tells_what_it_met_and_not_that_it_may_not_try_again(clock: VirtualClock) -> None:
+    with socket.socket() as holder:
+        holder.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{holder.getsockname()[1]}"
+        async with CmlClient(url, Credentials(USERNAME, PASSWORD), clock=clock, jitter=lambda: -1.0) as client:
+            for _ in range(5):
+                with pytest.raises(CmlUnreachable):
+                    await client.stop_lab(LAB)
+            await clock.advance(10)
+            with pytest.raises(CmlUnreachable, match="no connection"):
+                await client.lab_ids()
+            assert client.failed_at == 10
+
+
+async def test_a_circuit_tells_when_it_opens_and_when_it_closes_and_nothing_between(clock: VirtualClock) -> None:
+    told: list[bool] = []
+    breaker = Breaker(clock, threshold=2, cool_down=0, turned=lambda: told.append(breaker.is_open))
+    fail(breaker)
+    assert told == []
+    fail(breaker)
+    fail(breaker)
+    assert told == [True]
+    for _ in range(2):
+        with breaker.attempt():
+            pass
+    assert told == [True, False]
+
+
 async def test_a_half_open_circuit_lets_one_probe_through_and_its_failure_opens_it_again(clock: VirtualClock) -> None:
     breaker = Breaker(clock, threshold=2, cool_down=10)
     fail(breaker)
