@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator
 import aiohttp
 import pytest
 
-from controllers.instances.kind import LabInstanceRequest
+from controllers.instances.kind import LabInstanceRequest, Need
 from controllers.instances.phases import Reasons
 from controllers.instances.runtime import LabFailed, Refused, Sighting, State
 from equipment.containers_world import ContainersWorld, containers_world
@@ -223,6 +223,14 @@ async def test_what_cannot_run_is_refused_in_the_engines_words(
     request = world.request(**template, **{f"spec_{k}": v for k, v in spec.items()})
     request.status.need = (await world.runtime.prepare(request, world.ctx)).need
     with pytest.raises((Refused, LabFailed), match=words):
+        await _ends(world, request)
+    await world.clean(request)
+
+
+async def test_a_limit_that_the_kernel_does_not_take_is_refused(world: ContainersWorld) -> None:
+    request = world.request(command=["sleep", "60"])
+    request.status.need = Need(cpu=0.005, memory=64 * 1024**2)  # no spec may ask for so little
+    with pytest.raises(Refused, match=r"cannot be started: .*invalid argument"):
         await _ends(world, request)
     await world.clean(request)
 
