@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from controllers.instances.kind import WorkerRef
 from controllers.labs.homes import identified
+from controllers.workers.decisions import Goal, goal_of
 from controllers.workers.kind import LabWorker
 from controllers.workers.phases import CML_RUNNING, Phase
 from lrm.cache import Cache
@@ -60,6 +61,9 @@ def _why_lost(worker: LabWorker, ref: WorkerRef) -> str:
         return f"the worker {ref.name} was deleted and made anew"
     if ref.instance_id and ec2.instance_id != ref.instance_id:
         return f"the worker {ref.name} no longer runs on {ref.instance_id}"
+    # Nothing takes it back from there, and a dead CML's licence is waited for as long as its deadline.
+    if phase == Phase.UNLICENSING and goal_of(worker) is Goal.TERMINATED:
+        phase = Phase.TERMINATING_EC2
     if phase in _ENDS:
         return f"the worker {ref.name} {'was deleted' if worker.deleting else _ENDS[phase]}"
     return f"the instance of {ref.name} is terminated" if ec2.state == "terminated" else ""
