@@ -300,6 +300,12 @@ class CmlRuntime:
         told = f"its lab {lab_id} is {state}: it was stopped in CML, or its CML was restarted"
         ends = f"it ends at {rfc3339(request.ends_at)}" if request.ends_at else "its time goes on"
         takes = serving(worker) or worker.status.phase == Phase.DRAINING
+        record = record_of_lab(self._cache, worker.namespace, worker.name, lab_id)
+        if record is not None and record.deleting:
+            return self._resting(State.STOPPED, f"its lab {lab_id} is being deleted, by its LabRecord {record.name}")
+        if record is not None and record.spec.desired_state in _AT_REST:
+            wish = f"its LabRecord {record.name} wishes for {record.spec.desired_state}"
+            return self._resting(State.STOPPED, f"its lab {lab_id} is {state}: {wish}; {ends}")
         if request.spec.restart_policy != "OnFailure" or ctx.observe_only or not takes:
             return self._resting(State.STOPPED, f"{told}; start it there, {ends}")
         now, rest = ctx.clock.monotonic(), self._settings.instances_rest_interval

@@ -273,6 +273,21 @@ async def test_a_stopped_lab_is_not_started_again_all_the_time(monkeypatch: pyte
         assert world.labs.machine().counts["PUT /labs/{lab_id}/start"] == 1
 
 
+async def test_a_lab_is_not_started_again_against_its_record(world: CmlInstancesWorld) -> None:
+    """Whoever has it stopped, or deleted, by its LabRecord is not worked against."""
+    await world.worker()
+    running = await world.running(restartPolicy="OnFailure")
+    (lab,) = world.titled(running)
+    record = await world.labs.record(lab.id)
+    await world.labs.client.update(record, lambda r: setattr(r.spec, "desired_state", "STOPPED"))
+    await world.until_told("Ready", "wishes for STOPPED")
+    assert lab.state == "STOPPED"
+    await world.labs.client.delete(await world.labs.record(lab.id))
+    again = await until(lambda: [found for found in world.titled(running) if found is not lab], "another lab", 60)
+    await until(lambda: again[0].state == "STARTED")
+    assert "StartedAgain" not in {reason for _, reason, _ in await world.labs.told("a", "LabInstanceRequest")}
+
+
 async def test_a_lab_that_its_student_renamed_is_its_own_as_before(world: CmlInstancesWorld) -> None:
     """What happens to it is heard at once, and that lrm deletes it is no news; a student's copy of it is his own."""
     await world.worker()
