@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import random
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 
 from equipment.daemons import DaemonProcess
 from equipment.trio import LEASE, RENEW, RETRY
+from equipment.waiting import until
 from lrm.devservers import EtcdServer
 from storage.base import Storage
 from storage.errors import NotFound
@@ -54,6 +55,20 @@ class Pair:
     def last_words(self) -> str:
         """For whoever reads a failure."""
         return "\n".join(f"daemon {n}: {d.log()[-3000:]}" for n, d in enumerate(self._daemons))
+
+
+async def at_rest(wrong: Callable[[], Awaitable[list[str]]], told: list[str], pair: Pair, seconds: float) -> None:
+    """Until nothing is wrong any more; else fails with what is, what was done, and the daemons' last words."""
+    left: list[str] = []
+
+    async def right() -> bool:
+        left[:] = await wrong()
+        return not left
+
+    try:
+        await until(right, "", seconds)
+    except AssertionError:
+        raise AssertionError(f"{left}\nafter {told}\n{pair.last_words()}") from None
 
 
 @asynccontextmanager

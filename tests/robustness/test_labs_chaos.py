@@ -24,8 +24,7 @@ from controllers.labs.kind import LabRecord, Operation
 from controllers.workers.kind import LabWorker
 from equipment.cml_instances_world import topology
 from equipment.labs_world import FAST, PASSWORD_ENV, LabsWorld, labs_world
-from equipment.pair import Pair, a_pair, free_locks
-from equipment.waiting import until
+from equipment.pair import Pair, a_pair, at_rest, free_locks
 from lrm.cache import CacheUpdate
 from lrm.devservers import EtcdServer
 from lrm.errors import LrmError, ResourceNotFound
@@ -185,17 +184,7 @@ class Scene:
         return found
 
     async def settled(self) -> None:
-        """Fails with what is wrong, what was done, and the daemons' last words."""
-        left: list[str] = []
-
-        async def right() -> bool:
-            left[:] = await self.wrong()
-            return not left
-
-        try:
-            await until(right, "", 200)  # a list that counts is a minute after the one before
-        except AssertionError:
-            raise AssertionError(f"{left}\nafter {self.told}\n{self.pair.last_words()}") from None
+        await at_rest(self.wrong, self.told, self.pair, 200)  # a list that counts is a minute after the one before
 
 
 @asynccontextmanager
