@@ -17,12 +17,12 @@ from aiohttp import web
 
 from controllers.containers.engine import keep_alive
 from controllers.containers.runtime import ContainerRuntime
-from controllers.instances.kind import LAB_INSTANCE_REQUEST, LabInstanceRequest, placed
-from controllers.instances.routes import PATH, RESOURCES
+from controllers.instances.kind import LabInstanceRequest, placed
+from controllers.instances.routes import PATH, RESOURCES, target_of
 from controllers.instances.runtime import NotNow, Refused
 from lrm.api.call import API, Api, call_of
 from lrm.api.lists import read_one
-from lrm.api.requests import Target, boolean, check_namespace
+from lrm.api.requests import Target, boolean
 from lrm.api.status import RequestError, bad_request
 
 log = structlog.get_logger(__name__)
@@ -79,7 +79,7 @@ async def _log(request: web.Request) -> web.StreamResponse:
 
     Of a container that is gone the last lines are kept, and told with a Warning, which kubectl prints.
     """
-    call, target = call_of(request), _target(request)
+    call, target = call_of(request), target_of(request)
     call.principal.require("read", target.namespace, f"read the log of {target.kind.plural}")
     follow, lines = boolean(request, "follow"), _lines(request)
     lab = await _lab(request, target)
@@ -172,11 +172,3 @@ async def _until_left(request: web.Request) -> None:
 
 async def _until_closing(request: web.Request) -> None:
     await request.app[_READERS].closing.wait()
-
-
-def _target(request: web.Request) -> Target:
-    namespace = request.match_info.get("namespace") or request.query.get("namespace", "default")
-    check_namespace(namespace)
-    target = Target(LAB_INSTANCE_REQUEST, namespace, request.match_info["name"])
-    call_of(request).about = target.about
-    return target

@@ -85,7 +85,7 @@ async def _list(request: web.Request) -> web.Response:
 
 async def _read(request: web.Request) -> web.Response:
     """GET of one."""
-    target = _target(request)
+    target = target_of(request)
     only_parameters(request, "namespace")
     call_of(request).principal.require("read", target.namespace, f"read {target.kind.plural}")
     accepted = negotiate(request)
@@ -100,7 +100,7 @@ async def _delete(request: web.Request) -> web.Response:
 
     A body is DeleteOptions, as for the resource.
     """
-    target = _target(request)
+    target = target_of(request)
     only_parameters(request, "namespace", "dryRun", "propagationPolicy")
     edit = edit_of_target(request, target, "write", "delete")
     current, left = await delete_target(edit)
@@ -126,7 +126,8 @@ def _filter(request: web.Request) -> Selector:
     return wanted
 
 
-def _target(request: web.Request) -> Target:
+def target_of(request: web.Request) -> Target:
+    """The lab instance of the path, which is what the call is about. Raises 400."""
     namespace = request.match_info.get("namespace") or request.query.get("namespace", "default")
     check_namespace(namespace)
     target = Target(LAB_INSTANCE_REQUEST, namespace, request.match_info["name"])
