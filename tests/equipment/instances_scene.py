@@ -303,6 +303,12 @@ class InstancesScene:
         return self.clock.now()
 
 
+def at_rest(scene: InstancesScene) -> None:
+    """Nothing is left outside, and nothing is reserved."""
+    assert scene.outside.labs == []
+    assert scene.places.held == {}
+
+
 def check_history(request: LabInstanceRequest) -> None:
     """Every step that it took is in the table."""
     for step in request.status.phase_history:

@@ -1,23 +1,17 @@
-"""The life of a lab instance on virtual time: each phase, each deadline, each way to end, and nothing left behind."""
+"""The life of a lab instance on virtual time: each phase, each trouble, each way to end, and nothing left behind."""
 
 from __future__ import annotations
 
-from contextlib import suppress
 from datetime import timedelta
-from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
 from controllers.instances.controller import InstancesController
-from controllers.instances.deadlines import DeadlinesController
-from controllers.instances.kind import LAB_INSTANCE_REQUEST, LabInstanceRequest, LabInstanceRequestSpec
+from controllers.instances.kind import LAB_INSTANCE_REQUEST, LabInstanceRequest
 from controllers.instances.runtime import LabFailed, NotNow, Refused
 from controllers.instances.steps import CRASH_POINTS
 from equipment.instances_scene import (
-    SPEC,
-    InstancesScene,
+    at_rest,
     away,
     check_history,
     condition,
@@ -25,17 +19,7 @@ from equipment.instances_scene import (
     instances_scene,
 )
 from lrm.controller import Context, Result
-from lrm.errors import Forbidden, Invalid
-from lrm.model import rfc3339
-from lrm.resource import RETRY_ANNOTATION, ObjectMeta
-
-FATES = ("Completed", "Failed")
-
-
-def at_rest(scene: InstancesScene) -> None:
-    """Nothing is left outside, and nothing is reserved."""
-    assert scene.outside.labs == []
-    assert scene.places.held == {}
+from lrm.resource import RETRY_ANNOTATION
 
 
 async def test_an_instance_runs_for_its_minutes_and_leaves_nothing() -> None:
@@ -164,103 +148,6 @@ async def test_it_can_be_deleted_at_any_time_and_goes_when_nothing_is_left(when:
         at_rest(scene)
 
 
-async def test_a_scheduled_instance_begins_five_minutes_early_and_runs_its_whole_time() -> None:
-    async with instances_scene() as scene:
-        start = scene.now + timedelta(hours=3)
-        await scene.make(scheduledStartTime=start.isoformat())
-        waiting = await scene.get()
-        assert condition(waiting, "WorkerAssigned") == ("False", "NotYetDue")
-        due = rfc3339((start - timedelta(minutes=5)).replace(microsecond=0))
-        assert await scene.told() == [("Normal", "NotYetDue", f"it may begin at {due}")]
-        assert scene.places.held == {}
-        await scene.clock.advance(3 * 3600 - 301)
-        assert await scene.phase() == "Pending"
-        await scene.clock.advance(2)
-        running = await scene.until_phase("Running", seconds=10)
-        assert running.status.started_at is not None
-        assert running.status.started_at < start
-        await scene.clock.advance((start + timedelta(minutes=60) - scene.now).total_seconds() - 1)
-        assert await scene.phase() == "Running"
-        await scene.clock.advance(2)
-        assert await scene.phase() == "Timeout"
-
-
-async def test_an_extension_is_heard_until_the_last_second() -> None:
-    async with instances_scene() as scene:
-        await scene.make()
-        running = await scene.until_phase("Running")
-        assert running.ends_at is not None
-        await scene.clock.advance((running.ends_at - scene.now).total_seconds() - 1)
-        await scene.change(duration_minutes=90)
-        extended = await scene.get()
-        assert extended.status.observed_generation == extended.metadata.generation
-        await scene.clock.advance(30 * 60 - 1)
-        assert await scene.phase() == "Running"
-        await scene.clock.advance(3)
-        assert await scene.phase() == "Timeout"
-
-
-async def test_an_extension_and_every_end_are_told_by_an_event() -> None:
-    async with instances_scene() as scene:
-        await scene.make(durationMinutes=1)
-        running = await scene.until_phase("Running")
-        await scene.clock.advance(1)  # events of one moment come in any order
-        await scene.change(restart_policy="OnFailure")
-        told = {reason for _, reason, _ in await scene.told()}
-        assert told == {"Scheduled", "Running"}, "that was no extension"
-        scene.outside.troubles["look"] = away()
-        await scene.change(duration_minutes=2)
-        assert running.status.ends_at is not None
-        ends = rfc3339(running.status.ends_at + timedelta(minutes=1))
-        assert (await scene.told())[-1] == ("Normal", "Extended", f"it runs until {ends}")
-        await scene.until_phase("Completed", seconds=200)
-        assert (await scene.told())[3:] == [
-            ("Warning", "WorkerAway", "it does not answer"),
-            ("Normal", "DurationElapsed", "its 2 minutes are over"),
-            ("Normal", "Completed", "nothing of it is left outside"),
-        ]
-
-
-async def test_an_extension_while_it_waits_for_another_try_is_told() -> None:
-    async with instances_scene(instances_retry_delay=60) as scene:
-        await scene.make(durationMinutes=30, restartPolicy="OnFailure")
-        running = await scene.until_phase("Running")
-        assert running.ends_at is not None
-        scene.outside.troubles["look"] = LabFailed("ContainerFailed", "exit code 1", exit_code=1)
-        scene.hints.tell(("default", "a"))
-        await scene.until_phase("Pending")
-        await scene.clock.advance(1)
-        await scene.change(duration_minutes=90)
-        scene.outside.troubles.clear()
-        await scene.until_phase("Running", seconds=100)
-        extended = [told for told in await scene.told() if told[1] == "Extended"]
-        assert extended == [("Normal", "Extended", f"it runs until {rfc3339(running.ends_at + timedelta(hours=1))}")]
-
-
-async def test_an_end_that_an_older_version_left_tells_no_extension() -> None:
-    async with instances_scene() as scene:
-        await scene.make()
-        running = await scene.until_phase("Running")
-        await scene.stop()
-        assert running.ends_at is not None
-        stale = running.ends_at - timedelta(hours=2)
-        await scene.client.update_status(running, lambda r: setattr(r.status, "ends_at", stale), force=True)
-        await scene.clock.settle()
-        await scene.lead()
-        await scene.clock.advance(5)
-        assert (await scene.get()).status.ends_at == running.ends_at
-        assert {reason for _, reason, _ in await scene.told()} == {"Scheduled", "Running"}
-
-
-async def test_time_that_is_over_is_told_in_good_grammar() -> None:
-    async with instances_scene() as scene:
-        await scene.make(durationMinutes=1)
-        done = await scene.until_phase("Completed", seconds=100)
-        told = done.status.condition("TimedOut")
-        assert told is not None
-        assert told.message == "its minute is over"
-
-
 async def test_what_is_stopped_before_it_had_a_place_says_so_and_not_what_it_waited_for() -> None:
     async with instances_scene(slots={}) as scene:
         scene.places.full = "NoMatchingTrack"
@@ -295,118 +182,6 @@ async def test_a_topology_that_cannot_be_read_now_is_told_tried_less_often_and_t
         assert condition(running, "WorkerAssigned") == ("True", "Scheduled")
 
 
-@pytest.mark.parametrize("before", ["new", "failed", "scheduled"])
-async def test_how_long_it_is_held_up_counts_from_the_trouble_and_not_from_what_was_before(before: str) -> None:
-    async with instances_scene() as scene:
-        trouble = NotNow("TopologyUnavailable", "the server answers 500", again=10.0)
-        first = {"new": {"prepare": trouble}, "failed": {"prepare": Refused("TemplateInvalid", "no")}, "scheduled": {}}
-        scene.outside.troubles |= first[before]
-        start = {"scheduledStartTime": (scene.now + timedelta(hours=9)).isoformat()} if before == "scheduled" else {}
-        await scene.make(**start)
-        if before != "new":
-            await scene.clock.advance(3600)
-            scene.outside.troubles["prepare"] = trouble
-            scene.outside.asked.clear()
-            await scene.change(duration_minutes=30)
-        tries = [scene.outside.asked["prepare"]]
-        for reason, seconds in (("Other", 15), ("Other", 10), ("TopologyUnavailable", 20), ("Other", 40)):
-            scene.outside.troubles["prepare"] = NotNow(reason, "the server answers 500", again=10.0)
-            await scene.clock.advance(seconds)
-            tries.append(scene.outside.asked["prepare"])
-        assert tries == [1, 2, 3, 4, 5], "at 0, 10, 20, 40 and 80 s"
-        assert (await scene.get()).status.held_up_since is not None
-        scene.outside.troubles.clear()
-        await scene.clock.advance(120)
-        assert (await scene.get()).status.held_up_since is None
-
-
-async def test_what_waits_for_a_topology_to_begin_again_still_ends_in_its_time() -> None:
-    async with instances_scene(slots={"w1": 1}) as scene:
-        await scene.make(restartPolicy="OnFailure", durationMinutes=10)
-        await scene.until_phase("Running")
-        scene.places.slots.clear()
-        scene.outside.lose("w1")
-        scene.hints.tell(("default", "a"))
-        await scene.clock.advance(30)
-        scene.outside.troubles["prepare"] = NotNow("TopologyUnavailable", "the server answers 500", again=30.0)
-        await scene.change(duration_minutes=11)
-        waiting = await scene.get()
-        assert condition(waiting, "Ready") == ("False", "TopologyUnavailable")
-        assert waiting.ends_at is not None
-        await scene.clock.advance((waiting.ends_at - scene.now).total_seconds() - 2)
-        assert await scene.phase() == "Pending"
-        await scene.clock.advance(4)
-        assert await scene.phase() == "Failed"
-        at_rest(scene)
-
-
-async def test_a_start_in_the_past_begins_at_once_and_is_told() -> None:
-    async with instances_scene() as scene:
-        start = scene.now - timedelta(hours=1)
-        await scene.make(scheduledStartTime=start.isoformat())
-        running = await scene.until_phase("Running")
-        assert running.status.started_at is not None
-        assert running.ends_at == running.status.started_at + timedelta(minutes=60), "its whole time is ahead of it"
-        told = f"its start, {rfc3339(start)}, is past: it begins as soon as there is a place"
-        assert ("Warning", "StartIsPast", told) in await scene.told()
-
-
-async def test_a_start_that_was_kept_is_not_told_to_be_past_when_it_begins_again() -> None:
-    async with instances_scene(instances_retry_delay=60) as scene:
-        start = scene.now + timedelta(hours=1)
-        await scene.make(scheduledStartTime=start.isoformat(), restartPolicy="OnFailure")
-        await scene.clock.advance(4000)
-        assert await scene.phase() == "Running"
-        scene.outside.troubles["look"] = LabFailed("ContainerFailed", "exit code 1", exit_code=1)
-        scene.hints.tell(("default", "a"))
-        await scene.until_phase("Pending")
-        await scene.clock.advance(1)
-        scene.outside.troubles.clear()
-        await scene.change(duration_minutes=90)
-        again = await scene.until_phase("Running", seconds=100)
-        assert again.status.prepared_at is not None
-        assert again.status.prepared_at > start, "it was prepared anew"
-        assert "StartIsPast" not in {reason for _, reason, _ in await scene.told()}
-
-
-async def test_an_end_is_exact_to_two_seconds_though_nothing_is_looked_at_for_an_hour(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    for controller in (InstancesController, DeadlinesController):
-        monkeypatch.setattr(controller, "resync", 3600.0)
-    async with instances_scene() as scene:
-        start = scene.now + timedelta(minutes=17)
-        await scene.make("a", durationMinutes=50)
-        await scene.make("b", durationMinutes=7, scheduledStartTime=start.isoformat())
-        await scene.clock.advance(3 * 3600)
-        a, b = await scene.get("a"), await scene.get("b")
-        for lab in (a, b):
-            timeout = next(step for step in lab.status.phase_history if step.to == "Timeout")
-            assert lab.ends_at is not None
-            assert timedelta(0) <= timeout.at - lab.ends_at < timedelta(seconds=2)
-            assert lab.status.phase == "Completed"
-        placed = next(step for step in b.status.phase_history if step.to == "Provisioning")
-        assert timedelta(0) <= placed.at - (start - timedelta(minutes=5)) < timedelta(seconds=2)
-        at_rest(scene)
-
-
-async def test_the_deadline_for_cleaning_up_counts_on_over_a_new_leader() -> None:
-    async with instances_scene(instances_stopping_timeout=600) as scene:
-        await scene.make()
-        await scene.until_phase("Running")
-        scene.outside.troubles["clean"] = away()
-        await scene.change(desired_phase="Stopped")
-        await scene.clock.advance(400)
-        await scene.stop()
-        await scene.clock.advance(150)
-        await scene.lead()
-        await scene.clock.advance(45)
-        assert await scene.phase() == "Stopping"
-        failed = await scene.until_phase("Failed", seconds=10)
-        assert failed.status.failure is not None
-        assert failed.status.failure.reason == "StoppingTimeout"
-
-
 async def test_a_lab_whose_workers_are_lost_again_and_again_is_given_up_after_its_retries() -> None:
     async with instances_scene(slots={"w0": 1}, instances_retries=2, instances_retry_delay=10) as scene:
         await scene.make()
@@ -420,59 +195,6 @@ async def test_a_lab_whose_workers_are_lost_again_and_again_is_given_up_after_it
         assert (failed.status.failure.reason, failed.status.retry_count) == ("WorkerLost", 2)
         await scene.clock.advance(10)
         at_rest(scene)
-
-
-async def test_a_labs_time_begins_when_it_runs_and_not_while_it_is_looked_at() -> None:
-    async with instances_scene() as scene:
-        scene.outside.slow["provision"] = 20.0
-        await scene.make()
-        running = await scene.until_phase("Running", seconds=100)
-        assert running.status.started_at == running.status.phase_history[-1].at
-
-
-async def test_the_deadline_for_running_counts_on_over_a_new_leader() -> None:
-    async with instances_scene(instances_provisioning_timeout=900) as scene:
-        scene.outside.troubles["provision"] = NotNow("Refused", "it has no room", again=5.0)
-        await scene.make()
-        await scene.clock.advance(600)
-        await scene.stop()
-        await scene.clock.advance(200)
-        await scene.lead()
-        await scene.clock.advance(95)
-        assert await scene.phase() == "Provisioning"
-        failed = await scene.until_phase("Failed", seconds=10)
-        assert failed.status.failure is not None
-        assert failed.status.failure.reason == "ProvisioningTimeout"
-
-
-async def test_deadlines_survive_whoever_leads() -> None:
-    async with instances_scene() as scene:
-        await scene.make()
-        running = await scene.until_phase("Running")
-        assert running.ends_at is not None
-        await scene.stop()
-        await scene.clock.advance((running.ends_at - scene.now).total_seconds() - 5)
-        await scene.lead()
-        await scene.clock.advance(4)
-        assert await scene.phase() == "Running"
-        await scene.clock.advance(2)
-        assert await scene.phase() == "Timeout"
-
-
-async def test_time_ends_on_time_however_busy_and_slow_all_else_is() -> None:
-    async with instances_scene(slots={"w1": 1000}, instances_provisioning_timeout=3600) as scene:
-        await scene.make("a", durationMinutes=10)
-        running = await scene.until_phase("Running")
-        assert running.ends_at is not None
-        await scene.clock.advance((running.ends_at - scene.now).total_seconds() - 20)
-        scene.outside.slow = {"provision": 30.0, "look": 30.0}
-        for n in range(100):
-            spec = LabInstanceRequestSpec.model_validate(SPEC)
-            await scene.client.create(LabInstanceRequest(metadata=ObjectMeta(name=f"class-{n}"), spec=spec))
-        await scene.clock.advance(19)
-        scene.hints.tell(("default", "a"))
-        await scene.clock.advance(2.5)
-        assert await scene.phase("a") == "Timeout"
 
 
 async def test_a_worker_that_stays_away_while_the_lab_is_made_costs_its_place_and_no_failure() -> None:
@@ -608,27 +330,6 @@ async def test_a_trouble_that_lasts_is_a_reason_and_one_event(step: str, seconds
         assert told == [("Warning", "WorkerAway", "it does not answer")] * events
 
 
-async def test_what_lost_its_worker_and_finds_no_other_has_failed_when_its_time_is_over() -> None:
-    async with instances_scene(slots={"w1": 1}) as scene:
-        await scene.make(restartPolicy="OnFailure", durationMinutes=10)
-        running = await scene.until_phase("Running")
-        assert running.ends_at is not None
-        scene.places.slots.clear()
-        scene.outside.lose("w1")
-        scene.hints.tell(("default", "a"))
-        lost = rfc3339(scene.now.replace(microsecond=0))
-        await scene.clock.advance((running.ends_at - scene.now).total_seconds() - 2)
-        assert await scene.phase() == "Pending"
-        await scene.clock.advance(3)
-        failed = await scene.get()
-        assert failed.status.failure is not None
-        assert (failed.status.phase, failed.status.failure.reason) == ("Failed", "WorkerLost")
-        told = f"w1 is gone, at {lost}; its time was over before it could begin again"
-        assert (failed.status.error_message, condition(failed, "TimedOut")) == (told, ("True", "DurationElapsed"))
-        assert ("Warning", "WorkerLost", told) in await scene.told()
-        at_rest(scene)
-
-
 @pytest.mark.parametrize("how", ["stopped", "over", "late"])
 async def test_what_cannot_be_cleaned_up_for_another_try_still_ends(how: str) -> None:
     async with instances_scene(slots={"w1": 1}, instances_stopping_timeout=300) as scene:
@@ -665,22 +366,6 @@ async def test_what_cannot_be_deleted_in_time_says_so() -> None:
         await scene.clock.advance(60)
         assert await scene.gone()
         at_rest(scene)
-
-
-async def test_a_clock_that_was_set_makes_no_hot_loop_of_what_waits() -> None:
-    async with instances_scene(slots={"w1": 1}) as scene:
-        await scene.make(restartPolicy="OnFailure", durationMinutes=10)
-        await scene.until_phase("Running")
-        scene.places.slots.clear()
-        scene.outside.lose("w1")
-        scene.hints.tell(("default", "a"))
-        await scene.clock.advance(30)
-        scene.clock.jump_wall(7200)
-        asked = scene.places.asked
-        scene.hints.tell(("default", "a"))
-        await scene.clock.advance(30)
-        assert await scene.phase() == "Pending"
-        assert scene.places.asked - asked <= 40
 
 
 @pytest.mark.parametrize("how", ["runs", "is away", "waits", "is held up"])
@@ -757,19 +442,6 @@ async def test_what_waits_takes_the_place_that_becomes_free() -> None:
         await scene.until_phase("Running", "b", seconds=5)
 
 
-async def test_a_wall_clock_that_is_set_ends_no_lab() -> None:
-    async with instances_scene() as scene:
-        await scene.make()
-        await scene.until_phase("Running")
-        scene.clock.jump_wall(7200)
-        scene.hints.tell(("default", "a"))
-        await scene.clock.advance(30)
-        assert await scene.phase() == "Running"
-        scene.clock.jump_wall(-7200)
-        await scene.clock.advance(120)
-        assert await scene.phase() == "Running"
-
-
 async def test_only_observing_places_and_removes_nothing() -> None:
     async with instances_scene(observe_only=True) as scene:
         await scene.make()
@@ -799,114 +471,3 @@ async def test_a_leader_that_dies_between_two_steps_doubles_and_leaks_nothing(
         check_history(done)
         assert scene.outside.made[made.uid] == 1
         at_rest(scene)
-
-
-EVENTS = st.sampled_from(
-    [
-        "tick",
-        "minute",
-        "away",
-        "back",
-        "lose",
-        "another",
-        "stop",
-        "extend",
-        "retry",
-        "delete",
-        "end",
-        "fail",
-        "mend",
-        "die",
-        "full",
-    ]
-)
-
-
-async def _happen(scene: InstancesScene, event: str, count: int) -> None:
-    """One thing that may happen to an instance, its worker, or whoever leads."""
-    outside, steps = scene.outside, ("prepare", "provision", "look", "clean")
-    gone = (found := await scene.find()) is None or found.deleting
-    changes: dict[str, dict[str, Any]] = {
-        "stop": {"desired_phase": "Stopped"},
-        "extend": {"duration_minutes": 5 + count},
-    }
-    if event == "tick":
-        await scene.clock.advance(3)
-    elif event == "minute":
-        await scene.clock.advance(61)
-    elif event == "away":
-        outside.troubles |= {step: away() for step in steps}
-    elif event == "fail":
-        outside.troubles |= {
-            step: LabFailed("ContainerFailed", "exit code 1", exit_code=1) for step in ("provision", "look")
-        }
-    elif event in ("back", "mend"):
-        outside.troubles.clear()
-    elif event == "lose":
-        name = next(iter(scene.places.slots), None)
-        if name is not None:
-            scene.places.slots.pop(name)
-            outside.lose(name)
-    elif event == "another":
-        scene.places.slots[f"w{count}"] = 1
-    elif event == "full":
-        scene.places.slots.clear()
-    elif event == "end":
-        for lab in outside.labs:
-            lab.state = "ended"
-    elif event == "die":
-        await scene.stop()
-        await scene.lead()
-    elif event == "delete" and not gone:
-        await scene.delete()
-    elif event in changes and not gone:
-        with suppress(Invalid, Forbidden):  # what the rules refuse is refused, whatever else happens
-            await scene.change(**changes[event])
-    elif event == "retry" and not gone:
-        await scene.annotate(RETRY_ANNOTATION, str(count))
-    scene.hints.tell(("default", "a"))
-
-
-async def _live_through(events: list[str], policy: str) -> None:
-    """Its steps are of the table, and it is never doubled, without a place, or left behind."""
-    async with instances_scene(slots={"w0": 1}, instances_retry_delay=2) as scene:
-        made = await scene.make(durationMinutes=5, restartPolicy=policy)
-        for count, event in enumerate(events, 1):
-            await _happen(scene, event, count)
-            assert len(scene.running_now()) <= 1, event
-            if scene.running_now():
-                assert made.uid in scene.places.held, f"after {event} it is outside without a place"
-            found = await scene.find()
-            if found is not None:
-                check_history(found)
-        scene.outside.troubles.clear()
-        scene.places.slots["last"] = 1
-        for _ in range(40):
-            await scene.clock.advance(300)
-            found = await scene.find()
-            if found is None or found.status.phase in FATES:
-                break
-        await scene.clock.advance(60)
-        found = await scene.find()
-        assert found is None or found.status.phase in FATES
-        at_rest(scene)
-
-
-LIVES = given(events=st.lists(EVENTS, max_size=12), policy=st.sampled_from(["Never", "OnFailure"]))
-UNHURRIED = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
-
-
-@settings(max_examples=12, derandomize=True, **UNHURRIED)
-@LIVES
-async def test_whatever_happens_its_steps_are_of_the_table_and_nothing_is_doubled_or_left(
-    events: list[str], policy: str
-) -> None:
-    await _live_through(events, policy)
-
-
-@pytest.mark.soak
-@pytest.mark.timeout(900)
-@settings(max_examples=400, **UNHURRIED)
-@LIVES
-async def test_whatever_happens_in_many_lives(events: list[str], policy: str) -> None:
-    await _live_through(events, policy)
